@@ -1,0 +1,250 @@
+"""What the agent keeps on disk: its data directory, and one journal entry per sandbox.
+
+An entry is written whole beside the old one and renamed over it, so a reader sees the old state
+or the new one and never a mixture. It is written *before* a thing is acquired or given up, so
+after a crash the next start knows what may exist and owns its removal. Entries hold the guest's
+access token and are readable by root alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sandmartin.agent.proc import ProcessId
+from sandmartin.agent.vmm import VmRecord
+from sandmartin.errors import Conflict, Invalid
+from sandmartin.model import Accel, SandboxSpec, State, random_id
+
+FORMAT = 1
+_ENTRY = "journal.json"
+
+
+def write_whole(path: Path, content: bytes, *, mode: int = 0o600, sync: bool = False) -> None:
+    """Replace `path` by `content` in one step; with `sync` it survives a power cut."""
+    beside = path.with_name(f".{path.name}.{random_id(6)}")
+    try:
+        with open(beside, "xb", opener=lambda p, flags: os.open(p, flags, mode)) as out:
+            out.write(content)
+            if sync:
+                out.flush()
+                os.fsync(out.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class SandboxDir:
+    """The paths of one sandbox."""
+
+    path: Path
+
+    @property
+    def entry(self) -> Path:
+        return self.path / _ENTRY
+
+    @property
+    def layer(self) -> Path:
+        """The sandbox's own disk layer."""
+        return self.path / "layer.qcow2"
+
+    @property
+    def vm(self) -> Path:
+        """Sockets and logs of the VM, closed to the VM's own user."""
+        return self.path / "vm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """All that must be known of a sandbox to adopt it or to clean up after it."""
+
+    spec: SandboxSpec
+    state: State
+    created_at: float
+    last_active_at: float
+    reason: str = ""
+    #: Slot number; None before one is taken and after it was given back.
+    slot: int | None = None
+    vm: VmRecord | None = None
+    #: Access token of the guest agent.
+    token: str = field(default="", repr=False)
+
+    def to_json(self) -> bytes:
+        vm = self.vm
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "spec": vars(self.spec),
+                "state": self.state,
+                "created_at": self.created_at,
+                "last_active_at": self.last_active_at,
+                "reason": self.reason,
+                "slot": self.slot,
+                "token": self.token,
+                "vm": vm
+                and {
+                    "pid": vm.process.pid,
+                    "start_ticks": vm.process.start_ticks,
+                    "run_dir": os.fspath(vm.run_dir),
+                    "vmm_version": vm.vmm_version,
+                    "machine": vm.machine,
+                    "accel": vm.accel,
+                },
+            },
+            indent=1,
+        ).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Entry:
+        """Parse an entry. Raises Invalid when it is not one of ours."""
+        try:
+            raw: dict[str, Any] = json.loads(content)
+            if raw["format"] != FORMAT:
+                raise Invalid(f"journal format {raw['format']} is not {FORMAT}")
+            vm = raw["vm"]
+            return cls(
+                spec=SandboxSpec(**raw["spec"]),
+                state=State(raw["state"]),
+                created_at=float(raw["created_at"]),
+                last_active_at=float(raw["last_active_at"]),
+                reason=raw["reason"],
+                slot=raw["slot"],
+                token=raw["token"],
+                vm=vm
+                and VmRecord(
+                    process=ProcessId(vm["pid"], vm["start_ticks"]),
+                    run_dir=Path(vm["run_dir"]),
+                    vmm_version=vm["vmm_version"],
+                    machine=vm["machine"],
+                    accel=Accel(vm["accel"]),
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise Invalid(f"journal entry cannot be read: {error!r}") from error
+
+
+class DataDir:
+    """One agent's data directory: locked while open, with the instance id that marks all it makes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.instance_id = ""
+        self._lock: int | None = None
+
+    @property
+    def sandboxes(self) -> Path:
+        return self.path / "sandboxes"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    def open(self) -> None:
+        """Create what is missing, take the lock, read the instance id.
+
+        Raises Conflict when another agent holds the directory, Invalid when the VMs' users could
+        not reach it.
+        """
+        # The VMs' users must reach their disk layer by path, and may list nothing.
+        for path in (self.path, self.sandboxes, self.images):
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o711)
+        self._check_reachable()
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise Conflict(
+                f"another agent is running on {self.path}",
+                hint="use it, end it first, or give this one another --data-dir",
+            ) from None
+        self._lock = lock
+        self.instance_id = self._read_instance_id()
+
+    def _check_reachable(self) -> None:
+        for parent in self.path.resolve().parents:
+            if not parent.stat().st_mode & 0o001:
+                raise Invalid(
+                    f"data directory {self.path} cannot be used: {parent} is closed to other users,"
+                    " and every VM runs as a user of its own",
+                    hint=f"choose another --data-dir, or `chmod o+x {parent}`",
+                )
+
+    def _read_instance_id(self) -> str:
+        file = self.path / "instance.json"
+        with contextlib.suppress(FileNotFoundError):
+            return str(json.loads(file.read_bytes())["id"])
+        instance_id = random_id(6)
+        write_whole(file, json.dumps({"id": instance_id, "format": FORMAT}).encode(), sync=True)
+        return instance_id
+
+    def close(self) -> None:
+        """Give up the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def sandbox(self, sandbox_id: str) -> SandboxDir:
+        """The paths of a sandbox; the id has passed `check_name`."""
+        return SandboxDir(self.sandboxes / sandbox_id)
+
+    def create(self, entry: Entry) -> SandboxDir:
+        """Make the directory of a new sandbox with its first entry in it."""
+        paths = self.sandbox(entry.spec.sandbox_id)
+        paths.path.mkdir(mode=0o700)
+        self.write(entry)
+        paths.vm.mkdir(mode=0o700)
+        return paths
+
+    def write(self, entry: Entry, *, sync: bool = False) -> None:
+        """Record an entry; with `sync` it survives a power cut."""
+        write_whole(self.sandbox(entry.spec.sandbox_id).entry, entry.to_json(), sync=sync)
+
+    def remove(self, sandbox_id: str) -> None:
+        """Remove all files of a sandbox, its entry last. Idempotent."""
+        paths = self.sandbox(sandbox_id)
+        with contextlib.suppress(FileNotFoundError):
+            for child in paths.path.iterdir():
+                if child.name == _ENTRY:
+                    continue
+                if child.is_dir() and not child.is_symlink():
+                    shutil.rmtree(child)
+                else:
+                    child.unlink(missing_ok=True)
+            paths.entry.unlink(missing_ok=True)
+            paths.path.rmdir()
+
+    def remove_directory(self, sandbox_id: str) -> None:
+        """Remove a directory that has no entry."""
+        shutil.rmtree(self.sandboxes / sandbox_id)
+
+    def read_all(self) -> Iterator[tuple[str, Entry | None]]:
+        """Every sandbox directory with its entry; None for one that holds no readable entry."""
+        for path in sorted(self.sandboxes.iterdir()):
+            if not path.is_dir():
+                continue
+            try:
+                yield path.name, Entry.from_json((path / _ENTRY).read_bytes())
+            except (FileNotFoundError, Invalid):
+                yield path.name, None

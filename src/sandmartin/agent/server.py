@@ -1,0 +1,496 @@
+"""The agent's door: `hostagent.v1` over the Connect protocol, and the process that serves it.
+
+This is the only module that knows both the wire messages and the host. Errors of ours leave with
+their code and hint as a detail; anything else is a bug, logged once and sent out without detail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import uvicorn
+from connectrpc.code import Code
+from connectrpc.errors import ConnectError
+from connectrpc.request import RequestContext
+from protobuf import Oneof
+
+from sandmartin import errors, model
+from sandmartin.agent.guest import Command, Ended, Output, ProcessEvent, Started
+from sandmartin.agent.host import Host
+from sandmartin.agent.machine import open_machine
+from sandmartin.agent.sandbox import Sandbox
+from sandmartin.errors import Exhausted, Invalid, SandmartinError, TimedOut
+from sandmartin.model import SandboxSpec, Settings
+from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
+from sandmartin.rpc.hostagent.v1.hostagent_connect import (
+    HostAgentService,
+    HostAgentServiceASGIApplication,
+)
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_Req = TypeVar("_Req")
+_Res = TypeVar("_Res")
+
+CODES: dict[str, Code] = {
+    errors.SandmartinError.code: Code.INTERNAL,
+    errors.Invalid.code: Code.INVALID_ARGUMENT,
+    errors.Unauthenticated.code: Code.UNAUTHENTICATED,
+    errors.Denied.code: Code.PERMISSION_DENIED,
+    errors.NotFound.code: Code.NOT_FOUND,
+    errors.Conflict.code: Code.FAILED_PRECONDITION,
+    errors.AlreadyExists.code: Code.ALREADY_EXISTS,
+    errors.NotStarted.code: Code.FAILED_PRECONDITION,
+    errors.Exhausted.code: Code.RESOURCE_EXHAUSTED,
+    errors.DiskFull.code: Code.RESOURCE_EXHAUSTED,
+    errors.Unavailable.code: Code.UNAVAILABLE,
+    errors.GuestSilent.code: Code.UNAVAILABLE,
+    errors.TimedOut.code: Code.DEADLINE_EXCEEDED,
+    errors.Unimplemented.code: Code.UNIMPLEMENTED,
+    errors.ToolFailed.code: Code.INTERNAL,
+}
+
+#: Largest message taken or sent in one piece; longer content goes through the streams.
+MAX_MESSAGE_BYTES = 32 * 2**20
+_MAX_MESSAGE_HINT = "use the streaming call for content of any size"
+_SHUTDOWN_GRACE_S = 10
+
+
+# Errors.
+
+
+def to_connect_error(error: Exception) -> ConnectError:
+    """What leaves the agent for `error`."""
+    if isinstance(error, ConnectError):
+        return error
+    if isinstance(error, SandmartinError):
+        detail = pb.ErrorInfo(code=error.code, hint=error.hint)
+        return ConnectError(CODES[error.code], error.message, [detail])
+    _log.error("internal error", exc_info=error)
+    return ConnectError(Code.INTERNAL, "internal error; the agent's log says more")
+
+
+class ErrorInterceptor:
+    """Turns our errors into the wire's at the one edge where calls come in."""
+
+    async def intercept_unary(
+        self,
+        call_next: Callable[[_Req, RequestContext[Any, Any]], Awaitable[_Res]],
+        request: _Req,
+        ctx: RequestContext[Any, Any],
+    ) -> _Res:
+        try:
+            return await call_next(request, ctx)
+        except Exception as error:  # noqa: BLE001
+            raise to_connect_error(error) from error
+
+    async def intercept_client_stream(
+        self,
+        call_next: Callable[[AsyncIterator[_Req], RequestContext[Any, Any]], Awaitable[_Res]],
+        request: AsyncIterator[_Req],
+        ctx: RequestContext[Any, Any],
+    ) -> _Res:
+        try:
+            return await call_next(request, ctx)
+        except Exception as error:  # noqa: BLE001
+            raise to_connect_error(error) from error
+
+    async def intercept_server_stream(
+        self,
+        call_next: Callable[[_Req, RequestContext[Any, Any]], AsyncIterator[_Res]],
+        request: _Req,
+        ctx: RequestContext[Any, Any],
+    ) -> AsyncIterator[_Res]:
+        try:
+            async for message in call_next(request, ctx):
+                yield message
+        except Exception as error:  # noqa: BLE001
+            raise to_connect_error(error) from error
+
+
+# Requests.
+
+
+def check_guest_path(path: str) -> str:
+    """Return a path in the guest if it is plain. Raises Invalid."""
+    if not path:
+        raise Invalid("the path is empty")
+    if "\0" in path:
+        raise Invalid("the path contains a NUL character")
+    if ".." in path.split("/"):
+        raise Invalid(f"path {path[:200]!r} contains '..'", hint="give the path it leads to")
+    if len(path) > 4096:
+        raise Invalid("the path is longer than 4096 characters")
+    return path
+
+
+def spec_of(request: pb.CreateSandboxRequest) -> SandboxSpec:
+    """The specification a request asks for, defaults filled in. Raises Invalid."""
+    if not request.template:
+        raise Invalid("no template is named", hint="`base` is there after setup")
+    return SandboxSpec(
+        sandbox_id=request.sandbox_id or model.new_sandbox_id(),
+        template=request.template,
+        vcpus=request.vcpus or model.DEFAULT_VCPUS,
+        memory_mb=request.memory_mb or model.DEFAULT_MEMORY_MB,
+        disk_size_mb=request.disk_size_mb or model.DEFAULT_DISK_SIZE_MB,
+        timeout_s=request.timeout_sec,
+    )
+
+
+def command_of(request: pb.ExecRequest | pb.ExecStreamRequest) -> Command:
+    """The command a request asks for. Raises Invalid."""
+    if not request.cmd:
+        raise Invalid("no command is given")
+    words = [request.cmd, *request.args, request.cwd, request.user]
+    words += [text for pair in request.envs.items() for text in pair]
+    if any("\0" in word for word in words):
+        raise Invalid("the command contains a NUL character")
+    if any(not name or "=" in name for name in request.envs):
+        raise Invalid("a name in envs is empty or contains '='")
+    timeout_s = request.timeout_sec or model.DEFAULT_EXEC_TIMEOUT_S
+    return Command(
+        cmd=request.cmd,
+        args=tuple(request.args),
+        envs=dict(request.envs),
+        cwd=request.cwd,
+        user=request.user or "root",
+        stdin=isinstance(request, pb.ExecStreamRequest) and request.stdin,
+        timeout_s=timeout_s if timeout_s > 0 else None,
+    )
+
+
+def _event_message(event: ProcessEvent) -> pb.ExecStreamResponse:
+    match event:
+        case Started():
+            return pb.ExecStreamResponse(event=Oneof("start", pb.ExecStreamStart(pid=event.pid)))
+        case Output(stdout=True):
+            data = pb.ExecStreamData(output=Oneof("stdout", event.data))
+        case Output():
+            data = pb.ExecStreamData(output=Oneof("stderr", event.data))
+        case Ended():
+            end = pb.ExecStreamEnd(
+                exit_code=event.exit_code, error=event.error, signal=event.signal
+            )
+            return pb.ExecStreamResponse(event=Oneof("end", end))
+    return pb.ExecStreamResponse(event=Oneof("data", data))
+
+
+async def _first(messages: AsyncIterator[_T], what: str) -> _T:
+    async for message in messages:
+        return message
+    raise Invalid(f"the stream ended before {what} came")
+
+
+async def _chunks(messages: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    async for message in messages:
+        if message.content is None or message.content.field != "chunk":
+            raise Invalid("only the first message of the stream may carry meta data")
+        yield message.content.value
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+# The service.
+
+
+class HostAgent(HostAgentService):
+    """`hostagent.v1` on one host."""
+
+    def __init__(self, host: Host, on_terminate: Callable[[], None]) -> None:
+        self._host = host
+        self._on_terminate = on_terminate
+
+    async def create_sandbox(
+        self, request: pb.CreateSandboxRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.CreateSandboxResponse:
+        sandbox = await self._host.create(spec_of(request), dict(request.envs))
+        return pb.CreateSandboxResponse(
+            sandbox_id=sandbox.sandbox_id, status=sandbox.state, host_ip=sandbox.host_ip
+        )
+
+    async def destroy_sandbox(
+        self, request: pb.DestroySandboxRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.DestroySandboxResponse:
+        await self._host.destroy(request.sandbox_id)
+        return pb.DestroySandboxResponse()
+
+    async def list_sandboxes(
+        self, request: pb.ListSandboxesRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.ListSandboxesResponse:
+        return pb.ListSandboxesResponse(sandboxes=[_info(s) for s in self._host.list()])
+
+    async def ping_sandbox(
+        self, request: pb.PingSandboxRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.PingSandboxResponse:
+        self._host.get(request.sandbox_id).touch()
+        return pb.PingSandboxResponse()
+
+    async def exec(
+        self, request: pb.ExecRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.ExecResponse:
+        command = command_of(request)
+        sandbox = self._host.get(request.sandbox_id)
+        stdout, stderr, end = bytearray(), bytearray(), None
+        async with contextlib.aclosing(sandbox.exec(command)) as events:
+            async for event in events:
+                if isinstance(event, Output):
+                    (stdout if event.stdout else stderr).extend(event.data)
+                elif isinstance(event, Ended):
+                    end = event
+                if len(stdout) + len(stderr) > MAX_MESSAGE_BYTES:
+                    raise Exhausted(
+                        f"the command's output is larger than {MAX_MESSAGE_BYTES} bytes",
+                        hint=_MAX_MESSAGE_HINT,
+                    )
+        assert end is not None
+        if end.timed_out:
+            raise TimedOut(
+                f"the command did not end within {command.timeout_s} s and was killed",
+                hint="set timeout_sec, or use ExecStream",
+            )
+        return pb.ExecResponse(
+            stdout=bytes(stdout), stderr=bytes(stderr), exit_code=end.exit_code
+        )
+
+    async def exec_stream(
+        self, request: pb.ExecStreamRequest, ctx: RequestContext[Any, Any]
+    ) -> AsyncIterator[pb.ExecStreamResponse]:
+        sandbox = self._host.get(request.sandbox_id)
+        async with contextlib.aclosing(sandbox.exec(command_of(request))) as events:
+            async for event in events:
+                yield _event_message(event)
+
+    async def stream_input(
+        self, request: AsyncIterator[pb.StreamInputRequest], ctx: RequestContext[Any, Any]
+    ) -> pb.StreamInputResponse:
+        content = (await _first(request, "the meta data")).content
+        if content is None or content.field != "meta":
+            raise Invalid("the first message of the stream must carry meta data")
+        meta = content.value
+        sandbox = self._host.get(meta.sandbox_id)
+        await sandbox.send_input(meta.pid, _chunks(request))
+        return pb.StreamInputResponse()
+
+    async def send_signal(
+        self, request: pb.SendSignalRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.SendSignalResponse:
+        if not 1 <= request.signal <= 64:
+            raise Invalid(f"signal is {request.signal}", hint="use 1 to 64")
+        await self._host.get(request.sandbox_id).signal(request.pid, request.signal)
+        return pb.SendSignalResponse()
+
+    async def write_file(
+        self, request: pb.WriteFileRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.WriteFileResponse:
+        sandbox = self._host.get(request.sandbox_id)
+        path = check_guest_path(request.path)
+        await sandbox.write_file(path, request.user or "root", _once(request.content))
+        return pb.WriteFileResponse()
+
+    async def read_file(
+        self, request: pb.ReadFileRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.ReadFileResponse:
+        sandbox = self._host.get(request.sandbox_id)
+        content = bytearray()
+        reading = sandbox.read_file(check_guest_path(request.path), request.user or "root")
+        async with contextlib.aclosing(reading) as chunks:
+            async for chunk in chunks:
+                content += chunk
+                if len(content) > MAX_MESSAGE_BYTES:
+                    raise Exhausted(
+                        f"the file is larger than {MAX_MESSAGE_BYTES} bytes",
+                        hint=_MAX_MESSAGE_HINT,
+                    )
+        return pb.ReadFileResponse(content=bytes(content))
+
+    async def write_file_stream(
+        self, request: AsyncIterator[pb.WriteFileStreamRequest], ctx: RequestContext[Any, Any]
+    ) -> pb.WriteFileStreamResponse:
+        content = (await _first(request, "the meta data")).content
+        if content is None or content.field != "meta":
+            raise Invalid("the first message of the stream must carry meta data")
+        meta = content.value
+        sandbox = self._host.get(meta.sandbox_id)
+        path = check_guest_path(meta.path)
+        await sandbox.write_file(path, meta.user or "root", _chunks(request))
+        return pb.WriteFileStreamResponse()
+
+    async def read_file_stream(
+        self, request: pb.ReadFileStreamRequest, ctx: RequestContext[Any, Any]
+    ) -> AsyncIterator[pb.ReadFileStreamResponse]:
+        sandbox = self._host.get(request.sandbox_id)
+        reading = sandbox.read_file(check_guest_path(request.path), request.user or "root")
+        async with contextlib.aclosing(reading) as chunks:
+            async for chunk in chunks:
+                yield pb.ReadFileStreamResponse(chunk=chunk)
+
+    async def terminate(
+        self, request: pb.TerminateRequest, ctx: RequestContext[Any, Any]
+    ) -> pb.TerminateResponse:
+        await self._host.terminate()
+        self._on_terminate()
+        return pb.TerminateResponse()
+
+
+def _info(sandbox: Sandbox) -> pb.SandboxInfo:
+    entry = sandbox.entry
+    return pb.SandboxInfo(
+        sandbox_id=sandbox.sandbox_id,
+        status=entry.state,
+        template=entry.spec.template,
+        vcpus=entry.spec.vcpus,
+        memory_mb=entry.spec.memory_mb,
+        host_ip=sandbox.host_ip,
+        created_at_unix=int(entry.created_at),
+        last_active_at_unix=int(entry.last_active_at),
+        timeout_sec=entry.spec.timeout_s,
+        disk_size_mb=entry.spec.disk_size_mb,
+        status_reason=entry.reason,
+    )
+
+
+def application(host: Host, on_terminate: Callable[[], None]) -> HostAgentServiceASGIApplication:
+    """The ASGI application of the agent."""
+    return HostAgentServiceASGIApplication(
+        HostAgent(host, on_terminate),
+        interceptors=[ErrorInterceptor()],
+        read_max_bytes=MAX_MESSAGE_BYTES,
+    )
+
+
+# The process.
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: the agent decides what a signal means."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind_socket(settings: Settings) -> socket.socket:
+    """The agent's listening unix socket, for root and the group alone.
+
+    The data directory is locked, so a socket file that is already there is stale.
+    """
+    path = settings.socket
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # The mode must be right from the first moment on: there is no window to connect through.
+    umask = os.umask(0o177)
+    try:
+        listener.bind(os.fspath(path))
+    except OSError as error:
+        raise Invalid(
+            f"the socket {path} cannot be made: {error}", hint="use a shorter --data-dir"
+        ) from error
+    finally:
+        os.umask(umask)
+    with contextlib.suppress(KeyError, PermissionError):
+        os.chown(path, -1, grp.getgrnam(settings.group).gr_gid)
+        path.chmod(0o660)
+    listener.listen(128)
+    return listener
+
+
+async def serve(
+    settings: Settings,
+    *,
+    until_stdin_closes: bool = False,
+    announce: Callable[[dict[str, Any]], None] = lambda ready: None,
+) -> None:
+    """Run the agent until SIGTERM or SIGINT (VMs run on), Terminate, or the end of stdin.
+
+    `announce` is called once requests are served. With `until_stdin_closes` the end of stdin
+    destroys every sandbox, as Terminate does.
+    """
+    _forget_proxies()
+    leave, terminate = asyncio.Event(), asyncio.Event()
+    async with contextlib.AsyncExitStack() as stack:
+        machine = await stack.enter_async_context(open_machine(settings))
+        host = Host(machine)
+        await host.open()
+        stack.push_async_callback(host.close)
+        listener = stack.enter_context(contextlib.closing(bind_socket(settings)))
+        stack.callback(settings.socket.unlink, missing_ok=True)
+        app = application(host, leave.set)
+        server = _Server(_uvicorn_config(app))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, leave.set)
+            stack.callback(loop.remove_signal_handler, number)
+        if until_stdin_closes:
+            await stack.enter_async_context(_stdin_watch(terminate.set))
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+        try:
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.002)
+            announce({"socket": os.fspath(settings.socket), "pid": os.getpid()})
+            await _first_of(leave.wait(), terminate.wait(), machine.tasks.failed(), serving)
+            if terminate.is_set():
+                await host.terminate()
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def _uvicorn_config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        timeout_keep_alive=620,
+        timeout_graceful_shutdown=_SHUTDOWN_GRACE_S,
+        server_header=False,
+    )
+
+
+async def _first_of(*waits: Awaitable[Any]) -> None:
+    """Wait for the first of `waits`, cancel the others, raise what it raised."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        if not isinstance(task, asyncio.Task) or task.get_name() != "server":
+            task.cancel()
+    for task in done:
+        task.result()
+
+
+@contextlib.asynccontextmanager
+async def _stdin_watch(on_end: Callable[[], None]) -> AsyncIterator[None]:
+    """Call `on_end` once when our standard input has been closed."""
+    loop = asyncio.get_running_loop()
+    fd = sys.stdin.fileno()
+
+    def readable() -> None:
+        if not os.read(fd, 4096):
+            loop.remove_reader(fd)
+            on_end()
+
+    loop.add_reader(fd, readable)
+    try:
+        yield
+    finally:
+        loop.remove_reader(fd)
+
+
+def _forget_proxies() -> None:
+    # The HTTP client that talks to the guests would send their traffic to a proxy named here.
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        os.environ.pop(name, None)
+        os.environ.pop(name.upper(), None)

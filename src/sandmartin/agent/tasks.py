@@ -1,0 +1,87 @@
+"""Named tasks that belong to the host and not to whoever asked for them.
+
+An operation runs to its end even when the caller gives up waiting; its failure goes to the
+callers that still wait, and into the log when nobody does. A watch is long-lived: when it dies,
+the agent must stop, because something it promised is no longer done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from sandmartin.errors import SandmartinError
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+class Tasks:
+    """The running tasks of one agent."""
+
+    def __init__(self) -> None:
+        self._operations: set[asyncio.Task[Any]] = set()
+        self._watches: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[None] | None = None
+
+    async def operate(self, name: str, operation: Coroutine[Any, Any, _T]) -> _T:
+        """Run an operation to its end and return its result; cancelling only ends the waiting."""
+        task = asyncio.create_task(operation, name=name)
+        self._operations.add(task)
+        task.add_done_callback(self._operations.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_log_unheard)
+            raise
+
+    def watch(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a long-lived task. If it fails, `failed` raises its error."""
+        task = asyncio.create_task(work, name=name)
+        self._watches.add(task)
+        task.add_done_callback(self._watch_ended)
+        return task
+
+    def _watch_ended(self, task: asyncio.Task[None]) -> None:
+        self._watches.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        _log.critical("task %s died", task.get_name(), exc_info=error)
+        if not self._failure().done():
+            self._failure().set_exception(error)
+
+    def _failure(self) -> asyncio.Future[None]:
+        if self._failed is None:
+            self._failed = asyncio.get_running_loop().create_future()
+            # Nobody may be waiting when the agent is already on its way out.
+            self._failed.add_done_callback(lambda f: f.cancelled() or f.exception())
+        return self._failed
+
+    async def failed(self) -> None:
+        """Wait for a watch to die and raise its error."""
+        await asyncio.shield(self._failure())
+
+    async def settle(self) -> None:
+        """Wait until every operation has ended."""
+        while self._operations:
+            await asyncio.wait(set(self._operations))
+
+    async def close(self) -> None:
+        """Let operations end, then cancel the watches. New work must have stopped coming."""
+        await self.settle()
+        watches = set(self._watches)
+        for task in watches:
+            task.cancel()
+        if watches:
+            await asyncio.wait(watches)
+
+
+def _log_unheard(task: asyncio.Task[Any]) -> None:
+    if task.cancelled() or (error := task.exception()) is None:
+        return
+    if isinstance(error, SandmartinError):
+        _log.warning("%s failed after its caller had gone: %s", task.get_name(), error)
+    else:
+        _log.error("%s failed after its caller had gone", task.get_name(), exc_info=error)

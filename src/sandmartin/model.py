@@ -1,0 +1,205 @@
+"""Ids, states and settings: the words that every part of Sandmartin shares.
+
+Everything here is frozen and knows no wire format. Units end a name; `memory_mb` and
+`disk_size_mb` count MiB, as the host contract has it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import string
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from sandmartin.errors import Conflict, Invalid
+
+_ID_ALPHABET = string.ascii_lowercase + string.digits
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+DEFAULT_VCPUS = 1
+DEFAULT_MEMORY_MB = 512
+DEFAULT_DISK_SIZE_MB = 5120
+MIN_MEMORY_MB = 128
+MAX_VCPUS = 64
+DEFAULT_EXEC_TIMEOUT_S = 30
+
+
+def random_id(length: int) -> str:
+    """`length` random characters of `[a-z0-9]`."""
+    return "".join(secrets.choice(_ID_ALPHABET) for _ in range(length))
+
+
+def new_sandbox_id() -> str:
+    """`sb` and 20 characters of `[a-z0-9]`: no dash, because host names split at the dash."""
+    return "sb" + random_id(20)
+
+
+def check_name(name: str, what: str) -> str:
+    """Return `name` if it may become part of a path. Raises Invalid."""
+    if not _NAME.fullmatch(name):
+        raise Invalid(
+            f"{what} {name[:80]!r} is not valid",
+            hint="use 1 to 64 of a-z, 0-9, dot, dash and underscore, beginning with a letter or digit",
+        )
+    return name
+
+
+class State(StrEnum):
+    """State of a sandbox. The values are the wire strings."""
+
+    PENDING = "pending"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    RESUMING = "resuming"
+    SNAPSHOTTING = "snapshotting"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    ERROR = "error"
+    MISSING = "missing"
+
+
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    State.PENDING: frozenset({State.STARTING, State.STOPPING, State.ERROR}),
+    State.STARTING: frozenset({State.RUNNING, State.STOPPING, State.ERROR, State.MISSING}),
+    State.RUNNING: frozenset(
+        {State.PAUSING, State.SNAPSHOTTING, State.STOPPING, State.ERROR, State.MISSING}
+    ),
+    State.PAUSING: frozenset({State.PAUSED, State.RUNNING, State.STOPPING, State.ERROR}),
+    State.PAUSED: frozenset({State.RESUMING, State.SNAPSHOTTING, State.STOPPING, State.MISSING}),
+    State.RESUMING: frozenset({State.RUNNING, State.PAUSED, State.STOPPING, State.ERROR}),
+    State.SNAPSHOTTING: frozenset(
+        {State.RUNNING, State.PAUSED, State.STOPPING, State.ERROR, State.STOPPED}
+    ),
+    State.STOPPING: frozenset({State.STOPPED, State.ERROR}),
+    State.STOPPED: frozenset(),
+    State.ERROR: frozenset({State.STOPPING}),
+    State.MISSING: frozenset({State.RUNNING, State.PAUSED, State.STOPPED, State.STOPPING}),
+}
+
+
+def check_transition(current: State, to: State, what: str) -> State:
+    """Return `to` if it may follow `current`. Raises Conflict."""
+    if to not in TRANSITIONS[current]:
+        raise Conflict(f"{what} is {current} and cannot become {to}")
+    return to
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxSpec:
+    """What a sandbox was asked to be."""
+
+    sandbox_id: str
+    template: str
+    vcpus: int = DEFAULT_VCPUS
+    memory_mb: int = DEFAULT_MEMORY_MB
+    disk_size_mb: int = DEFAULT_DISK_SIZE_MB
+    timeout_s: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.sandbox_id, "sandbox id")
+        check_name(self.template, "template name")
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise Invalid(f"vcpus is {self.vcpus}", hint=f"use 1 to {MAX_VCPUS}")
+        if self.memory_mb < MIN_MEMORY_MB:
+            raise Invalid(f"memory_mb is {self.memory_mb}", hint=f"use at least {MIN_MEMORY_MB}")
+        if self.disk_size_mb < 1:
+            raise Invalid(f"disk_size_mb is {self.disk_size_mb}", hint="use a size above 0")
+        if self.timeout_s < 0:
+            raise Invalid(f"timeout_sec is {self.timeout_s}", hint="use 0 for no idle limit")
+
+
+class Accel(StrEnum):
+    """Who executes the guest's instructions."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+def _setting(text: str, kind: Any) -> Any:
+    if kind == "bool":
+        return text.strip().lower() in {"1", "true", "yes", "on"}
+    converters = {"int": int, "float": float, "Path": Path, "IPv4Network": IPv4Network}
+    return converters.get(kind, Accel if kind == "Accel" else str)(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of one host agent, from flags, `SANDMARTIN_*` and a TOML file, in that order."""
+
+    #: Everything that must survive a restart: images, sandboxes, journal.
+    data_dir: Path = Path("/var/lib/sandmartin")
+    #: Kernel, initramfs, guest agent and built-in images, keyed by content and shared by agents.
+    assets_dir: Path = Path("/var/cache/sandmartin")
+    #: Machine-wide claims of slots and the agents' sockets.
+    run_dir: Path = Path("/run/sandmartin")
+    accel: Accel = Accel.AUTO
+    #: Host-reachable addresses of the sandboxes, one each.
+    address_range: IPv4Network = IPv4Network("10.11.0.0/16")
+    #: veth pairs between the host and the slots, a /31 each.
+    link_range: IPv4Network = IPv4Network("10.12.0.0/15")
+    #: User ids of the VMs: this plus the slot's number.
+    uid_base: int = 2_000_000
+    #: Network places made ahead.
+    slot_pool_size: int = 4
+    #: Free disk below which nothing new starts.
+    disk_floor_mb: int = 1024
+    #: Memory of the host that sandboxes never get.
+    memory_reserve_mb: int = 512
+    #: Virtual CPUs granted for each CPU of the host.
+    cpu_overcommit: float = 8.0
+    boot_timeout_s: float = 60.0
+    #: Name of the group that may use the agent's socket; root alone when it does not exist.
+    group: str = "sandmartin"
+
+    @property
+    def socket(self) -> Path:
+        """The agent's unix socket."""
+        return self.data_dir / "agent.sock"
+
+    @classmethod
+    def load(
+        cls,
+        flags: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+        file: Path | None = None,
+    ) -> Settings:
+        """Settings from `flags` (None entries are ignored), `environ` and a TOML `file`.
+
+        Raises Invalid for a name the file does not know or a value that does not parse.
+        """
+        environ = os.environ if environ is None else environ
+        known = {field.name: str(field.type) for field in fields(cls)}
+        raw: dict[str, Any] = {}
+        if file is not None:
+            raw |= _read_settings_file(file, known)
+        for name in known:
+            if (text := environ.get(f"SANDMARTIN_{name.upper()}")) is not None:
+                raw[name] = text
+        raw |= {name: value for name, value in (flags or {}).items() if value is not None}
+        values = {}
+        for name, value in raw.items():
+            try:
+                values[name] = _setting(str(value), known[name])
+            except ValueError as error:
+                raise Invalid(f"setting {name} is {value!r}: {error}") from error
+        return replace(cls(), **values)
+
+
+def _read_settings_file(file: Path, known: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise Invalid(f"settings file {file} cannot be read: {error}") from error
+    if unknown := sorted(set(content) - set(known)):
+        raise Invalid(f"settings file {file} has unknown names: {', '.join(unknown)}")
+    return content
