@@ -1,0 +1,212 @@
+// Package files serves /files: content of any size, streamed in bounded memory, with the rights
+// of the user who asks.
+//
+// An upload is written in place. One that fails is removed and reported, so a client never takes
+// half a file for a whole one.
+package files
+
+import (
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"sandmartin.dev/guest/internal/users"
+)
+
+const (
+	chunkSize = 256 << 10
+	// Space an upload may not take: the guest must go on working on a full disk.
+	reserve = 16 << 20
+	// How often the free space is looked at during an upload.
+	checkEvery = 8 << 20
+)
+
+// Locate finds the account called name (empty is the default) and the absolute path meant.
+type Locate func(name, path string) (*users.User, string, error)
+
+// Handler serves GET and POST /files.
+func Handler(locate Locate) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		query := r.URL.Query()
+		path := query.Get("path")
+		if path == "" || strings.ContainsRune(path, 0) {
+			Refuse(w, http.StatusBadRequest, "the path is empty or contains a NUL character")
+			return
+		}
+		user, path, err := locate(query.Get("username"), path)
+		if err != nil {
+			Refuse(w, http.StatusUnauthorized, err.Error())
+			return
+		}
+		switch r.Method {
+		case http.MethodGet:
+			download(w, user, path)
+		case http.MethodPost:
+			upload(w, r, user, path)
+		default:
+			w.Header().Set("Allow", "GET, POST")
+			Refuse(w, http.StatusMethodNotAllowed, "use GET or POST")
+		}
+	})
+}
+
+// Refuse answers with an error in the form E2B's clients read.
+func Refuse(w http.ResponseWriter, status int, message string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(map[string]any{"code": status, "message": message})
+}
+
+func refuseError(w http.ResponseWriter, err error) {
+	status := http.StatusInternalServerError
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		status = http.StatusNotFound
+	case errors.Is(err, fs.ErrPermission):
+		status = http.StatusForbidden
+	case errors.Is(err, errNotRegular), errors.Is(err, syscall.EISDIR), errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ENAMETOOLONG), errors.Is(err, errCut):
+		status = http.StatusBadRequest
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		status = http.StatusInsufficientStorage
+		err = fmt.Errorf("not enough disk space: %w", err)
+	case errors.Is(err, syscall.ETXTBSY), errors.Is(err, syscall.EROFS):
+		status = http.StatusForbidden
+	}
+	Refuse(w, status, err.Error())
+}
+
+var (
+	errNotRegular = errors.New("is not a regular file")
+	errCut        = errors.New("the content ended early")
+)
+
+func download(w http.ResponseWriter, user *users.User, path string) {
+	var file *os.File
+	var info fs.FileInfo
+	err := user.As(func() (err error) {
+		// Not blocking: opening a named pipe must not wait for its writer.
+		if file, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0); err == nil {
+			info, err = file.Stat()
+		}
+		return err
+	})
+	if file != nil {
+		defer file.Close()
+	}
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("path '%s' %w", path, errNotRegular)
+	}
+	if err != nil {
+		refuseError(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/octet-stream")
+	if info.Size() == 0 {
+		// Files in /proc say 0 and have content; so may a file that is being written.
+		_, _ = io.CopyBuffer(onlyWriter{w}, file, make([]byte, chunkSize))
+		return
+	}
+	w.Header().Set("Content-Length", strconv.FormatInt(info.Size(), 10))
+	// A file that shrinks meanwhile cuts the answer short, which the client notices.
+	_, _ = io.Copy(w, io.LimitReader(file, info.Size()))
+}
+
+type onlyWriter struct{ io.Writer }
+
+func upload(w http.ResponseWriter, r *http.Request, user *users.User, path string) {
+	kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	if strings.HasPrefix(kind, "multipart/") {
+		Refuse(w, http.StatusUnsupportedMediaType, "multipart uploads are not supported yet; send application/octet-stream")
+		return
+	}
+	body := io.Reader(r.Body)
+	switch r.Header.Get("Content-Encoding") {
+	case "", "identity":
+	case "gzip":
+		unpacked, err := gzip.NewReader(r.Body)
+		if err != nil {
+			Refuse(w, http.StatusBadRequest, "the body is not gzip: "+err.Error())
+			return
+		}
+		body = unpacked
+	default:
+		Refuse(w, http.StatusUnsupportedMediaType, "use Content-Encoding gzip or none")
+		return
+	}
+	if err := store(user, path, body, r.ContentLength); err != nil {
+		refuseError(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode([]map[string]string{{"path": path, "name": filepath.Base(path), "type": "file"}})
+}
+
+// store writes the content; on failure nothing of it is left.
+func store(user *users.User, path string, body io.Reader, announced int64) error {
+	var file *os.File
+	err := user.As(func() (err error) {
+		if err = os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if info, statErr := os.Stat(path); statErr == nil && !info.Mode().IsRegular() {
+			return fmt.Errorf("path '%s' %w", path, errNotRegular)
+		}
+		file, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	err = enoughSpace(file, announced)
+	if err == nil {
+		err = copyChecked(file, body)
+	}
+	if closeErr := file.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		_ = user.As(func() error { return os.Remove(path) })
+	}
+	return err
+}
+
+func copyChecked(to *os.File, from io.Reader) error {
+	buffer := make([]byte, chunkSize)
+	for {
+		written, err := io.CopyBuffer(onlyWriter{to}, io.LimitReader(from, checkEvery), buffer)
+		if err != nil {
+			if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, gzip.ErrChecksum) {
+				return fmt.Errorf("%w: %w", errCut, err)
+			}
+			return err
+		}
+		if written < checkEvery {
+			return nil
+		}
+		if err := enoughSpace(to, checkEvery); err != nil {
+			return err
+		}
+	}
+}
+
+func enoughSpace(file *os.File, wanted int64) error {
+	var stat unix.Statfs_t
+	if err := unix.Fstatfs(int(file.Fd()), &stat); err != nil {
+		return err
+	}
+	if left := int64(stat.Bavail) * stat.Bsize; max(wanted, 0)+reserve > left {
+		return fmt.Errorf("%d bytes are left, of which %d are kept free: %w", left, reserve, syscall.ENOSPC)
+	}
+	return nil
+}

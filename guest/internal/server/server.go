@@ -1,0 +1,236 @@
+// Package server puts the guest agent together: who may call what, and where it listens.
+//
+// In a VM there are two listeners. The one on the tap is bound to its device, so nothing inside
+// the guest can reach it; only there, and only from the gateway, are control routes accepted.
+package server
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"sandmartin.dev/guest/internal/files"
+	"sandmartin.dev/guest/internal/filesystem"
+	"sandmartin.dev/guest/internal/gen/filesystem/filesystemconnect"
+	"sandmartin.dev/guest/internal/gen/process/processconnect"
+	"sandmartin.dev/guest/internal/identity"
+	"sandmartin.dev/guest/internal/metrics"
+	"sandmartin.dev/guest/internal/process"
+	"sandmartin.dev/guest/internal/users"
+)
+
+const (
+	port           = 49983
+	tapDevice      = "eth0"
+	maxMessage     = 8 << 20
+	maxHeader      = 64 << 10
+	headerDeadline = 30 * time.Second
+	idleDeadline   = 640 * time.Second
+	memoryLimit    = 96 << 20
+)
+
+// Main runs the agent with its command line and returns when it can serve no more.
+func Main(args []string) error {
+	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
+	vm := flags.Bool("vm", false, "listen on the tap and on loopback, and take on the identity given")
+	address := flags.String("address", "169.254.0.21", "address on the tap")
+	gateway := flags.String("gateway", "169.254.0.22", "address control routes are accepted from")
+	listen := flags.String("listen", "127.0.0.1:0", "outside a VM: address and port")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	// A guest may make the agent work, but must not make it grow.
+	debug.SetMemoryLimit(memoryLimit)
+	agent := newAgent(identity.New(!*vm), *gateway)
+	if !*vm {
+		listener, err := net.Listen("tcp", *listen)
+		if err != nil {
+			return err
+		}
+		_ = json.NewEncoder(os.Stdout).Encode(map[string]string{"listening": listener.Addr().String()})
+		return agent.serve(listener, true)
+	}
+	return agent.serveVM(*address)
+}
+
+func (a *agent) serveVM(address string) error {
+	inside, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+	if err != nil {
+		return err
+	}
+	bound := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+		return errors.Join(raw.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), tapDevice) }), err)
+	}}
+	tap, err := bound.Listen(context.Background(), "tcp", fmt.Sprintf("%s:%d", address, port))
+	if err != nil {
+		return err
+	}
+	failed := make(chan error, 2)
+	go func() { failed <- a.serve(inside, false) }()
+	go func() { failed <- a.serve(tap, true) }()
+	return <-failed
+}
+
+type agent struct {
+	identity *identity.Identity
+	gateway  string
+	routes   http.Handler
+	refusals *connect.ErrorWriter
+}
+
+func newAgent(who *identity.Identity, gateway string) *agent {
+	a := &agent{identity: who, gateway: gateway, refusals: connect.NewErrorWriter()}
+	mux := http.NewServeMux()
+	limit := connect.WithReadMaxBytes(maxMessage)
+	mux.Handle(processconnect.NewProcessHandler(process.NewService(who, a.userOf), limit))
+	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystem.NewService(a.locate), limit))
+	mux.Handle("/files", files.Handler(a.locateNamed))
+	mux.Handle("GET /metrics", &metrics.Meter{})
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		files.Refuse(w, http.StatusNotFound, "there is no such route")
+	})
+	a.routes = process.KeepLimit(mux)
+	return a
+}
+
+func (a *agent) serve(listener net.Listener, control bool) error {
+	server := &http.Server{
+		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { a.admit(w, r, control) }),
+		MaxHeaderBytes:    maxHeader,
+		ReadHeaderTimeout: headerDeadline,
+		IdleTimeout:       idleDeadline,
+		ErrorLog:          log.New(os.Stderr, "sandmartin: agent: ", 0),
+	}
+	return server.Serve(listener)
+}
+
+// admit decides who may go on to the routes.
+func (a *agent) admit(w http.ResponseWriter, r *http.Request, control bool) {
+	if r.URL.Path == "/init" {
+		a.introduce(w, r, control)
+		return
+	}
+	if !a.identity.Introduced() {
+		a.refuse(w, r, connect.CodeUnavailable, http.StatusServiceUnavailable, "the sandbox has not been introduced yet")
+		return
+	}
+	if r.URL.Path != "/health" && !a.identity.Knows(r.Header.Get("X-Access-Token")) && !a.signed(w, r) {
+		return
+	}
+	a.routes.ServeHTTP(w, r)
+}
+
+func (a *agent) introduce(w http.ResponseWriter, r *http.Request, control bool) {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if !control || err != nil || host != a.gateway {
+		files.Refuse(w, http.StatusForbidden, "control routes are for the host alone")
+		return
+	}
+	if r.Method != http.MethodPost {
+		files.Refuse(w, http.StatusMethodNotAllowed, "use POST")
+		return
+	}
+	a.identity.ServeHTTP(w, r)
+}
+
+// signed tells whether a request without a token carries a valid signature; if not it is refused.
+func (a *agent) signed(w http.ResponseWriter, r *http.Request) bool {
+	query := r.URL.Query()
+	given := query.Get("signature")
+	if r.URL.Path != "/files" || given == "" {
+		a.refuse(w, r, connect.CodeUnauthenticated, http.StatusUnauthorized, "missing or wrong access token")
+		return false
+	}
+	operation := "read"
+	if r.Method == http.MethodPost {
+		operation = "write"
+	}
+	expiry := query.Get("signature_expiration")
+	if given != a.identity.Signature(query.Get("path"), operation, query.Get("username"), expiry) {
+		files.Refuse(w, http.StatusUnauthorized, "invalid signature")
+		return false
+	}
+	if expiry != "" {
+		until, err := strconv.ParseInt(expiry, 10, 64)
+		if err != nil || until < time.Now().Unix() {
+			files.Refuse(w, http.StatusUnauthorized, "signature is already expired")
+			return false
+		}
+	}
+	return true
+}
+
+// refuse answers in the form the caller's protocol reads.
+func (a *agent) refuse(w http.ResponseWriter, r *http.Request, code connect.Code, status int, message string) {
+	if a.refusals.IsSupported(r) {
+		_ = a.refusals.Write(w, r, connect.NewError(code, errors.New(message)))
+		return
+	}
+	files.Refuse(w, status, message)
+}
+
+// userOf finds the account named by basic authentication, or the default one.
+func (a *agent) userOf(header http.Header) (*users.User, error) {
+	name := ""
+	if encoded, ok := strings.CutPrefix(header.Get("Authorization"), "Basic "); ok {
+		decoded, err := base64.StdEncoding.DecodeString(encoded)
+		if err != nil {
+			return nil, errors.New("the authorization header is not base64")
+		}
+		name, _, _ = strings.Cut(string(decoded), ":")
+	}
+	return a.named(name)
+}
+
+func (a *agent) named(name string) (*users.User, error) {
+	if name != "" {
+		return users.Find(name)
+	}
+	standard, _ := a.identity.Defaults()
+	user, err := users.Find(standard)
+	if errors.Is(err, users.ErrUnknown) {
+		// An image without the usual account has its root.
+		return users.Find("root")
+	}
+	return user, err
+}
+
+func (a *agent) locate(header http.Header, path string) (*users.User, string, error) {
+	user, err := a.userOf(header)
+	if err != nil {
+		return nil, "", err
+	}
+	return user, a.resolve(user, path), nil
+}
+
+func (a *agent) locateNamed(name, path string) (*users.User, string, error) {
+	user, err := a.named(name)
+	if err != nil {
+		return nil, "", err
+	}
+	return user, a.resolve(user, path), nil
+}
+
+func (a *agent) resolve(user *users.User, path string) string {
+	standard, workdir := a.identity.Defaults()
+	if user.Name != standard {
+		workdir = ""
+	}
+	return user.Resolve(path, workdir)
+}

@@ -1,0 +1,195 @@
+// Package users knows the accounts of the root file system and does work with their rights.
+//
+// The accounts are read from /etc/passwd and /etc/group directly: the binary is static and an
+// image need not have a name service.
+package users
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrUnknown is wrapped by errors about an account that does not exist.
+var ErrUnknown = errors.New("unknown user")
+
+// User is one account with all its groups.
+type User struct {
+	Name   string
+	UID    uint32
+	GID    uint32
+	Groups []uint32
+	Home   string
+	Shell  string
+}
+
+// Find returns the account called name; a number is taken as a user id, known or not.
+func Find(name string) (*User, error) {
+	found, err := scanPasswd(func(fields []string) bool { return fields[0] == name || fields[2] == name })
+	if err != nil {
+		return nil, err
+	}
+	if found == nil {
+		return numeric(name)
+	}
+	found.Groups = supplementary(found)
+	return found, nil
+}
+
+func numeric(name string) (*User, error) {
+	uid, err := strconv.ParseUint(name, 10, 32)
+	if err != nil && name != "root" {
+		return nil, fmt.Errorf("invalid username: '%s': %w", name, ErrUnknown)
+	}
+	// An image without /etc/passwd still has its root.
+	user := &User{Name: name, UID: uint32(uid), GID: uint32(uid), Home: "/", Shell: "/bin/sh"}
+	user.Groups = []uint32{user.GID}
+	return user, nil
+}
+
+func scanPasswd(match func([]string) bool) (*User, error) {
+	var found *User
+	err := scan("/etc/passwd", 7, func(fields []string) bool {
+		uid, errUID := strconv.ParseUint(fields[2], 10, 32)
+		gid, errGID := strconv.ParseUint(fields[3], 10, 32)
+		if errUID != nil || errGID != nil || !match(fields) {
+			return true
+		}
+		found = &User{Name: fields[0], UID: uint32(uid), GID: uint32(gid), Home: fields[5], Shell: fields[6]}
+		return false
+	})
+	return found, err
+}
+
+func supplementary(user *User) []uint32 {
+	groups := []uint32{user.GID}
+	_ = scan("/etc/group", 4, func(fields []string) bool {
+		gid, err := strconv.ParseUint(fields[2], 10, 32)
+		if err == nil && slices.Contains(strings.Split(fields[3], ","), user.Name) && uint32(gid) != user.GID {
+			groups = append(groups, uint32(gid))
+		}
+		return true
+	})
+	return groups
+}
+
+// NameOf returns the name of a user id, or the number.
+func NameOf(uid uint32) string {
+	number := strconv.FormatUint(uint64(uid), 10)
+	found, _ := scanPasswd(func(fields []string) bool { return fields[2] == number })
+	if found == nil {
+		return number
+	}
+	return found.Name
+}
+
+// GroupNameOf returns the name of a group id, or the number.
+func GroupNameOf(gid uint32) string {
+	number := strconv.FormatUint(uint64(gid), 10)
+	name := number
+	_ = scan("/etc/group", 4, func(fields []string) bool {
+		if fields[2] == number {
+			name = fields[0]
+			return false
+		}
+		return true
+	})
+	return name
+}
+
+// scan calls each with the fields of every well-formed line until it returns false. A missing
+// file has no lines.
+func scan(file string, fields int, each func([]string) bool) error {
+	opened, err := os.Open(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer opened.Close()
+	lines := bufio.NewScanner(opened)
+	for lines.Scan() {
+		parts := strings.Split(lines.Text(), ":")
+		if len(parts) >= fields && !each(parts) {
+			break
+		}
+	}
+	return lines.Err()
+}
+
+// Resolve makes a path absolute: ~ and relative paths start at base, or at the home directory.
+func (u *User) Resolve(name, base string) string {
+	if base == "" {
+		base = u.Home
+	}
+	switch {
+	case name == "":
+		return base
+	case name == "~":
+		return u.Home
+	case strings.HasPrefix(name, "~/"):
+		return path.Join(u.Home, name[2:])
+	case path.IsAbs(name):
+		return path.Clean(name)
+	}
+	return path.Join(base, name)
+}
+
+// Credential is what a child process of this user is started with.
+func (u *User) Credential() *syscall.Credential {
+	return &syscall.Credential{Uid: u.UID, Gid: u.GID, Groups: u.Groups}
+}
+
+// rootOnly is set when this process may not change users (a developer's machine).
+var rootOnly = sync.OnceValue(func() bool { return os.Geteuid() != 0 })
+
+// As runs work with the file system rights of the user.
+//
+// The kernel keeps these ids per thread. The thread is not given back to the runtime: it ends
+// with its goroutine, so no other work can ever run with changed rights.
+func (u *User) As(work func() error) error {
+	if u.UID == uint32(os.Geteuid()) || rootOnly() {
+		return work()
+	}
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		if err := u.assume(); err != nil {
+			result <- err
+			return
+		}
+		result <- work()
+	}()
+	return <-result
+}
+
+func (u *User) assume() error {
+	// unix.Setgroups would change every thread of the process.
+	groups := u.Groups
+	if len(groups) == 0 {
+		groups = []uint32{u.GID}
+	}
+	_, _, errno := syscall.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(&groups[0])), 0)
+	if errno != 0 {
+		return fmt.Errorf("setgroups: %w", errno)
+	}
+	if _, err := unix.SetfsgidRetGid(int(u.GID)); err != nil {
+		return fmt.Errorf("setfsgid: %w", err)
+	}
+	if _, err := unix.SetfsuidRetUid(int(u.UID)); err != nil {
+		return fmt.Errorf("setfsuid: %w", err)
+	}
+	return nil
+}
