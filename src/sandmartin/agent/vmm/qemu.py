@@ -2,241 +2,397 @@
 
 Every VM is a `microvm` that runs as a user of its own, in its own network namespace, without
 capabilities, with QEMU's whole seccomp filter on. The user is dropped before QEMU starts: its own
-ways of doing so differ between versions and do not go with the filter. The monitors' sockets are
-bound by us and handed on, so there is no start-up race and the VM's user needs no directory.
+ways of doing so differ between versions and do not go with the filter. What the process could not
+open itself (the monitors' sockets, the tap) is opened by us and handed on.
 
 Chosen so that a memory snapshot can be taken and loaded later: one memory backend named `ram`,
-stable device ids, no configuration section and no description of the device state.
+stable device and node names, no configuration section and no description of the device state, a
+balloon for statistics only, a second monitor for freezing by a thread of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import contextlib
-import ctypes
-import functools
-import grp
 import json
-import mmap
+import logging
 import os
 import re
 import shutil
-import socket
-import struct
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from qemu.qmp import QMPClient, QMPError
 
 from sandmartin.agent import proc
-from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import Vm, VmRecord, VmSpec, VmStatus
-from sandmartin.errors import DiskFull, TimedOut, ToolFailed, Unavailable
+from sandmartin.agent.vmm.monitor import Monitor, listen
+from sandmartin.agent.vmm.tap import open_tap
+from sandmartin.agent.vmm.tsc import measure_tsc_khz
+from sandmartin.errors import DiskFull, SandmartinError, TimedOut, ToolFailed, Unavailable
 from sandmartin.model import Accel
+
+_log = logging.getLogger(__name__)
 
 BINARY = "qemu-system-x86_64"
 MACHINE = "microvm"
 #: The first is for events and calls, the second for freezing by a thread of its own.
 MONITORS = ("monitor", "freezer")
+LOG = "vmm.log"
+KVM_DEVICE = Path("/dev/kvm")
 
-_CALL_DEADLINE_S = 10.0
-_CONNECT_DEADLINE_S = 15.0
+_START_DEADLINE_S = 30.0
 _GONE_DEADLINE_S = 10.0
+_FOREVER_S = 3600.0
+#: A write that failed for want of space is tried again at once when the VM goes on.
+_RETRY_S = 0.3
 _CONSOLE_BYTES = 64 * 1024
 _LOG_LIMIT_BYTES = 256 * 1024
 _LOG_TAIL_BYTES = 600
 #: Translated code of one VM. QEMU's own default takes a share of the host's memory.
 _TRANSLATION_MB = 256
-_NOBODY = 65534
+_VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?(?: \(([^()\n]*)\))?")
+_OLDEST = (7, 2)
+
+
+@dataclass(frozen=True)
+class QemuVersion:
+    """A version of QEMU; `text` also has the distribution's own part."""
+
+    number: tuple[int, int, int]
+    text: str
+
+    @classmethod
+    def parse(cls, said: str) -> QemuVersion:
+        """From what `--version` prints. Raises ToolFailed."""
+        found = _VERSION.match(said)
+        if found is None:
+            raise ToolFailed(f"{BINARY} tells no version: {said[:100]!r}")
+        major, minor, micro, package = found.groups()
+        number = (int(major), int(minor), int(micro or 0))
+        text = ".".join(map(str, number))
+        return cls(number, f"{text} ({package})" if package else text)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The QEMU of this host."""
+
+    binary: Path
+    version: QemuVersion
+    accels: frozenset[Accel]
+
+    @classmethod
+    async def find(cls, binary: Path | None = None) -> Installation:
+        """The installed QEMU, or the one at `binary`. Raises ToolFailed when there is none fit."""
+        search = proc.clean_environment()["PATH"]
+        path = str(binary) if binary else shutil.which(BINARY, path=search)
+        if path is None:
+            raise ToolFailed(f"{BINARY} is not installed", hint="run `sandmartin setup`")
+        said = (await proc.run([path, "--version"], deadline_s=10)).stdout.decode(errors="replace")
+        version = QemuVersion.parse(said)
+        if version.number < _OLDEST:
+            raise ToolFailed(
+                f"QEMU {version.text} is too old", hint="use QEMU 7.2 (Debian 12) or later"
+            )
+        # Debian ships accelerators as modules of their own: only those that are there are listed.
+        listed = (await proc.run([path, "-accel", "help"], deadline_s=10)).stdout.decode().split()
+        return cls(Path(path), version, frozenset({Accel.KVM, Accel.TCG} & set(listed)))
+
+    def require(self, accel: Accel) -> None:
+        """Raises ToolFailed when this QEMU has no such accelerator."""
+        if accel not in self.accels:
+            raise ToolFailed(
+                f"{self.binary} has no {accel} accelerator",
+                hint="reinstall qemu-system-x86 and qemu-system-common",
+            )
+
+
+async def qemu_version() -> str:
+    """Version of the installed QEMU. Raises ToolFailed when there is none."""
+    return (await Installation.find()).version.text
 
 
 class QemuVm:
     """A VM that runs under QEMU."""
 
-    def __init__(self, record: VmRecord, client: QMPClient) -> None:
+    def __init__(self, record: VmRecord) -> None:
         self._record = record
-        self._client = client
+        self._monitor = Monitor(record.run_dir / MONITORS[0], self._on_event)
+        self._status: VmStatus | None = None
+        self._changes = 0
+        self._stopped = asyncio.Event()
 
     @property
     def record(self) -> VmRecord:
         return self._record
 
-    async def _call(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """One QMP call. Raises TimedOut, ToolFailed when QEMU refuses, Unavailable when it is gone."""
-        try:
-            async with asyncio.timeout(_CALL_DEADLINE_S):
-                return await self._client.execute(command, dict(arguments or {}))
-        except TimeoutError:
-            raise TimedOut(f"QEMU did not answer {command} in time") from None
-        except QMPError as error:
-            if not self._record.process.alive():
-                raise Unavailable("the VM has ended") from error
-            raise ToolFailed(f"QEMU refused {command}: {error}") from error
+    @property
+    def freezer(self) -> Path:
+        """Socket of the second monitor, for `monitor.connect`."""
+        return self._record.run_dir / MONITORS[1]
+
+    def _on_event(self, name: str) -> None:
+        # Every change of the run state comes with an event, so what was asked stays true until one.
+        self._status = None
+        self._changes += 1
+        if name == "STOP":
+            self._stopped.set()
+
+    async def connect(self, deadline_s: float) -> None:
+        """Make sure that QEMU answers. Raises Unavailable, TimedOut."""
+        await self._monitor.execute("query-status", deadline_s=deadline_s)
 
     async def status(self) -> VmStatus:
-        try:
-            answer = await self._call("query-status")
-        except Unavailable:
+        if not self._record.process.alive():
             return VmStatus.GONE
-        match answer.get("status"):
-            case "running":
-                return VmStatus.RUNNING
-            case "io-error":
-                return VmStatus.DISK_FULL
-        return VmStatus.STOPPED
+        if self._status is not None and self._monitor.connected:
+            return self._status
+        changes = self._changes
+        try:
+            now = _status(await self._monitor.execute("query-status"))
+        except Unavailable:
+            if not self._record.process.alive():
+                return VmStatus.GONE
+            raise
+        if changes == self._changes:
+            self._status = now
+        return now
 
     async def wait_gone(self) -> None:
-        while not await self._record.process.gone(3600.0):
+        while not await self._record.process.gone(_FOREVER_S):
             pass
 
     async def stop(self) -> None:
-        await self._call("stop")
+        await self._monitor.execute("stop")
 
     async def cont(self) -> None:
-        await self._call("cont")
+        full = await self.status() is VmStatus.DISK_FULL
+        self._stopped.clear()
+        await self._monitor.execute("cont")
+        if not full:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RETRY_S):
+                await self._stopped.wait()
         if await self.status() is VmStatus.DISK_FULL:
-            raise DiskFull("the host's disk still has no space for the VM")
+            raise DiskFull("the host's disk still has no space for what the VM wants to write")
 
     async def resize_disk(self, size_bytes: int) -> None:
-        await self._call("block_resize", {"node-name": "disk", "size": size_bytes})
+        await self._monitor.execute("block_resize", {"node-name": "disk", "size": size_bytes})
 
     async def read_console(self) -> bytes:
         arguments = {"device": "console", "size": _CONSOLE_BYTES, "format": "base64"}
-        return base64.b64decode(str(await self._call("ringbuf-read", arguments)))
+        answer = await self._monitor.execute("ringbuf-read", arguments)
+        try:
+            return base64.b64decode(answer if isinstance(answer, str) else "?", validate=True)
+        except binascii.Error as error:
+            raise ToolFailed("QEMU gave something else than the console's text") from error
 
     async def kill(self) -> None:
-        self._record.process.kill()
-        if not await self._record.process.gone(_GONE_DEADLINE_S):
-            raise TimedOut(f"QEMU process {self._record.process.pid} does not end")
+        process = self._record.process
+        process.kill()
+        if not await process.gone(_GONE_DEADLINE_S):
+            raise TimedOut(f"QEMU process {process.pid} does not end")
         await self.close()
+        _remove_sockets(self._record.run_dir)
 
     async def close(self) -> None:
-        with contextlib.suppress(QMPError, OSError, TimeoutError, EOFError):
-            async with asyncio.timeout(_CALL_DEADLINE_S):
-                await self._client.disconnect()
+        await self._monitor.close()
 
     def trim_log(self) -> None:
         """Keep what QEMU itself writes bounded: a guest can provoke warnings."""
-        log = self._record.run_dir / "vmm.log"
-        with contextlib.suppress(FileNotFoundError):
-            if log.stat().st_size > _LOG_LIMIT_BYTES:
-                os.truncate(log, 0)
+        trim_log(self._record.run_dir / LOG)
+
+
+def _status(answer: object) -> VmStatus:
+    match answer:
+        case {"status": "running"}:
+            return VmStatus.RUNNING
+        # With `werror=enospc` a VM stops for no other error than a full disk.
+        case {"status": "io-error"}:
+            return VmStatus.DISK_FULL
+        case {"status": str()}:
+            return VmStatus.STOPPED
+    raise ToolFailed("QEMU gave something else than its status")
+
+
+def trim_log(log: Path) -> None:
+    """Cut a log that grew over its limit down to its newer half."""
+    # QEMU writes with O_APPEND, so it goes on at the new end.
+    with contextlib.suppress(FileNotFoundError), log.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size <= _LOG_LIMIT_BYTES:
+            return
+        file.seek(size - _LOG_LIMIT_BYTES // 2)
+        kept = file.read(_LOG_LIMIT_BYTES // 2)
+        file.truncate(0)
+        file.seek(0)
+        file.write(kept)
+
+
+def _remove_sockets(run_dir: Path) -> None:
+    for name in MONITORS:
+        (run_dir / name).unlink(missing_ok=True)
 
 
 class Qemu:
-    """Runs VMs under QEMU."""
+    """Runs VMs under QEMU: the installed one, or the one at `binary`."""
+
+    def __init__(self, binary: Path | None = None) -> None:
+        self._binary = binary
+        self._installation: Installation | None = None
+        self._tsc_khz = 0
+
+    async def installation(self) -> Installation:
+        """What this host has, asked once. Raises ToolFailed."""
+        if self._installation is None:
+            self._installation = await Installation.find(self._binary)
+        return self._installation
+
+    async def tsc_khz(self) -> int:
+        """The rate of this host's time stamp counter, measured once. Raises ToolFailed."""
+        if not self._tsc_khz:
+            self._tsc_khz = await asyncio.to_thread(measure_tsc_khz)
+        return self._tsc_khz
 
     async def start(self, spec: VmSpec) -> Vm:
-        version = await qemu_version()
-        log = spec.run_dir / "vmm.log"
-        with contextlib.ExitStack() as listeners:
-            fds = [listeners.enter_context(_listen(spec.run_dir / name)) for name in MONITORS]
-            process = proc.spawn_detached(
-                [*_confined(spec), BINARY, *_arguments(spec, fds)], output=log, pass_fds=fds
+        installation = await self.installation()
+        installation.require(spec.accel)
+        khz = await self.tsc_khz() if spec.accel is Accel.TCG else 0
+        vm = QemuVm(
+            VmRecord(
+                process=await self._spawn(spec, installation, khz),
+                run_dir=spec.run_dir,
+                vmm_version=installation.version.text,
+                machine=MACHINE,
+                accel=spec.accel,
             )
-        record = VmRecord(
-            process=process,
-            run_dir=spec.run_dir,
-            vmm_version=version,
-            machine=MACHINE,
-            accel=spec.accel,
         )
         try:
-            for group in spec.cgroups:
-                (group / "cgroup.procs").write_text(str(process.pid))
-            return QemuVm(record, await _connect(record))
+            await vm.connect(_START_DEADLINE_S)
         except BaseException as error:
-            process.kill()
-            await asyncio.shield(process.gone(_GONE_DEADLINE_S))
-            if isinstance(error, OSError | Unavailable):
-                raise ToolFailed(f"QEMU did not start: {_tail(log) or error}") from error
+            # Shielded: a start that is given up leaves no process behind.
+            ended = not vm.record.process.alive()
+            await asyncio.shield(vm.kill())
+            if isinstance(error, Unavailable) or (ended and isinstance(error, SandmartinError)):
+                raise _start_failed(spec.run_dir / LOG, error) from error
+            raise
+        return vm
+
+    async def _spawn(
+        self, spec: VmSpec, installation: Installation, tsc_khz: int
+    ) -> proc.ProcessId:
+        try:
+            with contextlib.ExitStack() as ours:
+                sockets = [ours.enter_context(listen(spec.run_dir / name)) for name in MONITORS]
+                tap = None
+                if spec.tap is not None and spec.netns is not None:
+                    tap = await asyncio.to_thread(open_tap, spec.netns, spec.tap)
+                    ours.callback(os.close, tap)
+                fds = [listener.fileno() for listener in sockets]
+                return proc.spawn_detached(
+                    [
+                        *_confined(spec),
+                        installation.binary,
+                        *arguments(spec, fds, tap_fd=tap, tsc_khz=tsc_khz),
+                    ],
+                    output=spec.run_dir / LOG,
+                    pass_fds=[*fds, *([tap] if tap is not None else [])],
+                )
+        except OSError as error:
+            _remove_sockets(spec.run_dir)
+            raise ToolFailed(f"QEMU could not be started in {spec.run_dir}: {error}") from error
+        except SandmartinError:
+            _remove_sockets(spec.run_dir)
             raise
 
     async def adopt(self, record: VmRecord) -> Vm | None:
         if not record.process.alive():
+            _remove_sockets(record.run_dir)
             return None
+        vm = QemuVm(record)
         try:
-            return QemuVm(record, await _connect(record))
-        except Unavailable:
-            if record.process.alive():
-                raise
-            return None
+            await vm.connect(_START_DEADLINE_S)
+        except SandmartinError as error:
+            if not record.process.alive():
+                await vm.kill()
+                return None
+            # It is ours by pid and start time. One that does not answer must still be endable.
+            _log.warning("VM process %d does not answer: %s", record.process.pid, error)
+        return vm
 
 
-@contextlib.contextmanager
-def _listen(path: Path) -> Iterator[int]:
-    """A listening unix socket at `path`, which may be longer than a socket's address can hold."""
-    path.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
-        listener.listen(1)
-        yield listener.fileno()
-    finally:
-        listener.close()
-        os.close(directory)
-
-
-async def _connect(record: VmRecord) -> QMPClient:
-    """Connect to the first monitor. Raises Unavailable when nobody answers, TimedOut."""
-    client = QMPClient(f"vm-{record.process.pid}")
-    directory = os.open(record.run_dir, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        async with asyncio.timeout(_CONNECT_DEADLINE_S):
-            await client.connect(f"/proc/self/fd/{directory}/{MONITORS[0]}")
-    except TimeoutError:
-        raise TimedOut("QEMU's monitor did not answer in time") from None
-    except (QMPError, OSError) as error:
-        raise Unavailable(f"QEMU's monitor cannot be reached: {error}") from error
-    finally:
-        os.close(directory)
-    return client
-
-
-def _tail(log: Path) -> str:
+def _start_failed(log: Path, error: BaseException) -> ToolFailed:
+    said = ""
     with contextlib.suppress(FileNotFoundError):
-        return log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-    return ""
+        said = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+    return ToolFailed(
+        f"QEMU did not start: {said or error}",
+        hint="`sandmartin doctor` checks what a VM needs of this host",
+    )
+
+
+# The command.
+
+#: Enters the control groups before anything else, so that a VM that was started but not yet
+#: recorded can always be found by its group; each word then executes the next, in one process.
+_ENTER = (
+    'ulimit -c 0; while [ "$1" != -- ]; do echo 0 >"$1" || exit 1; shift; done; shift; exec "$@"'
+)
 
 
 def _confined(spec: VmSpec) -> list[str]:
-    """The words before QEMU's own: into the namespace, out of root. Each executes the next."""
-    enter = ["nsenter", f"--net={spec.netns}", "--"] if spec.netns else []
-    groups = ["--clear-groups"]
-    if spec.accel is Accel.KVM:
-        with contextlib.suppress(KeyError):
-            groups = [f"--groups={grp.getgrnam('kvm').gr_gid}"]
-    user = [f"--reuid={spec.uid}", f"--regid={spec.uid}", *groups]
-    rights = ["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
-    return [*enter, "setpriv", *user, *rights, "--"]
+    """The words before QEMU's own: into the groups and the namespace, out of root."""
+    groups = [str(group / "cgroup.procs") for group in spec.cgroups]
+    words = ["/bin/sh", "-c", _ENTER, "sandmartin-vm", *groups, "--"]
+    if spec.netns is not None:
+        words += ["nsenter", f"--net={spec.netns}", "--"]
+    words += ["setpriv", f"--reuid={spec.uid}", f"--regid={spec.uid}"]
+    kvm = kvm_group() if spec.accel is Accel.KVM else None
+    words += ["--clear-groups" if kvm is None else f"--groups={kvm}"]
+    return [*words, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]
 
 
-def _arguments(spec: VmSpec, monitor_fds: list[int]) -> list[str]:
+def kvm_group() -> int | None:
+    """The group a process without rights needs to open /dev/kvm; None when it needs none."""
+    try:
+        device = KVM_DEVICE.stat()
+    except OSError:
+        return None
+    if device.st_mode & stat.S_IROTH and device.st_mode & stat.S_IWOTH:
+        return None
+    return device.st_gid
+
+
+def arguments(
+    spec: VmSpec, monitor_fds: Sequence[int], *, tap_fd: int | None, tsc_khz: int
+) -> list[str]:
+    """QEMU's own words for a VM that boots from its kernel."""
     words = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    words += ["-name", str(spec.run_dir).replace(",", ",,")]
     words += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
-    words += ["-machine", f"{MACHINE},memory-backend=ram,suppress-vmdesc=on"]
+    words += ["-machine", f"{MACHINE},memory-backend=ram,suppress-vmdesc=on,dump-guest-core=off"]
     words += ["-global", "migration.send-configuration=off"]
-    words += ["-object", f"memory-backend-ram,id=ram,size={spec.memory_mb}M"]
+    # The transport's default is the draft of virtio, without what came with 1.0.
+    words += ["-global", "virtio-mmio.force-legacy=off"]
+    words += ["-object", _json(qom_type="memory-backend-ram", id="ram", size=spec.memory_mb << 20)]
     words += ["-m", f"{spec.memory_mb}M", "-smp", str(spec.vcpus)]
     words += _accelerator(spec.accel)
     for name, fd in zip(MONITORS, monitor_fds, strict=True):
         words += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off"]
         words += ["-mon", f"chardev={name},mode=control"]
     words += ["-chardev", f"ringbuf,id=console,size={_CONSOLE_BYTES}", "-serial", "chardev:console"]
-    words += ["-object", "rng-random,id=entropy,filename=/dev/urandom"]
-    words += ["-device", "virtio-rng-device,id=rng,rng=entropy,max-bytes=65536,period=1000"]
-    # For statistics only: a page given back would fall back to what a snapshot's base holds.
-    words += ["-device", "virtio-balloon-device,id=balloon"]
-    if spec.disk is not None:
-        words += _disk(spec.disk)
-    if spec.tap is not None:
-        words += ["-netdev", f"tap,id=net0,ifname={spec.tap},script=no,downscript=no,vhost=off"]
-        words += ["-device", f"virtio-net-device,id=net,netdev=net0,mac={spec.mac}"]
+    words += _devices(spec, tap_fd)
     words += ["-kernel", os.fspath(spec.kernel), "-initrd", os.fspath(spec.initramfs)]
-    return [*words, "-append", _command_line(spec)]
+    return [*words, "-append", _command_line(spec, tsc_khz)]
+
+
+def _json(**members: object) -> str:
+    # As JSON no name or path can be read as an option of its own.
+    return json.dumps({name.replace("_", "-"): value for name, value in members.items()})
 
 
 def _accelerator(accel: Accel) -> list[str]:
@@ -245,82 +401,38 @@ def _accelerator(accel: Accel) -> list[str]:
     return ["-accel", f"tcg,thread=multi,tb-size={_TRANSLATION_MB}", "-cpu", "max"]
 
 
+def _devices(spec: VmSpec, tap_fd: int | None) -> list[str]:
+    words = ["-object", _json(qom_type="rng-random", id="entropy", filename="/dev/urandom")]
+    words += _device("virtio-rng", "rng", rng="entropy", max_bytes=65536, period=1000)
+    # For statistics only: a page given back would fall back to what a snapshot's base holds.
+    words += _device("virtio-balloon", "balloon", deflate_on_oom=False, free_page_reporting=False)
+    if spec.disk is not None:
+        words += _disk(spec.disk)
+        # A full disk stops the VM; what it wanted to write is tried again when it goes on.
+        words += _device("virtio-blk", "root", drive="disk", werror="enospc", rerror="report")
+    if tap_fd is not None:
+        words += ["-netdev", f"tap,id=net0,fd={tap_fd},vhost=off"]
+        words += _device("virtio-net", "net", netdev="net0", mac=spec.mac)
+    return words
+
+
+def _device(driver: str, device_id: str, **members: object) -> list[str]:
+    return ["-device", _json(driver=f"{driver}-device", id=device_id, **members)]
+
+
 def _disk(layer: Path) -> list[str]:
     # The layer is synced by the agent where state must survive, never by the guest's flushes.
     cache = {"direct": False, "no-flush": True}
-    file = {
-        "driver": "file",
-        "node-name": "layer",
-        "filename": os.fspath(layer),
-        "discard": "unmap",
-        "cache": cache,
-    }
-    disk = {
-        "driver": "qcow2",
-        "node-name": "disk",
-        "file": "layer",
-        "discard": "unmap",
-        "detect-zeroes": "unmap",
-        "cache": cache,
-    }
-    words = ["-blockdev", json.dumps(file), "-blockdev", json.dumps(disk)]
-    # A full disk stops the VM; what it wanted to write is tried again when it goes on.
-    device = "virtio-blk-device,id=root,drive=disk,werror=enospc,rerror=report"
-    return [*words, "-device", device]
+    common = {"discard": "unmap", "cache": cache}
+    file = _json(driver="file", node_name="layer", filename=os.fspath(layer), **common)
+    disk = _json(driver="qcow2", node_name="disk", file="layer", detect_zeroes="unmap", **common)
+    return ["-blockdev", file, "-blockdev", disk]
 
 
-def _command_line(spec: VmSpec) -> str:
+def _command_line(spec: VmSpec, tsc_khz: int) -> str:
     words = ["console=ttyS0", "quiet", "loglevel=3", "reboot=t", "panic=-1", "random.trust_cpu=on"]
-    if spec.accel is Accel.TCG and (khz := tsc_khz()):
-        # Without a second timer as reference the calibration fails now and then, and for good.
-        words += [f"tsc_early_khz={khz}", "tsc=reliable", "no_timer_check"]
-    return " ".join([*words, spec.command_line])
-
-
-_VERSION = re.compile(r"version (\d+\.\d+(?:\.\d+)?)")
-_version: dict[str, str] = {}
-
-
-async def qemu_version() -> str:
-    """Version of the installed QEMU. Raises ToolFailed when there is none."""
-    binary = shutil.which(BINARY, path=proc.clean_environment()["PATH"])
-    if binary is None:
-        raise ToolFailed(f"{BINARY} is not installed", hint="run `sandmartin setup`")
-    if binary not in _version:
-        said = (await proc.run([binary, "--version"], deadline_s=10)).stdout.decode()
-        found = _VERSION.search(said)
-        if found is None:
-            raise ToolFailed(f"{BINARY} tells no version: {said[:100]!r}")
-        _version[binary] = found.group(1)
-    return _version[binary]
-
-
-_PERF_EVENT_OPEN = 298
-_PERF_TYPE_SOFTWARE = 1
-_CAP_USER_TIME = 1 << 3
-
-
-@functools.cache
-def tsc_khz() -> int:
-    """Rate of the host's time stamp counter in kHz, 0 when the kernel does not tell.
-
-    The kernel publishes how it turns counts into nanoseconds in the first page of any perf event
-    (perf_event_open(2), time_mult and time_shift).
-    """
-    # struct perf_event_attr, version 0: type, size, config; `disabled` is the first flag bit.
-    attributes = struct.pack("IIQQQQQ", _PERF_TYPE_SOFTWARE, 64, 0, 0, 0, 0, 1).ljust(64, b"\0")
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(_PERF_EVENT_OPEN, attributes, 0, -1, -1, 0)
-    if fd < 0:
-        return 0
-    try:
-        with mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ) as page:
-            (capabilities,) = struct.unpack_from("Q", page, 40)
-            shift, mult = struct.unpack_from("HI", page, 50)[0], struct.unpack_from("I", page, 52)[0]
-    except OSError:
-        return 0
-    finally:
-        os.close(fd)
-    if not capabilities & _CAP_USER_TIME or not mult:
-        return 0
-    return round(1_000_000 * 2**shift / mult)
+    if spec.accel is Accel.TCG:
+        # Without a second timer as reference the calibration fails now and then, and for good;
+        # a clock source once called unstable would be frozen into every snapshot.
+        words += [f"tsc_early_khz={tsc_khz}", "tsc=reliable", "no_timer_check"]
+    return " ".join([*words, spec.command_line]).strip()

@@ -1,0 +1,61 @@
+"""Ids, states and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sandmartin.errors import BY_CODE, Conflict, Invalid, SandmartinError, from_code
+from sandmartin.model import (
+    TRANSITIONS,
+    SandboxSpec,
+    Settings,
+    State,
+    check_name,
+    check_transition,
+    new_sandbox_id,
+)
+
+
+def test_sandbox_ids_fit_into_a_host_name() -> None:
+    assert len({check_name(new_sandbox_id(), "id") for _ in range(100)}) == 100
+    assert "-" not in new_sandbox_id()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", "-a", "a\0", "a" * 65])
+def test_names_that_must_not_reach_a_path(name: str) -> None:
+    with pytest.raises(Invalid):
+        check_name(name, "name")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"vcpus": 0}, {"vcpus": -1}, {"memory_mb": 0}, {"memory_mb": -5}, {"timeout_s": -1}]
+)
+def test_impossible_shapes_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(Invalid):
+        SandboxSpec(sandbox_id="sb1", template="base", **wrong)
+
+
+def test_every_state_has_its_transitions() -> None:
+    assert set(TRANSITIONS) == set(State)
+    assert not TRANSITIONS[State.STOPPED]
+    with pytest.raises(Conflict):
+        check_transition(State.STOPPED, State.RUNNING, "sandbox")
+
+
+def test_an_error_is_rebuilt_from_its_code() -> None:
+    for code, kind in BY_CODE.items():
+        assert type(from_code(code, "sentence")) is kind
+    assert type(from_code("unheard of", "sentence")) is SandmartinError
+
+
+def test_settings_prefer_flags_to_environment_to_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("slot_pool_size = 1\ndisk_floor_mb = 2\nboot_timeout_s = 3.5\n")
+    environ = {"SANDMARTIN_SLOT_POOL_SIZE": "5", "SANDMARTIN_DISK_FLOOR_MB": "6"}
+    settings = Settings.load({"slot_pool_size": 7, "data_dir": None}, environ, file)
+    assert (settings.slot_pool_size, settings.disk_floor_mb) == (7, 6)
+    assert settings.boot_timeout_s == 3.5
+    with pytest.raises(Invalid):
+        Settings.load({}, {"SANDMARTIN_SLOT_POOL_SIZE": "many"})
