@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import stat
-import subprocess
 from pathlib import Path
 
 from sandmartin.agent.assets import Member, archive, module_order
 
 
-def test_archive_is_read_by_tar(tmp_path: Path) -> None:
+def test_archive_is_padded_and_repeatable() -> None:
     members = [
         Member("modules", stat.S_IFDIR | 0o755),
         Member("modules/order", stat.S_IFREG | 0o644, b"virtio.ko\n"),
