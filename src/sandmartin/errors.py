@@ -2,12 +2,12 @@
 
     SandmartinError            internal
     ├── Invalid                invalid             the request can never work as it is
-    ├── Unauthenticated        unauthenticated     nobody we know (also: an unknown user in the guest)
+    ├── Unauthenticated        unauthenticated     nobody we know
     ├── Denied                 denied              known, but not allowed
     ├── NotFound               not_found
     ├── Conflict               conflict            the thing is not in a state that allows it
     │   └── AlreadyExists      already_exists
-    ├── NotStarted             command_not_started the command could not be started at all
+    ├── NotStarted             command_not_started the command could not be started
     ├── Exhausted              exhausted           the host or a quota has too little left
     │   └── DiskFull           disk_full           no space for the data in the sandbox or on the host
     ├── Unavailable            unavailable         try again later, or elsewhere

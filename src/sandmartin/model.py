@@ -12,7 +12,7 @@ import secrets
 import string
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -46,7 +46,7 @@ def check_name(name: str, what: str) -> str:
     if not _NAME.fullmatch(name):
         raise Invalid(
             f"{what} {name[:80]!r} is not valid",
-            hint="use 1 to 64 of a-z, 0-9, dot, dash and underscore, beginning with a letter or digit",
+            hint="use 1 to 64 of a-z, 0-9, dot, dash, underscore; begin with a letter or digit",
         )
     return name
 
@@ -144,9 +144,9 @@ class Settings:
     run_dir: Path = Path("/run/sandmartin")
     accel: Accel = Accel.AUTO
     #: Host-reachable addresses of the sandboxes, one each.
-    address_range: IPv4Network = IPv4Network("10.11.0.0/16")
+    address_range: IPv4Network = field(default_factory=lambda: IPv4Network("10.11.0.0/16"))
     #: veth pairs between the host and the slots, a /31 each.
-    link_range: IPv4Network = IPv4Network("10.12.0.0/15")
+    link_range: IPv4Network = field(default_factory=lambda: IPv4Network("10.12.0.0/15"))
     #: User ids of the VMs: this plus the slot's number.
     uid_base: int = 2_000_000
     #: Network places made ahead.
@@ -178,7 +178,7 @@ class Settings:
         Raises Invalid for a name the file does not know or a value that does not parse.
         """
         environ = os.environ if environ is None else environ
-        known = {field.name: str(field.type) for field in fields(cls)}
+        known = {each.name: str(each.type) for each in fields(cls)}
         raw: dict[str, Any] = {}
         if file is not None:
             raw |= _read_settings_file(file, known)
