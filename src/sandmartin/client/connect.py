@@ -215,10 +215,9 @@ class ConnectChannel:
                 answer = _parse_or_none(await _read_whole(response))
                 raise error_from_body(answer, response.status_code)
             reader = FrameReader()
-            async with aclosing(response.aiter_raw()) as pieces:
-                async for piece in pieces:
-                    for message in reader.feed(piece):
-                        yield message
+            async for piece in response.aiter_raw():
+                for message in reader.feed(piece):
+                    yield message
         if not reader.ended:
             raise Unavailable(_LOST)
 
@@ -249,11 +248,10 @@ class ConnectChannel:
 
 async def _read_whole(response: httpx.Response) -> bytes:
     answer = bytearray()
-    async with aclosing(response.aiter_raw()) as pieces:
-        async for piece in pieces:
-            answer += piece
-            if len(answer) > MAX_FRAME_BYTES:
-                raise _malformed(f"it is longer than {MAX_FRAME_BYTES} bytes")
+    async for piece in response.aiter_raw():
+        answer += piece
+        if len(answer) > MAX_FRAME_BYTES:
+            raise _malformed(f"it is longer than {MAX_FRAME_BYTES} bytes")
     return bytes(answer)
 
 

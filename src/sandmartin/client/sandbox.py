@@ -114,17 +114,25 @@ async def temporary_sandbox(
     body itself is never hidden by it.
     """
     sandbox = AsyncSandbox(transport, new.sandbox_id)
+    owned = True
     try:
-        await transport.create(new)
-        yield sandbox
-    except AlreadyExists:
-        # It is somebody else's.
-        raise
-    except BaseException as error:
         try:
-            await sandbox.destroy()
-        except SandmartinError as second:
-            error.add_note(f"{new.sandbox_id} may still run: {second}")
+            await transport.create(new)
+        except AlreadyExists:
+            # It is somebody else's.
+            owned = False
+            raise
+        yield sandbox
+    except BaseException as error:
+        if owned:
+            await _destroy_after(error, sandbox)
         raise
     else:
         await sandbox.destroy()
+
+
+async def _destroy_after(error: BaseException, sandbox: AsyncSandbox) -> None:
+    try:
+        await sandbox.destroy()
+    except SandmartinError as second:
+        error.add_note(f"sandbox {sandbox.sandbox_id} may still run: {second}")

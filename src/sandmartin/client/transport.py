@@ -161,9 +161,7 @@ class Transport(Protocol):
     ) -> None:
         """Write a file of any size. Raises NotFound, DiskFull."""
 
-    def read_file(
-        self, sandbox_id: str, path: str, user: str = ""
-    ) -> AsyncGenerator[bytes, None]:
+    def read_file(self, sandbox_id: str, path: str, user: str = "") -> AsyncGenerator[bytes, None]:
         """Read a file of any size, chunk by chunk. Raises NotFound."""
 
     async def aclose(self) -> None:

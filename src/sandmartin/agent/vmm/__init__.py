@@ -38,6 +38,8 @@ class VmSpec:
     accel: Accel
     #: Directories of cgroups to put the process in, before it runs.
     cgroups: tuple[Path, ...] = ()
+    #: A guest that ends leaves a stopped VM with its console, instead of none.
+    stay_at_end: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,11 @@ class VmStatus(StrEnum):
 
 
 class Vm(Protocol):
-    """One virtual machine. Every call has a deadline; a monitor that does not answer is TimedOut."""
+    """One virtual machine.
+
+    Every call has a deadline; a monitor that does not answer is TimedOut, one that cannot be
+    reached is Unavailable, and one that refuses is ToolFailed.
+    """
 
     @property
     def record(self) -> VmRecord: ...

@@ -2,88 +2,177 @@
 
 /dev/kvm may exist, open and answer, and yet no guest ever gets on (nested hosts): so the real
 kernel is booted under KVM, with a deadline, and the answer is remembered until the host boots
-anew or kernel or QEMU change.
+anew, or kernel, initramfs, QEMU or the device's rights change.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import logging
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sandmartin.agent.journal import write_whole
-from sandmartin.agent.vmm import VmSpec
-from sandmartin.agent.vmm.qemu import Qemu, qemu_version
+from sandmartin.agent.vmm import VmSpec, VmStatus
+from sandmartin.agent.vmm.qemu import KVM_DEVICE, Qemu, kvm_mode_fits
 from sandmartin.errors import SandmartinError, Unavailable
 from sandmartin.model import Accel
 
-_DEVICE = Path("/dev/kvm")
-_PROBE_DEADLINE_S = 6.0
-_PROBE_MEMORY_MB = 128
+_log = logging.getLogger(__name__)
+
+_CACHE = "kvm-probe.json"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SIGN = b"sandmartin-probe-ok"
-_NOBODY = 65534
+_DEADLINE_S = 6.0
+_POLL_S = 0.05
+_MEMORY_MB = 128
+_CONSOLE_TAIL = 200
 
 
 @dataclass(frozen=True)
 class AccelChoice:
-    """The accelerator in use and, in a sentence, why."""
+    """The accelerator in use and, in a sentence, why; `hint` says how to get a faster one."""
 
     accel: Accel
     reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether KVM serves on this host, and why not."""
+
+    works: bool
+    reason: str
+    hint: str = ""
 
 
 async def choose_accel(
-    wanted: Accel, kernel: Path, initramfs: Path, cache: Path, *, fresh: bool = False
+    wanted: Accel,
+    kernel: Path,
+    initramfs: Path,
+    cache_dir: Path,
+    *,
+    fresh: bool = False,
+    qemu: Qemu | None = None,
 ) -> AccelChoice:
-    """The accelerator to use. Raises Unavailable when KVM is demanded and does not work."""
+    """The accelerator to use; `fresh` probes anew instead of believing what is remembered.
+
+    Raises Unavailable when KVM is demanded and does not work, ToolFailed when QEMU is missing or
+    has no such accelerator.
+    """
+    qemu = qemu or Qemu()
+    installation = await qemu.installation()
     if wanted is Accel.TCG:
+        installation.require(Accel.TCG)
         return AccelChoice(Accel.TCG, "chosen by setting")
-    works, reason = await _kvm_works(kernel, initramfs, cache, fresh=fresh)
-    if works:
-        return AccelChoice(Accel.KVM, reason)
+    verdict = await _kvm_verdict(qemu, kernel, initramfs, cache_dir / _CACHE, fresh=fresh)
+    if verdict.works:
+        return AccelChoice(Accel.KVM, verdict.reason)
     if wanted is Accel.KVM:
         raise Unavailable(
-            f"KVM does not work on this host: {reason}",
-            hint="use --accel auto to fall back to QEMU's emulation",
+            f"KVM does not work on this host: {verdict.reason}",
+            hint=verdict.hint or "set the accelerator to auto or tcg to run on QEMU's emulation",
         )
-    return AccelChoice(Accel.TCG, reason)
+    installation.require(Accel.TCG)
+    return AccelChoice(Accel.TCG, verdict.reason, verdict.hint)
 
 
-async def _kvm_works(
-    kernel: Path, initramfs: Path, cache: Path, *, fresh: bool
-) -> tuple[bool, str]:
-    if not _DEVICE.exists():
-        return False, f"{_DEVICE} does not exist"
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    key = f"{boot_id} {kernel.resolve()} {initramfs.resolve()} {await qemu_version()}"
-    file = cache / "kvm-probe.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads(file.read_bytes())
-        if not fresh and kept["key"] == key:
-            return bool(kept["works"]), str(kept["reason"])
-    works, reason = await probe_kvm(kernel, initramfs)
-    with contextlib.suppress(OSError):
-        content = json.dumps({"key": key, "works": works, "reason": reason})
-        write_whole(file, content.encode(), mode=0o644)
-    return works, reason
+async def _kvm_verdict(
+    qemu: Qemu, kernel: Path, initramfs: Path, cache: Path, *, fresh: bool
+) -> Verdict:
+    installation = await qemu.installation()
+    if Accel.KVM not in installation.accels:
+        return Verdict(False, f"{installation.binary} is built without KVM")
+    key = await asyncio.to_thread(_key, installation.version.text, kernel, initramfs)
+    if not fresh and (kept := await asyncio.to_thread(_remembered, cache, key)):
+        return kept
+    verdict = await probe_kvm(qemu, kernel, initramfs)
+    await asyncio.to_thread(_remember, cache, key, verdict)
+    return verdict
 
 
-async def probe_kvm(kernel: Path, initramfs: Path) -> tuple[bool, str]:
-    """Boot the kernel under KVM and wait for its user space to speak."""
+def _key(version: str, kernel: Path, initramfs: Path) -> list[str]:
+    """All that the answer depends on."""
+    key = [_BOOT_ID.read_text().strip(), version]
+    for path in (KVM_DEVICE, kernel, initramfs):
+        try:
+            found = path.stat()
+        except OSError:
+            key.append(f"{path} missing")
+            continue
+        if path == KVM_DEVICE:
+            key.append(f"{path} {found.st_mode:o} {found.st_uid} {found.st_gid}")
+        else:
+            key.append(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}")
+    return key
+
+
+def _remembered(cache: Path, key: list[str]) -> Verdict | None:
     try:
-        os.close(os.open(_DEVICE, os.O_RDWR))
+        kept = json.loads(cache.read_bytes())
+        if kept["key"] != key:
+            return None
+        verdict = kept["verdict"]
+        return Verdict(bool(verdict["works"]), str(verdict["reason"]), str(verdict["hint"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(cache: Path, key: list[str], verdict: Verdict) -> None:
+    content = json.dumps({"key": key, "verdict": asdict(verdict)}, indent=1)
+    try:
+        write_whole(cache, content.encode(), mode=0o644)
     except OSError as error:
-        return False, f"{_DEVICE} cannot be opened: {error.strerror}"
+        _log.warning("the probe of KVM cannot be remembered in %s: %s", cache, error)
+
+
+async def probe_kvm(qemu: Qemu, kernel: Path, initramfs: Path) -> Verdict:
+    """Boot the kernel under KVM and wait for its user space to speak."""
+    if refusal := await asyncio.to_thread(_refusal):
+        return refusal
+    failure = await probe_boot(qemu, kernel, initramfs, Accel.KVM, _DEADLINE_S)
+    if failure:
+        return Verdict(False, f"{KVM_DEVICE} opens, but {failure}")
+    if not kvm_mode_fits():
+        return Verdict(
+            False,
+            f"{KVM_DEVICE} works, but for root alone, and VMs run as users of their own",
+            f"let a group use it: `chgrp kvm {KVM_DEVICE} && chmod 660 {KVM_DEVICE}`",
+        )
+    return Verdict(True, "a guest booted under KVM")
+
+
+def _refusal() -> Verdict | None:
+    """Why there is no need to boot anything, if so."""
+    try:
+        os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return Verdict(
+            False,
+            f"{KVM_DEVICE} does not exist",
+            "load the module kvm_intel or kvm_amd, and switch virtualisation on in the firmware"
+            " or, in a VM, nested virtualisation on its host",
+        )
+    except OSError as error:
+        hint = "" if os.geteuid() == 0 else "run the agent as root"
+        return Verdict(False, f"{KVM_DEVICE} cannot be opened: {error.strerror}", hint)
+    return None
+
+
+async def probe_boot(
+    qemu: Qemu, kernel: Path, initramfs: Path, accel: Accel, deadline_s: float
+) -> str:
+    """Boot the kernel until its user space speaks; why it did not, or nothing when it did."""
     with tempfile.TemporaryDirectory(prefix="sandmartin-probe-") as directory:
         spec = VmSpec(
             run_dir=Path(directory),
             vcpus=1,
-            memory_mb=_PROBE_MEMORY_MB,
+            memory_mb=_MEMORY_MB,
             kernel=kernel,
             initramfs=initramfs,
             command_line="sandmartin.probe=1",
@@ -91,27 +180,33 @@ async def probe_kvm(kernel: Path, initramfs: Path) -> tuple[bool, str]:
             netns=None,
             tap=None,
             mac=None,
-            uid=_NOBODY,
-            accel=Accel.KVM,
+            # Root without its rights, for what it boots is our own: whether the device serves
+            # and whether a VM's user may open it are two answers.
+            uid=0,
+            accel=accel,
+            stay_at_end=True,
         )
         try:
-            return await _watch_probe(spec)
+            return await _watch(qemu, spec, deadline_s)
         except SandmartinError as error:
-            return False, f"QEMU cannot use {_DEVICE}: {error.message}"
+            return f"QEMU cannot use it: {error.message}"
 
 
-async def _watch_probe(spec: VmSpec) -> tuple[bool, str]:
-    vm = await Qemu().start(spec)
-    console, until = b"", time.monotonic() + _PROBE_DEADLINE_S
+async def _watch(qemu: Qemu, spec: VmSpec, deadline_s: float) -> str:
+    until = time.monotonic() + deadline_s
+    vm = await qemu.start(spec)
+    console = b""
     try:
         while time.monotonic() < until:
-            with contextlib.suppress(Unavailable):
-                console += await vm.read_console()
+            # Asked first: what a guest said before it ended is then in the console.
+            ended = await vm.status() is not VmStatus.RUNNING
+            console += await vm.read_console()
             if _SIGN in console:
-                return True, "a guest booted under KVM"
-            if not vm.record.process.alive():
-                return False, f"the guest ended under KVM without a word: {console[-200:]!r}"
-            await asyncio.sleep(0.05)
+                return ""
+            if ended:
+                said = console[-_CONSOLE_TAIL:].decode(errors="replace").strip()
+                return f"the guest ended early: {said or 'without a word'}"
+            await asyncio.sleep(_POLL_S)
     finally:
         await vm.kill()
-    return False, f"{_DEVICE} opens, but a guest did not boot within {_PROBE_DEADLINE_S:g} s"
+    return f"a guest hangs: it did not boot within {deadline_s:g} s"

@@ -52,7 +52,10 @@ def listen(path: Path) -> socket.socket:
 
 
 def connect(path: Path, deadline_s: float = DEADLINE_S) -> socket.socket:
-    """A blocking connection to the monitor at `path`. Raises Unavailable."""
+    """A connection to the monitor at `path`; with a deadline of 0 it never blocks.
+
+    Raises Unavailable.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(deadline_s)
@@ -121,8 +124,7 @@ class Monitor:
             # The default listener keeps every event for ever and cannot be removed: its filter
             # is where we look at them, and it lets none in.
             client.events.event_filter = self._seen
-            self._socket = connect(self._path)
-            self._socket.setblocking(False)
+            self._socket = connect(self._path, deadline_s=0)
             try:
                 await client.connect(self._socket)
             except BaseException:

@@ -21,14 +21,13 @@ import logging
 import os
 import re
 import shutil
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandmartin.agent import proc
 from sandmartin.agent.vmm import Vm, VmRecord, VmSpec, VmStatus
-from sandmartin.agent.vmm.monitor import Monitor, listen
+from sandmartin.agent.vmm.monitor import DEADLINE_S, Monitor, listen
 from sandmartin.agent.vmm.tap import open_tap
 from sandmartin.agent.vmm.tsc import measure_tsc_khz
 from sandmartin.errors import DiskFull, SandmartinError, TimedOut, ToolFailed, Unavailable
@@ -164,6 +163,7 @@ class QemuVm:
     async def wait_gone(self) -> None:
         while not await self._record.process.gone(_FOREVER_S):
             pass
+        proc.reap(self._record.process.pid)
 
     async def stop(self) -> None:
         await self._monitor.execute("stop")
@@ -196,6 +196,7 @@ class QemuVm:
         process.kill()
         if not await process.gone(_GONE_DEADLINE_S):
             raise TimedOut(f"QEMU process {process.pid} does not end")
+        proc.reap(process.pid)
         await self.close()
         _remove_sockets(self._record.run_dir)
 
@@ -262,52 +263,29 @@ class Qemu:
         installation = await self.installation()
         installation.require(spec.accel)
         khz = await self.tsc_khz() if spec.accel is Accel.TCG else 0
-        vm = QemuVm(
-            VmRecord(
-                process=await self._spawn(spec, installation, khz),
-                run_dir=spec.run_dir,
-                vmm_version=installation.version.text,
-                machine=MACHINE,
-                accel=spec.accel,
+        log = _Log(spec.run_dir / LOG)
+        try:
+            vm = QemuVm(
+                VmRecord(
+                    process=await _spawn(spec, installation.binary, khz),
+                    run_dir=spec.run_dir,
+                    vmm_version=installation.version.text,
+                    machine=MACHINE,
+                    accel=spec.accel,
+                )
             )
-        )
+        except (OSError, ToolFailed) as error:
+            _remove_sockets(spec.run_dir)
+            raise log.failure(error) from error
         try:
             await vm.connect(_START_DEADLINE_S)
         except BaseException as error:
             # Shielded: a start that is given up leaves no process behind.
-            ended = not vm.record.process.alive()
             await asyncio.shield(vm.kill())
-            if isinstance(error, Unavailable) or (ended and isinstance(error, SandmartinError)):
-                raise _start_failed(spec.run_dir / LOG, error) from error
+            if isinstance(error, Unavailable):
+                raise log.failure(error) from error
             raise
         return vm
-
-    async def _spawn(
-        self, spec: VmSpec, installation: Installation, tsc_khz: int
-    ) -> proc.ProcessId:
-        try:
-            with contextlib.ExitStack() as ours:
-                sockets = [ours.enter_context(listen(spec.run_dir / name)) for name in MONITORS]
-                tap = None
-                if spec.tap is not None and spec.netns is not None:
-                    tap = await asyncio.to_thread(open_tap, spec.netns, spec.tap)
-                    ours.callback(os.close, tap)
-                fds = [listener.fileno() for listener in sockets]
-                return proc.spawn_detached(
-                    [
-                        *_confined(spec),
-                        installation.binary,
-                        *arguments(spec, fds, tap_fd=tap, tsc_khz=tsc_khz),
-                    ],
-                    output=spec.run_dir / LOG,
-                    pass_fds=[*fds, *([tap] if tap is not None else [])],
-                )
-        except OSError as error:
-            _remove_sockets(spec.run_dir)
-            raise ToolFailed(f"QEMU could not be started in {spec.run_dir}: {error}") from error
-        except SandmartinError:
-            _remove_sockets(spec.run_dir)
-            raise
 
     async def adopt(self, record: VmRecord) -> Vm | None:
         if not record.process.alive():
@@ -315,7 +293,7 @@ class Qemu:
             return None
         vm = QemuVm(record)
         try:
-            await vm.connect(_START_DEADLINE_S)
+            await vm.connect(DEADLINE_S)
         except SandmartinError as error:
             if not record.process.alive():
                 await vm.kill()
@@ -325,14 +303,50 @@ class Qemu:
         return vm
 
 
-def _start_failed(log: Path, error: BaseException) -> ToolFailed:
-    said = ""
-    with contextlib.suppress(FileNotFoundError):
-        said = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-    return ToolFailed(
-        f"QEMU did not start: {said or error}",
-        hint="`sandmartin doctor` checks what a VM needs of this host",
-    )
+class _Log:
+    """What QEMU says from now on; earlier runs may have written to the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begin = path.stat().st_size if path.exists() else 0
+
+    def failure(self, error: Exception) -> ToolFailed:
+        said = b""
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self._begin, end - _LOG_TAIL_BYTES))
+            said = file.read(_LOG_TAIL_BYTES)
+        text = " ".join(said.decode(errors="replace").split())
+        return ToolFailed(
+            f"QEMU did not start: {text or error}",
+            hint="`sandmartin doctor` checks what a VM needs of this host",
+        )
+
+
+async def _spawn(spec: VmSpec, binary: Path, tsc_khz: int) -> proc.ProcessId:
+    """Start QEMU with the descriptors it is to have. Raises ToolFailed, OSError."""
+    with contextlib.ExitStack() as ours:
+        tap = None
+        if spec.tap is not None and spec.netns is not None:
+            tap = await _opened(spec.netns, spec.tap)
+            ours.callback(os.close, tap)
+        sockets = [ours.enter_context(listen(spec.run_dir / name)) for name in MONITORS]
+        fds = [listener.fileno() for listener in sockets]
+        qemu = [binary, *arguments(spec, fds, tap_fd=tap, tsc_khz=tsc_khz)]
+        passed = fds if tap is None else [*fds, tap]
+        return proc.spawn_detached(
+            [*_confined(spec), *qemu], output=spec.run_dir / LOG, pass_fds=passed
+        )
+
+
+async def _opened(netns: Path, tap: str) -> int:
+    opening = asyncio.ensure_future(asyncio.to_thread(open_tap, netns, tap))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        # The thread goes on, and a tap that stays open could not be attached again.
+        opening.add_done_callback(lambda done: done.exception() or os.close(done.result()))
+        raise
 
 
 # The command.
@@ -357,14 +371,21 @@ def _confined(spec: VmSpec) -> list[str]:
 
 
 def kvm_group() -> int | None:
-    """The group a process without rights needs to open /dev/kvm; None when it needs none."""
+    """The group with which a VM's user may open /dev/kvm; None when it needs none."""
     try:
         device = KVM_DEVICE.stat()
     except OSError:
         return None
-    if device.st_mode & stat.S_IROTH and device.st_mode & stat.S_IWOTH:
-        return None
-    return device.st_gid
+    return None if device.st_mode & 0o006 == 0o006 else device.st_gid
+
+
+def kvm_mode_fits() -> bool:
+    """Whether a VM's user, given the device's group, may open /dev/kvm."""
+    try:
+        mode = KVM_DEVICE.stat().st_mode
+    except OSError:
+        return False
+    return mode & 0o006 == 0o006 or mode & 0o060 == 0o060
 
 
 def arguments(
@@ -372,6 +393,8 @@ def arguments(
 ) -> list[str]:
     """QEMU's own words for a VM that boots from its kernel."""
     words = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    if spec.stay_at_end:
+        words += ["-action", "shutdown=pause"]
     words += ["-name", str(spec.run_dir).replace(",", ",,")]
     words += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     words += ["-machine", f"{MACHINE},memory-backend=ram,suppress-vmdesc=on,dump-guest-core=off"]

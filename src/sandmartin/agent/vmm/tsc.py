@@ -30,9 +30,7 @@ def measure_tsc_khz() -> int:
     if platform.machine() != "x86_64":
         raise ToolFailed(f"this host is {platform.machine()}; VMs need x86_64")
     try:
-        page = mmap.mmap(
-            -1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-        )
+        page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     except OSError as error:
         raise ToolFailed(
             f"the time stamp counter cannot be read: {error.strerror}",

@@ -1,0 +1,80 @@
+"""What signals to `run` mean.
+
+The first Ctrl-C goes to the command, if one is running; any other, SIGTERM and SIGHUP give the
+run up. Giving up cancels the work and never the cleaning up: once that has begun, further signals
+change nothing, since its steps have deadlines of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+from sandmartin.cli import exitcode
+from sandmartin.client.sandbox import Execution
+from sandmartin.errors import Conflict, NotFound
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupts:
+    """The signals of one run; made by the task that does its work."""
+
+    def __init__(self) -> None:
+        #: Exit code of the run once it was given up.
+        self.exit_code: int | None = None
+        self._work: asyncio.Task[object] | None = None
+        self._relayed: asyncio.Queue[int] | None = None
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Signals come here for as long as the context lasts."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        for number in _ENDING:
+            loop.add_signal_handler(number, self._give_up, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, *_ENDING):
+                loop.remove_signal_handler(number)
+
+    @asynccontextmanager
+    async def work(self) -> AsyncGenerator[None, None]:
+        """The part of the run that giving up cancels."""
+        self._work = asyncio.current_task()
+        try:
+            yield
+            if self.exit_code is not None:
+                # Cancelled in the very moment the work was done: let it strike here, and not
+                # in the first wait of the cleaning up.
+                await asyncio.sleep(0)
+        finally:
+            self._work = None
+
+    async def relay_to(self, execution: Execution) -> None:
+        """Send the first Ctrl-C to `execution`, until cancelled."""
+        self._relayed = relayed = asyncio.Queue()
+        try:
+            while True:
+                number = await relayed.get()
+                # It may have ended meanwhile.
+                with suppress(NotFound, Conflict):
+                    await execution.signal(number)
+        finally:
+            self._relayed = None
+
+    def _interrupt(self) -> None:
+        if self._relayed is None:
+            self._give_up(signal.SIGINT)
+            return
+        self._relayed.put_nowait(signal.SIGINT)
+        # The next one is meant for us.
+        self._relayed = None
+
+    def _give_up(self, number: int) -> None:
+        if self._work is not None and self.exit_code is None:
+            self.exit_code = exitcode.SIGNALLED + number
+            self._work.cancel()

@@ -1,0 +1,259 @@
+"""`sandmartin run`: one command in a sandbox of its own.
+
+Create, upload, execute, destroy. On every way out the sandbox is destroyed and an agent that was
+started for this run is ended and waited for; the caller sees the command's own exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandmartin.cli import exitcode
+from sandmartin.cli.background import background
+from sandmartin.cli.interrupts import Interrupts
+from sandmartin.cli.options import add_accel_flag, add_settings_flags, load_settings, positive
+from sandmartin.cli.own_agent import own_agent, require_root
+from sandmartin.cli.pipes import ByteSink, ByteSource, stdin_is_open
+from sandmartin.cli.talk import say
+from sandmartin.client.agent_socket import AgentSocket, agent_answers
+from sandmartin.client.sandbox import AsyncSandbox, Execution, temporary_sandbox
+from sandmartin.client.transport import Command, Ended, NewSandbox, Stdout
+from sandmartin.errors import Conflict, Invalid, NotFound, SandmartinError
+from sandmartin.model import new_sandbox_id
+
+_DESCRIPTION = """\
+Run a command in a new sandbox, with our standard input, output and error, and destroy the
+sandbox when it ends. The exit code is the command's.
+
+The agent that listens in the data directory is used. When there is none, one is started for this
+run alone, on a private data directory, which takes root.
+"""
+_EXAMPLES = """\
+examples:
+  sandmartin run -- python3 -c 'print(6*7)'
+  echo hi | sandmartin run -- tr a-z A-Z
+  sandmartin run --file data.csv:/tmp/data.csv --timeout 60 -- wc -l /tmp/data.csv
+
+"""
+_BROKEN_PIPE = exitcode.SIGNALLED + 13
+
+
+def configure(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "run",
+        help="run a command in a new sandbox",
+        usage="sandmartin run [options] -- CMD [ARG...]",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES + exitcode.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.usage_exit = exitcode.RUN_FAILED  # type: ignore[attr-defined]
+    add = parser.add_argument
+    add("-t", "--template", default="base", metavar="NAME", help="default: base")
+    add("--memory", type=positive, metavar="MB", help="memory in MiB")
+    add("--vcpus", type=positive, metavar="N", help="virtual CPUs")
+    add("--disk", type=positive, metavar="MB", help="size of the root disk in MiB")
+    add("-e", "--env", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
+    add("--file", action="append", default=[], metavar="LOCAL:REMOTE", help="upload; repeatable")
+    add("--timeout", type=positive, metavar="S", help="kill the command after S seconds")
+    add("-u", "--user", default="", metavar="USER", help="user in the sandbox (default: root)")
+    add("--cwd", default="", metavar="DIR", help="working directory (default: the user's home)")
+    add_settings_flags(parser)
+    add_accel_flag(parser)
+    add("-v", "--verbose", action="store_true", help="say what happens, and show the agent's log")
+    add("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
+    parser.set_defaults(act=_act, parser=parser)
+    return parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """A file to bring into the sandbox."""
+
+    local: str
+    remote: str
+
+    @classmethod
+    def parse(cls, text: str) -> Upload:
+        local, colon, remote = text.rpartition(":")
+        if not (local and colon and remote):
+            raise Invalid(f"--file {text!r} does not name two files", hint="use LOCAL:REMOTE")
+        return cls(local=local, remote=remote)
+
+    def open(self) -> int:
+        """A descriptor to read the local file. Raises Invalid."""
+        if Path(self.local).is_dir():
+            raise Invalid(
+                f"{self.local} is a directory, and --file takes single files",
+                hint=f"tar -C {self.local} -c . | sandmartin run -- sh -c 'tar -x && CMD'",
+            )
+        try:
+            return os.open(self.local, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Invalid(f"{self.local} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that one run does, checked before anything starts."""
+
+    new: NewSandbox
+    command: Command
+    uploads: tuple[Upload, ...]
+    socket: Path
+    #: How to start an agent when none listens on `socket`.
+    agent_argv: tuple[str, ...]
+    verbose: bool
+    began: float
+
+    def tell(self, text: str) -> None:
+        if self.verbose:
+            say(f"[{time.monotonic() - self.began:6.2f} s] {text}")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What `args` ask for. Raises Invalid."""
+    if not args.command:
+        args.parser.error("run needs a command")
+    words = [*args.command, *args.env, *args.file, args.user, args.cwd]
+    if any("\udc80" <= character <= "\udcff" for word in words for character in word):
+        raise Invalid("a word of the command line is not UTF-8")
+    new = NewSandbox(
+        sandbox_id=new_sandbox_id(),
+        template=args.template,
+        vcpus=args.vcpus,
+        memory_mb=args.memory,
+        disk_size_mb=args.disk,
+    )
+    command = Command(
+        cmd=args.command[0],
+        args=tuple(args.command[1:]),
+        envs=_environment(args.env),
+        cwd=args.cwd,
+        user=args.user,
+        stdin=stdin_is_open(),
+        timeout_s=args.timeout,
+    )
+    return Plan(
+        new=new,
+        command=command,
+        uploads=tuple(Upload.parse(text) for text in args.file),
+        socket=load_settings(args).socket,
+        agent_argv=_agent_argv(args),
+        verbose=args.verbose or args.debug,
+        began=time.monotonic(),
+    )
+
+
+def _environment(pairs: Sequence[str]) -> dict[str, str]:
+    envs = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise Invalid(f"--env {pair!r} is not valid", hint="use NAME=VALUE")
+        envs[name] = value
+    return envs
+
+
+def _agent_argv(args: argparse.Namespace) -> tuple[str, ...]:
+    # -P: what lies in the working directory is not imported, by root least of all.
+    argv = [sys.executable, "-P", "-m", "sandmartin", "agent", "--temporary"]
+    if args.accel is not None:
+        argv += ["--accel", args.accel]
+    if args.settings is not None:
+        argv += ["--settings", os.fspath(args.settings)]
+    if args.debug:
+        argv.append("--debug")
+    return tuple(argv)
+
+
+def _act(args: argparse.Namespace) -> int:
+    return asyncio.run(run(plan_of(args)))
+
+
+async def run(plan: Plan) -> int:
+    """Carry `plan` out and return the exit code."""
+    interrupts = Interrupts()
+    with interrupts.handled():
+        try:
+            async with AsyncExitStack() as stack, interrupts.work():
+                return await _run(plan, stack, interrupts)
+        except asyncio.CancelledError:
+            if interrupts.exit_code is None:
+                raise
+            return interrupts.exit_code
+        except BrokenPipeError:
+            return _BROKEN_PIPE
+
+
+async def _run(plan: Plan, stack: AsyncExitStack, interrupts: Interrupts) -> int:
+    """The work. What must be undone is entered on `stack`, which outlasts it."""
+    sources = []
+    for upload in plan.uploads:
+        descriptor = upload.open()
+        stack.callback(os.close, descriptor)
+        sources.append((upload, ByteSource(descriptor)))
+    socket = plan.socket
+    if not await agent_answers(socket):
+        require_root()
+        plan.tell(f"no agent listens on {socket}: starting one for this run")
+        agent = await stack.enter_async_context(own_agent(plan.agent_argv, verbose=plan.verbose))
+        socket = await agent.ready()
+    transport = await stack.enter_async_context(aclosing(AgentSocket(socket)))
+    plan.tell(f"creating {plan.new.sandbox_id} from {plan.new.template}")
+    sandbox = await stack.enter_async_context(temporary_sandbox(transport, plan.new))
+    for upload, source in sources:
+        plan.tell(f"uploading {upload.local} to {upload.remote}")
+        await sandbox.write_file(upload.remote, aiter(source), plan.command.user)
+    plan.tell(f"running {plan.command.cmd}")
+    ended = await _execute(sandbox, plan.command, interrupts)
+    plan.tell(f"ended with {ended.exit_code}")
+    if ended.error:
+        say(f"sandmartin: {ended.error}")
+        return ended.exit_code or exitcode.RUN_FAILED
+    return ended.exit_code
+
+
+async def _execute(sandbox: AsyncSandbox, command: Command, interrupts: Interrupts) -> Ended:
+    stdout, stderr = ByteSink(1), ByteSink(2)
+    async with sandbox.exec(command) as execution:
+        work = [interrupts.relay_to(execution)]
+        if command.stdin:
+            work.append(_feed_stdin(execution))
+        async with background(*work):
+            async for event in execution:
+                if isinstance(event, Ended):
+                    return event
+                await _write(stdout if isinstance(event, Stdout) else stderr, event.data)
+    raise AssertionError("an execution ends with Ended or an error")
+
+
+async def _feed_stdin(execution: Execution) -> None:
+    """Forward our standard input.
+
+    A command that ended or closed its input needs no more of it. Any other failure ends the run:
+    a command that took a cut input for a whole one would look like a success.
+    """
+    try:
+        with suppress(NotFound, Conflict):
+            await execution.send_stdin(aiter(ByteSource(0)))
+    except OSError as error:
+        raise SandmartinError(f"standard input cannot be read: {error.strerror}") from error
+
+
+async def _write(sink: ByteSink, data: bytes) -> None:
+    try:
+        await sink.write(data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SandmartinError(f"our output cannot be written: {error.strerror}") from error
