@@ -36,15 +36,16 @@ async def open_machine(settings: Settings) -> AsyncIterator[Machine]:
         )
         _log.info("accelerator %s: %s", choice.accel, choice.reason)
         claims = Claims(settings.run_dir, data.instance_id, settings.data_dir)
+        tasks = Tasks()
         yield Machine(
             settings=settings,
             data=data,
             images=ImageStore(data.images, assets.images),
-            network=Network(settings, data.instance_id, claims),
+            network=Network(settings, claims, tasks),
             groups=ControlGroups(data.instance_id),
             vmm=Qemu(),
             accel=choice.accel,
             kernel=assets.kernel,
             initramfs=assets.initramfs,
-            tasks=Tasks(),
+            tasks=tasks,
         )

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -334,7 +334,7 @@ class Sandbox:
             hint="destroy the sandbox; it cannot be used any more",
         )
 
-    async def exec(self, command: Command) -> AsyncIterator[ProcessEvent]:
+    async def exec(self, command: Command) -> AsyncGenerator[ProcessEvent, None]:
         """Run a command; events until its end. Abandoning the iteration does not end the command."""
         async with self._talking() as guest, contextlib.aclosing(guest.start(command)) as events:
             async for event in events:
@@ -356,7 +356,7 @@ class Sandbox:
         async with self._talking() as guest:
             await guest.upload(path, user, chunks)
 
-    async def read_file(self, path: str, user: str) -> AsyncIterator[bytes]:
+    async def read_file(self, path: str, user: str) -> AsyncGenerator[bytes, None]:
         async with (
             self._talking() as guest,
             contextlib.aclosing(guest.download(path, user)) as chunks,

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import uvicorn
 from connectrpc.code import Code
@@ -169,20 +169,25 @@ def command_of(request: pb.ExecRequest | pb.ExecStreamRequest) -> Command:
     )
 
 
+_StartOf = Oneof[Literal["start"], pb.ExecStreamStart]
+_DataOf = Oneof[Literal["data"], pb.ExecStreamData]
+_EndOf = Oneof[Literal["end"], pb.ExecStreamEnd]
+_StdoutOf = Oneof[Literal["stdout"], bytes]
+_StderrOf = Oneof[Literal["stderr"], bytes]
+
+
 def _event_message(event: ProcessEvent) -> pb.ExecStreamResponse:
     match event:
-        case Started():
-            return pb.ExecStreamResponse(event=Oneof("start", pb.ExecStreamStart(pid=event.pid)))
-        case Output(stdout=True):
-            data = pb.ExecStreamData(output=Oneof("stdout", event.data))
-        case Output():
-            data = pb.ExecStreamData(output=Oneof("stderr", event.data))
-        case Ended():
-            end = pb.ExecStreamEnd(
-                exit_code=event.exit_code, error=event.error, signal=event.signal
-            )
-            return pb.ExecStreamResponse(event=Oneof("end", end))
-    return pb.ExecStreamResponse(event=Oneof("data", data))
+        case Started(pid):
+            return pb.ExecStreamResponse(event=_StartOf("start", pb.ExecStreamStart(pid=pid)))
+        case Output(data, stdout=True):
+            output = pb.ExecStreamData(output=_StdoutOf("stdout", data))
+        case Output(data):
+            output = pb.ExecStreamData(output=_StderrOf("stderr", data))
+        case Ended(exit_code=code, error=error, signal=number):
+            end = pb.ExecStreamEnd(exit_code=code, error=error, signal=number)
+            return pb.ExecStreamResponse(event=_EndOf("end", end))
+    return pb.ExecStreamResponse(event=_DataOf("data", output))
 
 
 async def _first(messages: AsyncIterator[_T], what: str) -> _T:
@@ -237,9 +242,7 @@ class HostAgent(HostAgentService):
         self._host.get(request.sandbox_id).touch()
         return pb.PingSandboxResponse()
 
-    async def exec(
-        self, request: pb.ExecRequest, ctx: RequestContext[Any, Any]
-    ) -> pb.ExecResponse:
+    async def exec(self, request: pb.ExecRequest, ctx: RequestContext[Any, Any]) -> pb.ExecResponse:
         command = command_of(request)
         sandbox = self._host.get(request.sandbox_id)
         stdout, stderr, end = bytearray(), bytearray(), None
@@ -260,9 +263,7 @@ class HostAgent(HostAgentService):
                 f"the command did not end within {command.timeout_s} s and was killed",
                 hint="set timeout_sec, or use ExecStream",
             )
-        return pb.ExecResponse(
-            stdout=bytes(stdout), stderr=bytes(stderr), exit_code=end.exit_code
-        )
+        return pb.ExecResponse(stdout=bytes(stdout), stderr=bytes(stderr), exit_code=end.exit_code)
 
     async def exec_stream(
         self, request: pb.ExecStreamRequest, ctx: RequestContext[Any, Any]
