@@ -149,6 +149,8 @@ class Settings:
     link_range: IPv4Network = field(default_factory=lambda: IPv4Network("10.12.0.0/15"))
     #: User ids of the VMs: this plus the slot's number.
     uid_base: int = 2_000_000
+    #: Names the host's resolvers, which answer the guests' queries.
+    resolv_conf: Path = Path("/etc/resolv.conf")
     #: Network places made ahead.
     slot_pool_size: int = 4
     #: Free disk below which nothing new starts.

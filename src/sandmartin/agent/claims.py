@@ -98,7 +98,7 @@ class Claims:
             instance = json.loads((Path(owner["data_dir"]) / INSTANCE).read_bytes())["id"]
         except (OSError, ValueError, KeyError, TypeError):
             instance = None
-        if instance == owner["instance"]:
+        if owner["instance"] in {instance, self.instance_id}:
             return False
         # A VM that still runs keeps its place even then.
         return not namespace.path_of_slot(str(owner["instance"]), number).exists()

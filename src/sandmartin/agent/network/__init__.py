@@ -31,13 +31,11 @@ _RETRY_S = 5.0
 class Network:
     """All slots of one agent."""
 
-    def __init__(
-        self, settings: Settings, claims: Claims, tasks: Tasks, upstream: Upstream | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, claims: Claims, tasks: Tasks) -> None:
         self._settings = settings
         self._claims = claims
         self._tasks = tasks
-        self._upstream = upstream or Upstream()
+        self._upstream = Upstream(settings.resolv_conf)
         self._ready: deque[Slot] = deque()
         self._gateways: dict[int, tuple[Gateway, asyncio.Task[None]]] = {}
         self._guarded: frozenset[str] | None = None

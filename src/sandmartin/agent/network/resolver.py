@@ -32,7 +32,6 @@ from sandmartin.errors import ToolFailed
 _log = logging.getLogger(__name__)
 
 PORT = 53
-_CONFIGURATION = Path("/etc/resolv.conf")
 _UPSTREAM_S = 3.0
 _CLIENT_S = 10.0
 _MAX_DATAGRAM = 4096
@@ -45,7 +44,7 @@ _BURST = 200.0
 class Upstream:
     """The host's resolvers, as its configuration names them now."""
 
-    def __init__(self, configuration: Path = _CONFIGURATION, port: int = PORT) -> None:
+    def __init__(self, configuration: Path, port: int = PORT) -> None:
         self._configuration = configuration
         self._port = port
         self._backend = dns.asyncbackend.get_backend("asyncio")
@@ -71,7 +70,8 @@ class Upstream:
             query = dns.message.from_wire(wire, ignore_trailing=True)
         except (dns.exception.DNSException, ValueError):
             return None
-        if query.flags & dns.flags.QR or query.opcode() != dns.opcode.QUERY:
+        asks = query.opcode() == dns.opcode.QUERY and len(query.question) == 1
+        if query.flags & dns.flags.QR or not asks:
             return None
         number, query.id = query.id, dns.entropy.random_16()
         response = await self._ask(query, tcp=tcp) or _failure(query)

@@ -108,6 +108,7 @@ def slot_rules(slot: Slot) -> str:
   chain gateway {{
     meta l4proto {{ tcp, udp }} th dport 53 limit rate 200/second burst 400 packets accept
     icmp type echo-request limit rate 20/second accept
+    limit rate 20/second reject with icmpx port-unreachable
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
