@@ -1,11 +1,70 @@
-"""What all tests share: one event loop kind, and honest words about what a run leaves out."""
+"""What all tests share: one event loop, one private host, and honest words about what is left out."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+_HERE = Path(__file__).parent
+#: Folders whose tests boot VMs.
+_ON_VMS = ("vm", "e2e")
+
+
+_TIERS = ("quick", "default", "full")
+_left_out: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tier", choices=_TIERS, default="default", help="how much to run: see scripts/test"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs VMs, and leave out what the tier or the rights do not allow."""
+    tier = config.getoption("tier")
+    kept: list[pytest.Item] = []
+    for item in items:
+        if item.path.relative_to(_HERE).parts[0] in _ON_VMS:
+            item.add_marker(pytest.mark.vm)
+            item.add_marker(pytest.mark.root)
+        reason = _reason_to_leave_out(item, tier)
+        if reason:
+            _left_out[reason] += 1
+        else:
+            kept.append(item)
+    items[:] = kept
+
+
+def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
+    if item.get_closest_marker("vm") and tier == "quick":
+        return "need a VM, which tier quick does not boot"
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        return "need root"
+    if item.get_closest_marker("full") and tier != "full":
+        return "run in tier full alone"
+    return ""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for reason, count in _left_out.items():
+        terminalreporter.write_line(f"left out: {count} tests that {reason}")
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Async tests and fixtures run on asyncio, all of a session on one loop."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def private_host() -> Iterator[None]:
+    """This process, and what it starts, in a network of its own: see `tests.world`."""
+    from tests import world
+
+    with world.private_host():
+        yield

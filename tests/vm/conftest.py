@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests import leaks, world
 
 from sandmartin.agent.journal import INSTANCE, DataDir
 from sandmartin.agent.server import serve
@@ -25,26 +24,11 @@ from sandmartin.client.agent_socket import AgentSocket
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
 from sandmartin.client.transport import Command, Ended, NewSandbox, Stderr, Stdout
 from sandmartin.model import Settings, new_sandbox_id
+from tests import leaks, world
 
 #: Beside the uids that an agent of this machine gives out.
 UID_BASE = 3_000_000
 DEADLINE_S = 60.0
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = os.fspath(Path(__file__).parent)
-    for item in items:
-        if os.fspath(item.path).startswith(here):
-            item.add_marker(pytest.mark.vm)
-            item.add_marker(pytest.mark.root)
-            item.add_marker(pytest.mark.skipif(os.geteuid() != 0, reason="needs root"))
-
-
-@pytest.fixture(scope="session")
-def private_host() -> Iterator[None]:
-    """This process's own network: see `tests.world`."""
-    with world.private_host():
-        yield
 
 
 @pytest.fixture(scope="session")

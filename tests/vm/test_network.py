@@ -12,8 +12,6 @@ from dataclasses import replace
 from ipaddress import IPv4Network
 
 import pytest
-from tests import leaks, world
-from tests.vm.conftest import RunningAgent, execute
 
 from sandmartin.agent.claims import Claims
 from sandmartin.agent.journal import INSTANCE
@@ -23,6 +21,8 @@ from sandmartin.agent.tasks import Tasks
 from sandmartin.client.sandbox import AsyncSandbox
 from sandmartin.errors import Exhausted
 from sandmartin.model import Settings
+from tests import leaks, world
+from tests.vm.conftest import RunningAgent, execute
 
 #: Tries each target by TCP and tells what came of it.
 _CONNECT = """
