@@ -9,7 +9,7 @@
     │   └── AlreadyExists      already_exists
     ├── NotStarted             command_not_started the command could not be started
     ├── Exhausted              exhausted           the host or a quota has too little left
-    │   └── DiskFull           disk_full           no space for the data in the sandbox or on the host
+    │   └── DiskFull           disk_full           no space left in the sandbox or on the host
     ├── Unavailable            unavailable         try again later, or elsewhere
     │   └── GuestSilent        guest_silent        the guest agent does not answer
     ├── TimedOut               timed_out           a deadline passed

@@ -160,6 +160,8 @@ class Settings:
     #: Virtual CPUs granted for each CPU of the host.
     cpu_overcommit: float = 8.0
     boot_timeout_s: float = 60.0
+    #: How long a guest agent may be silent before its sandbox is in error.
+    guest_silence_s: float = 35.0
     #: Name of the group that may use the agent's socket; root alone when it does not exist.
     group: str = "sandmartin"
 
@@ -200,7 +202,7 @@ class Settings:
 def _read_settings_file(file: Path, known: Mapping[str, str]) -> dict[str, Any]:
     try:
         content = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise Invalid(f"settings file {file} cannot be read: {error}") from error
     if unknown := sorted(set(content) - set(known)):
         raise Invalid(f"settings file {file} has unknown names: {', '.join(unknown)}")

@@ -139,25 +139,10 @@ def test_a_killed_agent_leaves_nothing_after_the_next_start(place: Place, step: 
 def test_another_user_is_kept_from_the_socket(place: Place) -> None:
     with agent(place) as running:
         assert running.socket.stat().st_mode & 0o007 == 0
-        words = ["curl", "-sS", "--unix-socket", str(running.socket), f"{_SERVICE}/Terminate"]
-        refused = subprocess.run(
-            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *words],
-            capture_output=True,
-            check=False,
-            timeout=30,
-        )
+        as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+        curl = ["curl", "-sS", "--unix-socket", str(running.socket), f"{_SERVICE}/Terminate"]
+        refused = subprocess.run([*as_nobody, *curl], capture_output=True, timeout=30)
         assert refused.returncode == 7, refused
-        # Our own command tells such a user what to do.
-        told = subprocess.run(
-            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
-            + [sys.executable, "-P", "-m", "sandmartin", "ls"],
-            env=place.environment,
-            capture_output=True,
-            check=False,
-            timeout=30,
-        )
-        if told.returncode != 126:
-            assert told.returncode == 1
         assert states(running) == {}
         call(running, "Terminate")
 
@@ -172,10 +157,12 @@ async def test_the_stock_connect_client_drives_the_agent(place: Place) -> None:
         async with server, HostAgentServiceClient(f"http://127.0.0.1:{port}") as client:
             created = await client.create_sandbox(pb.CreateSandboxRequest(template="base"))
             name = created.sandbox_id
-            request = pb.ExecStreamRequest(sandbox_id=name, cmd="sh", args=["-c", "echo out; exit 3"])
+            words = ["-c", "echo out; exit 3"]
+            request = pb.ExecStreamRequest(sandbox_id=name, cmd="sh", args=words)
             events = [event.event async for event in client.exec_stream(request)]
             assert [event.field for event in events if event] == ["start", "data", "end"]
-            assert events[-1] is not None and events[-1].value.exit_code == 3
+            end = events[-1]
+            assert end is not None and end.field == "end" and end.value.exit_code == 3
             with pytest.raises(ConnectError, match="no such file"):
                 await client.read_file(pb.ReadFileRequest(sandbox_id=name, path="/none"))
             await client.destroy_sandbox(pb.DestroySandboxRequest(sandbox_id=name))

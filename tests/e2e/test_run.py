@@ -25,7 +25,7 @@ def test_run_passes_on_what_goes_in_and_out(place: Place) -> None:
         assert (upper.returncode, upper.stdout) == (0, b"HI\n")
         assert place.run("run", "--", "sh", "-c", "exit 7").returncode == 7
         words = ["--file", f"{data}:/data/n.csv", "--env", "ADD=1", "--timeout", "60"]
-        script = "awk -v add=$ADD 'NR>1{s+=$1}END{print s+add; print \"done\" >\"/dev/stderr\"}'"
+        script = 'awk -v add=$ADD \'NR>1{s+=$1}END{print s+add; print "done" >"/dev/stderr"}\''
         summed = place.run("run", *words, "--", "sh", "-c", f"{script} /data/n.csv")
         assert (summed.stdout, summed.stderr) == (b"43\n", b"done\n")
         missing = place.run("run", "--", "no-such-command")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -53,6 +52,7 @@ def settings() -> Iterator[Settings]:
         uid_base=UID_BASE,
         resolv_conf=resolv_conf,
         slot_pool_size=2,
+        guest_silence_s=6,
     )
     shutil.rmtree(path)
 

@@ -260,14 +260,21 @@ async def leave_traces(slot: Slot) -> None:
 
 
 def flows(slot: Slot) -> str:
-    inside = subprocess.run(
-        ["nsenter", f"--net={slot.netns_path}", "conntrack", "-L"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    outside = subprocess.run(["conntrack", "-L"], capture_output=True, text=True, check=True).stdout
-    return inside + "".join(line for line in outside.splitlines() if f"={slot.host_ip} " in line)
+    """The connections that the kernel knows of a slot, inside and on the host."""
+    inside = ["nsenter", f"--net={slot.netns_path}"]
+    return _conntrack(*inside) + "".join(
+        line for line in _conntrack().splitlines() if f"={slot.host_ip} " in line
+    )
+
+
+def _conntrack(*prefix: str) -> str:
+    # A listing that another change interrupts fails, and is to be asked for again.
+    for _ in range(50):
+        done = subprocess.run([*prefix, "conntrack", "-L"], capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0, done
+    return done.stdout
 
 
 def nft(slot: Slot, *words: str) -> str:

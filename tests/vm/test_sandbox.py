@@ -166,9 +166,8 @@ async def test_control_routes_are_closed_from_inside(sandbox: AsyncSandbox) -> N
     script = """
 import json, urllib.request, urllib.error
 for address in ("127.0.0.1", "169.254.0.21", "localhost"):
-    request = urllib.request.Request(
-        f"http://{address}:49983/init", json.dumps({"accessToken": "stolen"}).encode(), method="POST"
-    )
+    introduction = json.dumps({"accessToken": "stolen"}).encode()
+    request = urllib.request.Request(f"http://{address}:49983/init", introduction, method="POST")
     try:
         print(urllib.request.urlopen(request, timeout=5).status)
     except urllib.error.HTTPError as error:
@@ -261,7 +260,8 @@ async def test_an_unknown_sandbox_is_told(agent: RunningAgent) -> None:
 async def test_a_shape_is_what_was_asked_for(agent: RunningAgent) -> None:
     shape = {"vcpus": 2, "memory_mb": 768, "disk_size_mb": 7000, "envs": {"COLOUR": "sand"}}
     async with agent.sandbox(**shape) as sandbox:
-        script = "nproc; free -m | awk '/Mem/{print $2}'; df -m --output=size / | tail -1; echo $COLOUR"
+        script = "nproc; free -m | awk '/Mem/{print $2}'; df -m --output=size / | tail -1"
+        script += "; echo $COLOUR"
         cpus, memory, disk, colour = (await execute(sandbox, "sh", "-c", script)).text.split()
         assert (cpus, colour) == ("2", "sand")
         assert 640 < int(memory) <= 768

@@ -161,7 +161,12 @@ func enterRoot() error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(at("/tmp"), 0o1777|os.ModeSticky); err != nil {
+	if err := os.Mkdir(at("/tmp"), 0o755); err == nil {
+		// What an image brings is kept as it is; ours must not depend on the umask.
+		if err := os.Chmod(at("/tmp"), 0o777|os.ModeSticky); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, os.ErrExist) {
 		return err
 	}
 	for name, target := range map[string]string{"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"} {

@@ -26,8 +26,12 @@ import (
 
 const (
 	chunkSize = 256 << 10
-	// Space an upload may not take: the guest must go on working on a full disk.
-	reserve = 16 << 20
+	// Space an upload may not take, or this part of a small file system: the guest must go on
+	// working on a full disk.
+	reserve     = 16 << 20
+	reservePart = 16
+	// What st_blocks counts in, stat(2).
+	statBlock = 512
 	// How often the free space is looked at during an upload.
 	checkEvery = 8 << 20
 )
@@ -88,7 +92,7 @@ func refuseError(w http.ResponseWriter, err error) {
 
 var (
 	errNotRegular = errors.New("is not a regular file")
-	errCut        = errors.New("the content ended early")
+	errCut        = errors.New("the content is cut short or damaged")
 )
 
 func download(w http.ResponseWriter, user *users.User, path string) {
@@ -111,15 +115,34 @@ func download(w http.ResponseWriter, user *users.User, path string) {
 		refuseError(w, err)
 		return
 	}
-	w.Header().Set("Content-Type", "application/octet-stream")
-	if info.Size() == 0 {
-		// Files in /proc say 0 and have content; so may a file that is being written.
-		_, _ = io.CopyBuffer(onlyWriter{w}, file, make([]byte, chunkSize))
+	send(w, file, info.Size())
+}
+
+// send answers with the content of a file. The size of a short one is what can be read: files of
+// the kernel have sizes that mean nothing.
+func send(w http.ResponseWriter, file *os.File, size int64) {
+	start := make([]byte, chunkSize)
+	n, err := io.ReadFull(file, start)
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		size = int64(n)
+	case err != nil:
+		refuseError(w, err)
 		return
 	}
-	w.Header().Set("Content-Length", strconv.FormatInt(info.Size(), 10))
+	w.Header().Set("Content-Type", "application/octet-stream")
+	if size >= int64(n) {
+		w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
+	}
+	if _, err := w.Write(start[:n]); err != nil || size == int64(n) {
+		return
+	}
+	if size < int64(n) {
+		_, _ = io.Copy(w, file)
+		return
+	}
 	// A file that shrinks meanwhile cuts the answer short, which the client notices.
-	_, _ = io.Copy(w, io.LimitReader(file, info.Size()))
+	_, _ = io.Copy(w, io.LimitReader(file, size-int64(n)))
 }
 
 type onlyWriter struct{ io.Writer }
@@ -130,7 +153,7 @@ func upload(w http.ResponseWriter, r *http.Request, user *users.User, path strin
 		Refuse(w, http.StatusUnsupportedMediaType, "multipart uploads are not supported yet; send application/octet-stream")
 		return
 	}
-	body := io.Reader(r.Body)
+	body, announced := io.Reader(r.Body), r.ContentLength
 	switch r.Header.Get("Content-Encoding") {
 	case "", "identity":
 	case "gzip":
@@ -139,12 +162,13 @@ func upload(w http.ResponseWriter, r *http.Request, user *users.User, path strin
 			Refuse(w, http.StatusBadRequest, "the body is not gzip: "+err.Error())
 			return
 		}
-		body = unpacked
+		// What is announced is the packed size.
+		body, announced = unpacked, 0
 	default:
 		Refuse(w, http.StatusUnsupportedMediaType, "use Content-Encoding gzip or none")
 		return
 	}
-	if err := store(user, path, body, r.ContentLength); err != nil {
+	if err := store(user, path, body, announced); err != nil {
 		refuseError(w, err)
 		return
 	}
@@ -152,49 +176,104 @@ func upload(w http.ResponseWriter, r *http.Request, user *users.User, path strin
 	_ = json.NewEncoder(w).Encode([]map[string]string{{"path": path, "name": filepath.Base(path), "type": "file"}})
 }
 
-// store writes the content; on failure nothing of it is left.
+// store writes the content; on failure nothing of it is left. What was there before is given up
+// only once the announced content has space.
 func store(user *users.User, path string, body io.Reader, announced int64) error {
+	file, err := create(user, path, announced)
+	if err != nil {
+		return err
+	}
+	err = copyChecked(file, body)
+	if err == nil {
+		return file.Close()
+	}
+	withdraw(user, path, file)
+	return err
+}
+
+// create opens the file for writing, and empties it if there will be space.
+func create(user *users.User, path string, announced int64) (*os.File, error) {
 	var file *os.File
+	existed := false
 	err := user.As(func() (err error) {
 		if err = os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
 		}
-		if info, statErr := os.Stat(path); statErr == nil && !info.Mode().IsRegular() {
+		info, statErr := os.Stat(path)
+		existed = statErr == nil
+		if existed && !info.Mode().IsRegular() {
 			return fmt.Errorf("path '%s' %w", path, errNotRegular)
 		}
-		file, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644)
+		file, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644)
 		return err
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	err = enoughSpace(file, announced)
+	var stat unix.Stat_t
+	if err = unix.Fstat(int(file.Fd()), &stat); err == nil && stat.Mode&unix.S_IFMT != unix.S_IFREG {
+		err = fmt.Errorf("path '%s' %w", path, errNotRegular)
+	}
 	if err == nil {
-		err = copyChecked(file, body)
+		err = enoughSpace(file, announced-stat.Blocks*statBlock)
 	}
-	if closeErr := file.Close(); err == nil {
-		err = closeErr
+	if err == nil {
+		err = file.Truncate(0)
 	}
+	if err == nil {
+		return file, nil
+	}
+	if existed {
+		_ = file.Close()
+	} else {
+		withdraw(user, path, file)
+	}
+	return nil, err
+}
+
+// withdraw removes what an upload has left, at the end of whatever links lead there.
+func withdraw(user *users.User, path string, file *os.File) {
+	defer file.Close()
+	_ = file.Truncate(0)
+	mine, err := file.Stat()
 	if err != nil {
-		_ = user.As(func() error { return os.Remove(path) })
+		return
 	}
-	return err
+	_ = user.As(func() error {
+		target, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			return err
+		}
+		if info, err := os.Lstat(target); err != nil || !os.SameFile(info, mine) {
+			return err
+		}
+		return os.Remove(target)
+	})
+}
+
+// content marks the errors of what a client sends, to tell them from those of the disk.
+type content struct{ io.Reader }
+
+func (c content) Read(buffer []byte) (int, error) {
+	n, err := c.Reader.Read(buffer)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = fmt.Errorf("%w: %w", errCut, err)
+	}
+	return n, err
 }
 
 func copyChecked(to *os.File, from io.Reader) error {
 	buffer := make([]byte, chunkSize)
 	for {
-		written, err := io.CopyBuffer(onlyWriter{to}, io.LimitReader(from, checkEvery), buffer)
+		written, err := io.CopyBuffer(onlyWriter{to}, io.LimitReader(content{from}, checkEvery), buffer)
 		if err != nil {
-			if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, gzip.ErrChecksum) {
-				return fmt.Errorf("%w: %w", errCut, err)
-			}
 			return err
 		}
 		if written < checkEvery {
 			return nil
 		}
-		if err := enoughSpace(to, checkEvery); err != nil {
+		// What comes before the next look fits into what is kept free.
+		if err := enoughSpace(to, 0); err != nil {
 			return err
 		}
 	}
@@ -205,8 +284,12 @@ func enoughSpace(file *os.File, wanted int64) error {
 	if err := unix.Fstatfs(int(file.Fd()), &stat); err != nil {
 		return err
 	}
-	if left := int64(stat.Bavail) * stat.Bsize; max(wanted, 0)+reserve > left {
-		return fmt.Errorf("%d bytes are left, of which %d are kept free: %w", left, reserve, syscall.ENOSPC)
+	if stat.Blocks == 0 {
+		return nil // the kernel's own files take no space
+	}
+	kept := min(reserve, int64(stat.Blocks)*stat.Bsize/reservePart)
+	if left := int64(stat.Bavail) * stat.Bsize; max(wanted, 0)+kept > left {
+		return fmt.Errorf("%d bytes are left, of which %d are kept free: %w", left, kept, syscall.ENOSPC)
 	}
 	return nil
 }

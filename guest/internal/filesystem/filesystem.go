@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -24,6 +26,8 @@ const (
 	maxEntries = 50_000
 	maxDepth   = 64
 )
+
+var errTooMany = fmt.Errorf("more than %d entries; list a smaller directory or depth", maxEntries)
 
 // Locate finds the user a request asks for and the absolute path it means.
 type Locate func(header http.Header, path string) (*users.User, string, error)
@@ -64,34 +68,40 @@ func toConnect(err error) error {
 		return connect.NewError(connect.CodeAlreadyExists, err)
 	case errors.Is(err, fs.ErrPermission):
 		return connect.NewError(connect.CodePermissionDenied, err)
-	case errors.Is(err, syscall.ENOSPC):
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return connect.NewError(connect.CodeResourceExhausted, err)
-	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ENAMETOOLONG), errors.Is(err, syscall.EINVAL):
+	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ENAMETOOLONG), errors.Is(err, syscall.EINVAL), errors.Is(err, syscall.ELOOP), errors.Is(err, syscall.EISDIR):
 		return connect.NewError(connect.CodeInvalidArgument, err)
+	case errors.Is(err, syscall.EBUSY), errors.Is(err, syscall.EXDEV), errors.Is(err, syscall.EROFS):
+		return connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	return connect.NewError(connect.CodeInternal, err)
 }
 
-// Describe returns what is known of the file at path. For a link the type is its target's.
-func Describe(path string) (*filesystempb.EntryInfo, error) {
+// describe returns what is known of the file at path, called shown. For a link the type is its
+// target's. Names need not be text, but what is sent must be.
+func describe(path, shown string, names *users.Names) (*filesystempb.EntryInfo, error) {
 	info, err := os.Lstat(path)
 	if err != nil {
 		return nil, err
 	}
 	stat := info.Sys().(*syscall.Stat_t)
 	entry := &filesystempb.EntryInfo{
-		Name: filepath.Base(path), Path: path, Type: typeOf(info.Mode()), Size: info.Size(),
+		Name: text(filepath.Base(shown)), Path: text(shown), Type: typeOf(info.Mode()), Size: info.Size(),
 		Mode: uint32(stat.Mode & 0o7777), Permissions: permissions(info.Mode()),
-		Owner: users.NameOf(stat.Uid), Group: users.GroupNameOf(stat.Gid),
+		Owner: names.User(stat.Uid), Group: names.Group(stat.Gid),
 		ModifiedTime: timestamppb.New(info.ModTime()),
 	}
 	if info.Mode()&fs.ModeSymlink == 0 {
 		return entry, nil
 	}
 	entry.IsSymlink = true
-	if target, err := filepath.EvalSymlinks(path); err == nil {
-		entry.SymlinkTarget = &target
-	} else if target, err := os.Readlink(path); err == nil {
+	target, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		target, err = os.Readlink(path)
+	}
+	if err == nil {
+		target = text(target)
 		entry.SymlinkTarget = &target
 	}
 	if followed, err := os.Stat(path); err == nil {
@@ -99,6 +109,8 @@ func Describe(path string) (*filesystempb.EntryInfo, error) {
 	}
 	return entry, nil
 }
+
+func text(name string) string { return strings.ToValidUTF8(name, "\uFFFD") }
 
 func typeOf(mode fs.FileMode) filesystempb.FileType {
 	switch {
@@ -127,7 +139,7 @@ func permissions(mode fs.FileMode) string {
 func (s *Service) Stat(_ context.Context, r *connect.Request[filesystempb.StatRequest]) (*connect.Response[filesystempb.StatResponse], error) {
 	answer := &filesystempb.StatResponse{}
 	err := s.at(r.Header(), []string{r.Msg.GetPath()}, func(_ *users.User, paths []string) (err error) {
-		answer.Entry, err = Describe(paths[0])
+		answer.Entry, err = describe(paths[0], paths[0], users.NewNames())
 		return err
 	})
 	return connect.NewResponse(answer), err
@@ -137,14 +149,19 @@ func (s *Service) Stat(_ context.Context, r *connect.Request[filesystempb.StatRe
 func (s *Service) MakeDir(_ context.Context, r *connect.Request[filesystempb.MakeDirRequest]) (*connect.Response[filesystempb.MakeDirResponse], error) {
 	answer := &filesystempb.MakeDirResponse{}
 	err := s.at(r.Header(), []string{r.Msg.GetPath()}, func(_ *users.User, paths []string) error {
-		if _, err := os.Stat(paths[0]); err == nil {
+		info, err := os.Stat(paths[0])
+		switch {
+		case err == nil && info.IsDir():
 			return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("path already exists: %s", paths[0]))
+		case err == nil:
+			return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path already exists but it is not a directory: %s", paths[0]))
+		case !errors.Is(err, fs.ErrNotExist):
+			return err
 		}
 		if err := os.MkdirAll(paths[0], 0o755); err != nil {
 			return err
 		}
-		var err error
-		answer.Entry, err = Describe(paths[0])
+		answer.Entry, err = describe(paths[0], paths[0], users.NewNames())
 		return err
 	})
 	return connect.NewResponse(answer), err
@@ -155,6 +172,9 @@ func (s *Service) Move(_ context.Context, r *connect.Request[filesystempb.MoveRe
 	answer := &filesystempb.MoveResponse{}
 	both := []string{r.Msg.GetSource(), r.Msg.GetDestination()}
 	err := s.at(r.Header(), both, func(_ *users.User, paths []string) error {
+		if _, err := os.Lstat(paths[0]); err != nil {
+			return err
+		}
 		if err := os.MkdirAll(filepath.Dir(paths[1]), 0o755); err != nil {
 			return err
 		}
@@ -162,7 +182,7 @@ func (s *Service) Move(_ context.Context, r *connect.Request[filesystempb.MoveRe
 			return err
 		}
 		var err error
-		answer.Entry, err = Describe(paths[1])
+		answer.Entry, err = describe(paths[1], paths[1], users.NewNames())
 		return err
 	})
 	return connect.NewResponse(answer), err
@@ -195,34 +215,57 @@ func (s *Service) ListDir(_ context.Context, r *connect.Request[filesystempb.Lis
 		if !info.IsDir() {
 			return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path is not a directory: %s", paths[0]))
 		}
-		return list(root, paths[0], depth, answer)
+		return (&listing{names: users.NewNames(), left: maxEntries, answer: answer}).add(root, paths[0], depth)
 	})
 	return connect.NewResponse(answer), err
 }
 
-// list walks root but names what it finds below shown, the path that was asked for.
-func list(root, shown string, depth int, answer *filesystempb.ListDirResponse) error {
-	return filepath.WalkDir(root, func(path string, found fs.DirEntry, err error) error {
-		if path == root {
+// listing collects entries; left is how many more may be answered.
+type listing struct {
+	names  *users.Names
+	left   int
+	answer *filesystempb.ListDirResponse
+}
+
+// add lists a directory but names what it finds below shown, the path that was asked for.
+func (l *listing) add(directory, shown string, depth int) error {
+	found, err := l.read(directory)
+	if err != nil {
+		return err
+	}
+	for _, child := range found {
+		path, shownPath := filepath.Join(directory, child.Name()), filepath.Join(shown, child.Name())
+		// What vanished or is closed to the user is left out, and does not spoil the rest.
+		entry, err := describe(path, shownPath, l.names)
+		if err != nil {
+			continue
+		}
+		l.answer.Entries = append(l.answer.Entries, entry)
+		if !child.IsDir() || depth <= 1 {
+			continue
+		}
+		if err := l.add(path, shownPath, depth-1); errors.Is(err, errTooMany) {
 			return err
 		}
-		// What vanished or is closed to the user is left out, and does not spoil the rest.
-		relative, relErr := filepath.Rel(root, path)
-		if err != nil || relErr != nil {
-			return nil
-		}
-		entry, err := Describe(path)
-		if err != nil {
-			return nil
-		}
-		entry.Path = filepath.Join(shown, relative)
-		answer.Entries = append(answer.Entries, entry)
-		if len(answer.Entries) > maxEntries {
-			return connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("more than %d entries; list a smaller directory or depth", maxEntries))
-		}
-		if found.IsDir() && strings.Count(relative, "/")+1 >= depth {
-			return fs.SkipDir
-		}
-		return nil
-	})
+	}
+	return nil
+}
+
+// read returns the sorted entries of a directory, but no more than may still be answered: a
+// directory can be larger than the memory.
+func (l *listing) read(directory string) ([]fs.DirEntry, error) {
+	opened, err := os.Open(directory)
+	if err != nil {
+		return nil, err
+	}
+	defer opened.Close()
+	found, err := opened.ReadDir(l.left + 1)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	if l.left -= len(found); l.left < 0 {
+		return nil, connect.NewError(connect.CodeResourceExhausted, errTooMany)
+	}
+	slices.SortFunc(found, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	return found, nil
 }

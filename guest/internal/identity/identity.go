@@ -29,6 +29,7 @@ const EnvdVersion = "0.1.3"
 
 const (
 	maxBody        = 1 << 20
+	minEntropy     = 32
 	clockTolerance = 5 * time.Millisecond
 	ext4ResizeFS   = 0x40086610 // EXT4_IOC_RESIZE_FS, fs/ext4/ext4.h: _IOW('f', 16, __u64)
 )
@@ -47,6 +48,8 @@ type Introduction struct {
 	Entropy        string            `json:"entropy"` // base64
 	// GrowRoot lets the root file system fill its disk.
 	GrowRoot bool `json:"growRoot"`
+
+	received time.Time
 }
 
 // Confirmation is the answer: what is in force now.
@@ -63,14 +66,17 @@ type Confirmation struct {
 type Identity struct {
 	// Recorded only: a developer's machine keeps its own name and clock.
 	recordOnly bool
+	// One introduction at a time: of two first ones only one can be the first.
+	introducing sync.Mutex
 
-	mu       sync.RWMutex
-	token    string
-	envs     map[string]string
-	user     string
-	workdir  string
-	sandbox  string
-	recorded Introduction
+	mu        sync.RWMutex
+	token     string
+	envs      map[string]string
+	user      string
+	workdir   string
+	sandbox   string
+	hostname  string
+	machineID string
 }
 
 // New returns an identity that waits for its introduction.
@@ -121,12 +127,15 @@ func (i *Identity) Signature(path, operation, user, expiry string) string {
 
 // ServeHTTP answers POST /init. That the caller may use a control route was checked before.
 func (i *Identity) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	var in Introduction
+	in := Introduction{received: time.Now()}
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&in); err != nil {
 		refuse(w, http.StatusBadRequest, "the body is not the JSON of an introduction: "+err.Error())
 		return
 	}
-	if i.Introduced() && !i.Knows(r.Header.Get("X-Access-Token")) {
+	i.introducing.Lock()
+	defer i.introducing.Unlock()
+	// The answer to an introduction can get lost; its repetition knows the token it set.
+	if i.Introduced() && !i.Knows(r.Header.Get("X-Access-Token")) && !i.Knows(in.AccessToken) {
 		refuse(w, http.StatusUnauthorized, "the access token is not the one in force")
 		return
 	}
@@ -168,7 +177,6 @@ func (i *Identity) apply(in *Introduction) error {
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.recorded = *in
 	if in.AccessToken != "" {
 		i.token = in.AccessToken
 	}
@@ -184,6 +192,12 @@ func (i *Identity) apply(in *Introduction) error {
 	if in.SandboxID != "" {
 		i.sandbox = in.SandboxID
 	}
+	if in.Hostname != "" {
+		i.hostname = in.Hostname
+	}
+	if in.MachineID != "" {
+		i.machineID = in.MachineID
+	}
 	return nil
 }
 
@@ -192,7 +206,7 @@ func (i *Identity) confirm() (*Confirmation, error) {
 	defer i.mu.RUnlock()
 	c := &Confirmation{SandboxID: i.sandbox, EnvdVersion: EnvdVersion, Timestamp: time.Now().UTC().Format(time.RFC3339Nano)}
 	if i.recordOnly {
-		c.Hostname, c.MachineID = i.recorded.Hostname, i.recorded.MachineID
+		c.Hostname, c.MachineID = i.hostname, i.machineID
 		return c, nil
 	}
 	var err error
@@ -218,6 +232,9 @@ func addEntropy(in *Introduction) error {
 	bytes, err := base64.StdEncoding.DecodeString(in.Entropy)
 	if err != nil {
 		return err
+	}
+	if len(bytes) < minEntropy {
+		return fmt.Errorf("%d bytes are too few", len(bytes))
 	}
 	bytes = bytes[:len(bytes)&^3]
 	pool := make([]int32, 2+len(bytes)/4)
@@ -247,7 +264,7 @@ func setHostname(in *Introduction) error {
 	if err := os.MkdirAll("/etc", 0o755); err != nil {
 		return err
 	}
-	if err := os.WriteFile("/etc/hostname", []byte(in.Hostname+"\n"), 0o644); err != nil {
+	if err := replaceContent("/etc/hostname", in.Hostname+"\n", 0o644); err != nil {
 		return err
 	}
 	hosts := "127.0.0.1\tlocalhost\n127.0.1.1\t" + in.Hostname + "\n"
@@ -255,7 +272,24 @@ func setHostname(in *Introduction) error {
 	if err == nil {
 		hosts = replaceHostLine(string(current), in.Hostname)
 	}
-	return os.WriteFile("/etc/hosts", []byte(hosts), 0o644)
+	return replaceContent("/etc/hosts", hosts, 0o644)
+}
+
+// replaceContent changes a small file in place: a sandbox whose disk is full can still be told who
+// it is, because blocks in use are not given up first.
+func replaceContent(path, content string, mode os.FileMode) error {
+	if current, err := os.ReadFile(path); err == nil && string(current) == content {
+		return nil
+	}
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, mode)
+	if err != nil {
+		return err
+	}
+	_, err = file.WriteString(content)
+	if err == nil {
+		err = file.Truncate(int64(len(content)))
+	}
+	return errors.Join(err, file.Close())
 }
 
 // replaceHostLine points 127.0.1.1, where Debian keeps it, at the host's own name.
@@ -276,12 +310,12 @@ func setMachineID(in *Introduction) error {
 	if in.MachineID == "" {
 		return nil
 	}
-	if err := os.WriteFile("/etc/machine-id", []byte(in.MachineID+"\n"), 0o444); err != nil {
+	if err := replaceContent("/etc/machine-id", in.MachineID+"\n", 0o444); err != nil {
 		return err
 	}
 	const dbus = "/var/lib/dbus/machine-id"
 	if info, err := os.Lstat(dbus); err == nil && info.Mode().IsRegular() {
-		return os.WriteFile(dbus, []byte(in.MachineID+"\n"), 0o444)
+		return replaceContent(dbus, in.MachineID+"\n", 0o444)
 	}
 	return nil
 }
@@ -294,6 +328,8 @@ func setClock(in *Introduction) error {
 	if err != nil {
 		return err
 	}
+	// The steps before this one took their time.
+	now = now.Add(time.Since(in.received))
 	if time.Since(now).Abs() < clockTolerance {
 		return nil
 	}

@@ -2,13 +2,13 @@ package process
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -21,151 +21,63 @@ import (
 const (
 	chunkSize    = 32 << 10
 	ptyChunkSize = 16 << 10
-	// A subscriber that reads slowly holds this many chunks; after that the process waits.
-	queueLength = 8
-	// What is kept of the output while nobody listens.
-	replaySize = 1 << 20
-	// Counted for each kept event beside its bytes: a process may write one byte at a time.
-	eventOverhead = 256
+	// The most a pipe or terminal can hold of what an ended process wrote (fs.pipe-max-size).
+	pipeLimit = 1 << 20
 	// How long an ended process can still be asked for its end.
 	keepEnded = 30 * time.Second
 )
 
 var errStdinClosed = errors.New("standard input is not open")
 
-// Process is one started process. Output goes to its subscribers; while there are none it is kept,
-// bounded. A slow subscriber slows the process down through its pipe.
+// Process is one started process. A slow subscriber slows it down through its pipe.
 type Process struct {
+	*feed
 	config *processpb.ProcessConfig
 	tag    *string
-	pid    int
 
-	cmd    *exec.Cmd
-	stdin  *os.File
+	cmd *exec.Cmd
+	// Where input goes: a pipe or the terminal; nil when there is none.
+	input  *os.File
 	pty    *os.File
 	cgroup string
-	// Serialises writers of stdin, so that chunks keep their order.
-	stdinMu sync.Mutex
+	// Held while input is written, so that chunks keep their order.
+	turn chan struct{}
 
-	mu          sync.Mutex
-	subscribers map[*subscriber]struct{}
-	replay      []*processpb.ProcessEvent
-	replayBytes int
-	dropped     uint64
-	ended       *processpb.ProcessEvent
-	reaped      bool
-	timedOut    bool
+	stateMu  sync.Mutex
+	reaped   bool
+	timedOut bool
 }
 
-type subscriber struct {
-	events chan *processpb.ProcessEvent
-	gone   chan struct{}
-	once   sync.Once
-}
-
-func (s *subscriber) leave() { s.once.Do(func() { close(s.gone) }) }
-
-// subscribe adds a listener that first gets the start, then what was kept, then what comes.
-func (p *Process) subscribe() *subscriber {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	kept := p.replay
-	p.replay, p.replayBytes = nil, 0
-	s := &subscriber{events: make(chan *processpb.ProcessEvent, len(kept)+2+queueLength), gone: make(chan struct{})}
-	s.events <- &processpb.ProcessEvent{Event: &processpb.ProcessEvent_Start{
-		Start: &processpb.ProcessEvent_StartEvent{Pid: uint32(p.pid), DroppedBytes: p.dropped},
-	}}
-	p.dropped = 0
-	for _, event := range kept {
-		s.events <- event
-	}
-	if p.ended != nil {
-		s.events <- p.ended
-		return s
-	}
-	p.subscribers[s] = struct{}{}
-	return s
-}
-
-func (p *Process) unsubscribe(s *subscriber) {
-	s.leave()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.subscribers, s)
-}
-
-// publish hands output to every subscriber, waiting for slow ones, or keeps it.
-func (p *Process) publish(event *processpb.ProcessEvent) {
-	for _, s := range p.keepOrList(event) {
-		select {
-		case s.events <- event:
-		case <-s.gone:
-		}
-	}
-}
-
-func (p *Process) keepOrList(event *processpb.ProcessEvent) []*subscriber {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	listeners := make([]*subscriber, 0, len(p.subscribers))
-	for s := range p.subscribers {
-		listeners = append(listeners, s)
-	}
-	if len(listeners) > 0 {
-		return listeners
-	}
-	p.replay = append(p.replay, event)
-	p.replayBytes += outputSize(event) + eventOverhead
-	for p.replayBytes > replaySize {
-		oldest := outputSize(p.replay[0])
-		p.replay = p.replay[1:]
-		p.replayBytes -= oldest + eventOverhead
-		p.dropped += uint64(oldest)
-	}
-	return nil
-}
-
-func outputSize(event *processpb.ProcessEvent) int {
-	data := event.GetData()
-	return len(data.GetStdout()) + len(data.GetStderr()) + len(data.GetPty())
-}
-
-func (p *Process) finish(end *processpb.ProcessEvent) {
-	p.mu.Lock()
-	listeners := make([]*subscriber, 0, len(p.subscribers))
-	for s := range p.subscribers {
-		listeners = append(listeners, s)
-	}
-	p.ended = end
-	p.mu.Unlock()
-	for _, s := range listeners {
-		select {
-		case s.events <- end:
-		case <-s.gone:
-		}
-	}
-}
-
-// pump copies one output of the process until its end, or until drain says that the process is
-// gone: a grandchild that keeps the pipe open does not keep the stream open.
+// pump copies one output of the process until its end, or until what the process had written when
+// it ended is through: a grandchild that keeps the output open does not keep the stream open.
 func (p *Process) pump(from *os.File, size int, wrap func([]byte) *processpb.ProcessEvent_DataEvent) {
-	defer from.Close()
 	buffer := make([]byte, size)
-	for {
+	for left := pipeLimit; left > 0; {
 		n, err := from.Read(buffer)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			n, err = readNow(from, buffer)
+			left -= n
 		}
 		if n > 0 {
 			p.publish(&processpb.ProcessEvent{Event: &processpb.ProcessEvent_Data{Data: wrap(bytes.Clone(buffer[:n]))}})
 		}
 		if err != nil {
-			return
+			break
 		}
+	}
+	go discard(from)
+}
+
+// discard reads on for as long as anybody holds the other end: a program that was left in the
+// background must not die of what it prints.
+func discard(from *os.File) {
+	defer from.Close()
+	if from.SetReadDeadline(time.Time{}) == nil {
+		_, _ = io.Copy(io.Discard, from)
 	}
 }
 
-// readNow reads what is in the pipe without waiting, deadline or not; an empty pipe is io.EOF.
+// readNow reads what is there without waiting, deadline or not; nothing is io.EOF.
 func readNow(from *os.File, buffer []byte) (int, error) {
 	raw, err := from.SyscallConn()
 	if err != nil {
@@ -189,10 +101,10 @@ func (p *Process) wait(outputs []*os.File, pumps *sync.WaitGroup, limit *time.Ti
 	var info unix.Siginfo
 	for unix.Waitid(unix.P_PID, p.pid, &info, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
 	}
-	p.mu.Lock()
+	p.stateMu.Lock()
 	p.reaped = true
 	timedOut := p.timedOut
-	p.mu.Unlock()
+	p.stateMu.Unlock()
 	_ = p.cmd.Wait()
 	if limit != nil {
 		limit.Stop()
@@ -200,12 +112,11 @@ func (p *Process) wait(outputs []*os.File, pumps *sync.WaitGroup, limit *time.Ti
 	for _, output := range outputs {
 		_ = output.SetReadDeadline(time.Now())
 	}
-	pumps.Wait()
-	p.closeStdin()
-	if p.cgroup != "" {
-		// Busy when the process left others behind; they may stay.
-		_ = os.Remove(p.cgroup)
+	// Whoever writes to it now waits for a grandchild, if for anybody; this ends the wait.
+	if p.input != nil && p.input != p.pty {
+		_ = p.input.Close()
 	}
+	pumps.Wait()
 	p.finish(endEvent(p.cmd.ProcessState, timedOut))
 }
 
@@ -215,32 +126,39 @@ func endEvent(state *os.ProcessState, timedOut bool) *processpb.ProcessEvent {
 		ExitCode: int32(state.ExitCode()),
 		Exited:   status.Exited(),
 		Status:   state.String(),
-		TimedOut: timedOut,
+		TimedOut: timedOut && status.Signaled(),
 	}
 	if status.Signaled() {
 		end.Signal = int32(status.Signal())
 		text := state.String()
 		end.Error = &text
 	}
-	if timedOut {
+	if end.TimedOut {
 		text := "deadline exceeded: the time limit of the process had passed"
 		end.Error = &text
 	}
 	return &processpb.ProcessEvent{Event: &processpb.ProcessEvent_End{End: end}}
 }
 
+// running tells whether the process has not ended yet.
+func (p *Process) running() bool {
+	p.stateMu.Lock()
+	defer p.stateMu.Unlock()
+	return !p.reaped
+}
+
 // expire ends the process and all it started, because its time is over.
 func (p *Process) expire() {
-	p.mu.Lock()
+	p.stateMu.Lock()
 	p.timedOut = !p.reaped
-	p.mu.Unlock()
+	p.stateMu.Unlock()
 	_ = p.signal(unix.SIGKILL)
 }
 
 // signal reaches the process alone; SIGKILL reaches all it started.
 func (p *Process) signal(number unix.Signal) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.stateMu.Lock()
+	defer p.stateMu.Unlock()
 	if p.reaped {
 		return os.ErrProcessDone
 	}
@@ -253,55 +171,44 @@ func (p *Process) signal(number unix.Signal) error {
 	return unix.Kill(-p.pid, number)
 }
 
-// write sends bytes to stdin or the terminal, in order, until done is closed.
-func (p *Process) write(data []byte, done <-chan struct{}) error {
-	p.stdinMu.Lock()
-	defer p.stdinMu.Unlock()
-	to := p.stdin
-	if p.pty != nil {
-		to = p.pty
-	}
-	if to == nil {
+// write sends bytes to stdin or the terminal, after what was written before.
+func (p *Process) write(ctx context.Context, data []byte) error {
+	if p.input == nil {
 		return errStdinClosed
 	}
-	_ = to.SetWriteDeadline(time.Time{})
-	finished := make(chan struct{})
-	defer close(finished)
-	go func() {
-		select {
-		case <-done:
-			_ = to.SetWriteDeadline(time.Now())
-		case <-finished:
-		}
-	}()
-	_, err := to.Write(data)
+	select {
+	case p.turn <- struct{}{}:
+		defer func() { <-p.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	_ = p.input.SetWriteDeadline(time.Time{})
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = p.input.SetWriteDeadline(time.Now())
+		close(interrupted)
+	})
+	_, err := p.input.Write(data)
+	if !stop() {
+		// Or it would cut off the next writer.
+		<-interrupted
+	}
 	return err
 }
 
-func (p *Process) closeStdin() {
-	p.stdinMu.Lock()
-	defer p.stdinMu.Unlock()
-	if p.stdin != nil {
-		_ = p.stdin.Close()
-		p.stdin = nil
+// closeInput lets the process read the end of its input after all that was written before.
+func (p *Process) closeInput(ctx context.Context) error {
+	if p.input == nil {
+		return nil
 	}
-}
-
-// newCgroup makes a control group for one process; none when the kernel offers none.
-func newCgroup(sequence uint64) (string, *os.File) {
-	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err != nil || os.Geteuid() != 0 {
-		return "", nil
+	select {
+	case p.turn <- struct{}{}:
+		defer func() { <-p.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	path := filepath.Join("/sys/fs/cgroup", "process-"+strconv.FormatUint(sequence, 10))
-	if err := os.Mkdir(path, 0o755); err != nil {
-		return "", nil
-	}
-	opened, err := os.Open(path)
-	if err != nil {
-		_ = os.Remove(path)
-		return "", nil
-	}
-	return path, opened
+	_ = p.input.Close()
+	return nil
 }
 
 // resetScore makes a process an ordinary candidate when memory runs out; the agent is none.

@@ -13,11 +13,9 @@ import (
 	"os"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
 	processpb "sandmartin.dev/guest/internal/gen/process"
@@ -28,7 +26,10 @@ import (
 
 const (
 	defaultKeepalive = 90 * time.Second
+	maxKeepalive     = 3600
 	timeoutHeader    = "Connect-Timeout-Ms"
+	// Digits of a time limit in milliseconds, as the Connect protocol bounds them.
+	maxTimeoutDigits = 10
 )
 
 // UserOf finds the account a request asks for.
@@ -39,15 +40,15 @@ type Service struct {
 	processconnect.UnimplementedProcessHandler
 	identity *identity.Identity
 	userOf   UserOf
-	sequence atomic.Uint64
+	groups   cgroups
 
 	mu    sync.Mutex
 	table map[int]*Process
 }
 
-// NewService returns an empty table.
-func NewService(identity *identity.Identity, userOf UserOf) *Service {
-	return &Service{identity: identity, userOf: userOf, table: map[int]*Process{}}
+// NewService returns an empty table. Processes get control groups below cgroupRoot; empty is none.
+func NewService(identity *identity.Identity, userOf UserOf, cgroupRoot string) *Service {
+	return &Service{identity: identity, userOf: userOf, groups: cgroups{root: cgroupRoot}, table: map[int]*Process{}}
 }
 
 type limitKey struct{}
@@ -57,8 +58,9 @@ type limitKey struct{}
 func KeepLimit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == processconnect.ProcessStartProcedure {
-			ms, err := strconv.ParseInt(r.Header.Get(timeoutHeader), 10, 64)
-			if err == nil && ms > 0 {
+			given := r.Header.Get(timeoutHeader)
+			ms, err := strconv.ParseInt(given, 10, 64)
+			if err == nil && ms > 0 && len(given) <= maxTimeoutDigits {
 				limit := time.Duration(ms) * time.Millisecond
 				r = r.WithContext(context.WithValue(r.Context(), limitKey{}, limit))
 			}
@@ -91,10 +93,15 @@ func (s *Service) find(selector *processpb.ProcessSelector) (*Process, error) {
 		}
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("process with pid %d not found", selector.GetPid()))
 	}
+	var found *Process
 	for _, p := range s.table {
-		if p.tag != nil && *p.tag == selector.GetTag() {
-			return p, nil
+		// A tag may be used again; what still runs is meant.
+		if p.tag != nil && *p.tag == selector.GetTag() && (found == nil || p.running()) {
+			found = p
 		}
+	}
+	if found != nil {
+		return found, nil
 	}
 	return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("process with tag %s not found", selector.GetTag()))
 }
@@ -105,11 +112,9 @@ func (s *Service) List(context.Context, *connect.Request[processpb.ListRequest])
 	defer s.mu.Unlock()
 	list := &processpb.ListResponse{}
 	for _, p := range s.table {
-		p.mu.Lock()
-		if !p.reaped {
+		if p.running() {
 			list.Processes = append(list.Processes, &processpb.ProcessInfo{Config: p.config, Pid: uint32(p.pid), Tag: p.tag})
 		}
-		p.mu.Unlock()
 	}
 	return connect.NewResponse(list), nil
 }
@@ -120,8 +125,8 @@ func (s *Service) Start(ctx context.Context, request *connect.Request[processpb.
 	if err != nil {
 		return connect.NewError(connect.CodeUnauthenticated, err)
 	}
-	if request.Msg.GetProcess().GetCmd() == "" {
-		return connect.NewError(connect.CodeInvalidArgument, errors.New("no command is given"))
+	if err := validate(request.Msg.GetProcess()); err != nil {
+		return connect.NewError(connect.CodeInvalidArgument, err)
 	}
 	limit, _ := ctx.Value(limitKey{}).(time.Duration)
 	p, listener, err := s.begin(user, request.Msg, limit)
@@ -146,7 +151,7 @@ func (s *Service) Connect(ctx context.Context, request *connect.Request[processp
 
 func keepalive(header http.Header) time.Duration {
 	seconds, err := strconv.Atoi(header.Get("Keepalive-Ping-Interval"))
-	if err != nil || seconds <= 0 {
+	if err != nil || seconds <= 0 || seconds > maxKeepalive {
 		return defaultKeepalive
 	}
 	return time.Duration(seconds) * time.Second
@@ -156,14 +161,17 @@ func keepalive(header http.Header) time.Duration {
 func (p *Process) relay(ctx context.Context, from *subscriber, quiet time.Duration, send func(*processpb.ProcessEvent) error) error {
 	defer p.unsubscribe(from)
 	// A send that waits for a slow client does not notice that the client has gone; this does.
-	stop := context.AfterFunc(ctx, from.leave)
+	stop := context.AfterFunc(ctx, func() { p.unsubscribe(from) })
 	defer stop()
 	ticker := time.NewTicker(quiet)
 	defer ticker.Stop()
 	for {
 		event := &processpb.ProcessEvent{Event: &processpb.ProcessEvent_Keepalive{Keepalive: &processpb.ProcessEvent_KeepAlive{}}}
 		select {
-		case event = <-from.events:
+		case <-from.wake:
+			if event = p.take(from); event == nil {
+				continue
+			}
 			ticker.Reset(quiet)
 		case <-ticker.C:
 		case <-ctx.Done():
@@ -172,6 +180,7 @@ func (p *Process) relay(ctx context.Context, from *subscriber, quiet time.Durati
 		if err := send(event); err != nil {
 			return err
 		}
+		p.sent(from)
 		if event.GetEnd() != nil {
 			return nil
 		}
@@ -188,8 +197,8 @@ func (s *Service) Update(_ context.Context, request *connect.Request[processpb.U
 		if p.pty == nil {
 			return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("the process has no terminal"))
 		}
-		if err := pty.Setsize(p.pty, windowSize(size)); err != nil {
-			return nil, connect.NewError(connect.CodeInternal, err)
+		if err := resize(p.pty, size.GetSize()); err != nil {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("the terminal is closed: %w", err))
 		}
 	}
 	return connect.NewResponse(&processpb.UpdateResponse{}), nil
@@ -201,24 +210,24 @@ func (s *Service) SendInput(ctx context.Context, request *connect.Request[proces
 	if err != nil {
 		return nil, err
 	}
-	if err := p.feed(ctx, request.Msg.GetInput()); err != nil {
+	if err := p.give(ctx, request.Msg.GetInput()); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&processpb.SendInputResponse{}), nil
 }
 
-func (p *Process) feed(ctx context.Context, input *processpb.ProcessInput) error {
+func (p *Process) give(ctx context.Context, input *processpb.ProcessInput) error {
 	data := input.GetStdin()
 	if _, terminal := input.GetInput().(*processpb.ProcessInput_Pty); terminal {
 		data = input.GetPty()
 	}
-	err := p.write(data, ctx.Done())
+	err := p.write(ctx, data)
 	switch {
 	case err == nil:
 		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
-	case errors.Is(err, errStdinClosed), errors.Is(err, os.ErrClosed), errors.Is(err, unix.EPIPE):
+	case errors.Is(err, errStdinClosed), errors.Is(err, os.ErrClosed), errors.Is(err, unix.EPIPE), errors.Is(err, unix.EIO):
 		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("the process takes no input: %w", err))
 	}
 	return connect.NewError(connect.CodeInternal, err)
@@ -239,7 +248,7 @@ func (s *Service) StreamInput(ctx context.Context, stream *connect.ClientStream[
 			if p == nil {
 				return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the first message must name the process"))
 			}
-			if err := p.feed(ctx, event.Data.GetInput()); err != nil {
+			if err := p.give(ctx, event.Data.GetInput()); err != nil {
 				return nil, err
 			}
 		}
@@ -267,7 +276,7 @@ func (s *Service) SendSignal(_ context.Context, request *connect.Request[process
 }
 
 // CloseStdin lets the process read the end of its input, after all that was written before.
-func (s *Service) CloseStdin(_ context.Context, request *connect.Request[processpb.CloseStdinRequest]) (*connect.Response[processpb.CloseStdinResponse], error) {
+func (s *Service) CloseStdin(ctx context.Context, request *connect.Request[processpb.CloseStdinRequest]) (*connect.Response[processpb.CloseStdinResponse], error) {
 	p, err := s.find(request.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -275,6 +284,8 @@ func (s *Service) CloseStdin(_ context.Context, request *connect.Request[process
 	if p.pty != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("a terminal is closed by its own end-of-input character"))
 	}
-	p.closeStdin()
+	if err := p.closeInput(ctx); err != nil {
+		return nil, err
+	}
 	return connect.NewResponse(&processpb.CloseStdinResponse{}), nil
 }

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
 	processpb "sandmartin.dev/guest/internal/gen/process"
@@ -22,6 +21,26 @@ import (
 )
 
 const basePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// validate refuses what the kernel could not take or would take for something else.
+func validate(config *processpb.ProcessConfig) error {
+	if config.GetCmd() == "" {
+		return errors.New("no command is given")
+	}
+	texts := append([]string{config.GetCmd(), config.GetCwd()}, config.GetArgs()...)
+	for name, value := range config.GetEnvs() {
+		if name == "" || strings.Contains(name, "=") {
+			return fmt.Errorf("'%s' cannot be the name of an environment variable", name)
+		}
+		texts = append(texts, name, value)
+	}
+	for _, text := range texts {
+		if strings.ContainsRune(text, 0) {
+			return errors.New("the command, its arguments or its environment contain a NUL character")
+		}
+	}
+	return nil
+}
 
 // environment is that of a process: the base, the user's, the sandbox's, the request's.
 func environment(user *users.User, terminal bool, layers ...map[string]string) map[string]string {
@@ -35,19 +54,27 @@ func environment(user *users.User, terminal bool, layers ...map[string]string) m
 	return envs
 }
 
-// lookUp finds the command as the user would. What cannot be started is told apart from what
-// ran and failed.
-func lookUp(user *users.User, command, directory, path string) (string, error) {
-	var found string
-	err := user.As(func() error {
-		info, err := os.Stat(directory)
-		if err != nil || !info.IsDir() {
-			return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("cwd '%s' is not a directory that user '%s' can enter", directory, user.Name))
+// lookUp finds the directory and the command as the user would. What cannot be started is told
+// apart from what ran and failed.
+func lookUp(user *users.User, command, asked, workdir, path string) (directory, found string, err error) {
+	directory = user.Resolve(asked, workdir)
+	err = user.As(func() (err error) {
+		if !mayEnter(directory) {
+			if asked != "" {
+				return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("cwd '%s' is not a directory that user '%s' can enter", directory, user.Name))
+			}
+			// As a login does: not every account has its home in every image.
+			directory = "/"
 		}
 		found, err = search(user, command, directory, path)
 		return err
 	})
-	return found, err
+	return directory, found, err
+}
+
+func mayEnter(directory string) bool {
+	info, err := os.Stat(directory)
+	return err == nil && info.IsDir() && mayExecute(directory)
 }
 
 func search(user *users.User, command, directory, path string) (string, error) {
@@ -86,59 +113,34 @@ func executable(user *users.User, command, path string) error {
 		return connect.NewError(connect.CodeNotFound, fmt.Errorf("command '%s' was not found", command))
 	case info.IsDir():
 		return connect.NewError(connect.CodePermissionDenied, fmt.Errorf("command '%s' is a directory", command))
-	case !mayExecute(user, info):
+	case !mayExecute(path):
 		return connect.NewError(connect.CodePermissionDenied, fmt.Errorf("command '%s' is not executable by user '%s'", command, user.Name))
 	}
 	return nil
 }
 
-func mayExecute(user *users.User, info os.FileInfo) bool {
-	stat, mode := info.Sys().(*syscall.Stat_t), info.Mode().Perm()
-	switch {
-	case user.UID == 0:
-		return mode&0o111 != 0
-	case stat.Uid == user.UID:
-		return mode&0o100 != 0
-	case slices.Contains(user.Groups, stat.Gid) || stat.Gid == user.GID:
-		return mode&0o010 != 0
-	}
-	return mode&0o001 != 0
+// mayExecute asks the kernel for this thread's file system rights, so ACLs and noexec count.
+func mayExecute(path string) bool {
+	return unix.Faccessat(unix.AT_FDCWD, path, unix.X_OK, unix.AT_EACCESS) == nil
 }
 
 // begin starts the process and its pumps. limit 0 is no time limit.
 func (s *Service) begin(user *users.User, request *processpb.StartRequest, limit time.Duration) (*Process, *subscriber, error) {
 	config := request.GetProcess()
-	terminal := request.GetPty() != nil
-	defaultUser, workdir := s.identity.Defaults()
-	if user.Name != defaultUser {
-		workdir = ""
-	}
-	directory := user.Resolve(config.GetCwd(), workdir)
-	envs := environment(user, terminal, s.identity.Envs(), config.GetEnvs())
-	path, err := lookUp(user, config.GetCmd(), directory, envs["PATH"])
+	command, err := s.prepare(user, request)
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &Process{config: config, tag: request.Tag, subscribers: map[*subscriber]struct{}{}}
-	p.cmd = &exec.Cmd{Path: path, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Dir: directory}
-	for _, name := range slices.Sorted(maps.Keys(envs)) {
-		p.cmd.Env = append(p.cmd.Env, name+"="+envs[name])
-	}
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if os.Geteuid() == 0 {
-		p.cmd.SysProcAttr.Credential = user.Credential()
-	}
-	group, opened := newCgroup(s.sequence.Add(1))
+	p := &Process{feed: newFeed(), config: config, tag: request.Tag, cmd: command, turn: make(chan struct{}, 1)}
+	group, opened := s.groups.create()
 	if opened != nil {
 		defer opened.Close()
 		p.cgroup = group
-		p.cmd.SysProcAttr.UseCgroupFD, p.cmd.SysProcAttr.CgroupFD = true, int(opened.Fd())
+		command.SysProcAttr.UseCgroupFD, command.SysProcAttr.CgroupFD = true, int(opened.Fd())
 	}
-	outputs, pumps, err := p.launch(request)
+	outputs, pumps, err := p.launch(request, user)
 	if err != nil {
-		if p.cgroup != "" {
-			_ = os.Remove(p.cgroup)
-		}
+		s.groups.release(p.cgroup)
 		return nil, nil, startError(config.GetCmd(), err)
 	}
 	listener := p.subscribe()
@@ -153,9 +155,33 @@ func (s *Service) begin(user *users.User, request *processpb.StartRequest, limit
 	}
 	go func() {
 		p.wait(outputs, &running, timer)
+		s.groups.release(p.cgroup)
 		time.AfterFunc(keepEnded, func() { s.remove(p) })
 	}()
 	return p, listener, nil
+}
+
+// prepare describes the process to the kernel: program, directory, environment, rights.
+func (s *Service) prepare(user *users.User, request *processpb.StartRequest) (*exec.Cmd, error) {
+	config := request.GetProcess()
+	defaultUser, workdir := s.identity.Defaults()
+	if user.Name != defaultUser {
+		workdir = ""
+	}
+	envs := environment(user, request.GetPty() != nil, s.identity.Envs(), config.GetEnvs())
+	directory, path, err := lookUp(user, config.GetCmd(), config.GetCwd(), workdir, envs["PATH"])
+	if err != nil {
+		return nil, err
+	}
+	command := &exec.Cmd{Path: path, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Dir: directory}
+	for _, name := range slices.Sorted(maps.Keys(envs)) {
+		command.Env = append(command.Env, name+"="+envs[name])
+	}
+	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if os.Geteuid() == 0 {
+		command.SysProcAttr.Credential = user.Credential()
+	}
+	return command, nil
 }
 
 func startError(command string, err error) error {
@@ -164,7 +190,7 @@ func startError(command string, err error) error {
 	case errors.Is(err, unix.ENOENT):
 		// The file is there, so its interpreter is not.
 		code = connect.CodeNotFound
-	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOEXEC):
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOEXEC), errors.Is(err, unix.ETXTBSY):
 		code = connect.CodePermissionDenied
 	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EMFILE):
 		code = connect.CodeResourceExhausted
@@ -174,67 +200,74 @@ func startError(command string, err error) error {
 	return connect.NewError(code, fmt.Errorf("command '%s' could not be started: %w", command, err))
 }
 
+// wiring is what a process is connected by: our ends, its ends, and who copies its output.
+type wiring struct {
+	theirs, ours, outputs []*os.File
+	pumps                 []func()
+}
+
 // launch wires the process up and starts it.
-func (p *Process) launch(request *processpb.StartRequest) ([]*os.File, []func(), error) {
+func (p *Process) launch(request *processpb.StartRequest, user *users.User) ([]*os.File, []func(), error) {
+	var w wiring
+	var err error
 	if request.GetPty() != nil {
-		return p.launchTerminal(request.GetPty())
+		err = p.wireTerminal(&w, request.GetPty(), user)
+	} else {
+		err = p.wirePipes(&w, request.Stdin == nil || request.GetStdin())
 	}
-	var theirs []*os.File
-	defer func() {
-		for _, file := range theirs {
-			_ = file.Close()
-		}
-	}()
-	if request.Stdin == nil || request.GetStdin() {
+	if err == nil {
+		err = p.start()
+	}
+	if err != nil {
+		w.theirs = append(w.theirs, w.ours...)
+	}
+	for _, file := range w.theirs {
+		_ = file.Close()
+	}
+	return w.outputs, w.pumps, err
+}
+
+func (p *Process) wireTerminal(w *wiring, request *processpb.PTY, user *users.User) error {
+	outer, inner, err := openTerminal(request.GetSize(), user)
+	if err != nil {
+		return err
+	}
+	w.theirs, w.ours, w.outputs = append(w.theirs, inner), append(w.ours, outer), []*os.File{outer}
+	w.pumps = append(w.pumps, func() { p.pump(outer, ptyChunkSize, asTerminal) })
+	p.pty, p.input = outer, outer
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = inner, inner, inner
+	p.cmd.SysProcAttr.Setctty = true
+	return nil
+}
+
+func (p *Process) wirePipes(w *wiring, withInput bool) error {
+	if withInput {
 		read, write, err := os.Pipe()
 		if err != nil {
-			return nil, nil, err
+			return err
 		}
-		theirs = append(theirs, read)
-		p.cmd.Stdin, p.stdin = read, write
+		w.theirs, w.ours = append(w.theirs, read), append(w.ours, write)
+		p.cmd.Stdin, p.input = read, write
 	}
-	stdout, outWrite, err := os.Pipe()
-	if err != nil {
-		p.closeStdin()
-		return nil, nil, err
+	for _, wrap := range []func([]byte) *processpb.ProcessEvent_DataEvent{asStdout, asStderr} {
+		read, write, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		w.theirs, w.ours, w.outputs = append(w.theirs, write), append(w.ours, read), append(w.outputs, read)
+		w.pumps = append(w.pumps, func() { p.pump(read, chunkSize, wrap) })
 	}
-	theirs = append(theirs, outWrite)
-	stderr, errWrite, err := os.Pipe()
-	if err != nil {
-		p.closeStdin()
-		return nil, nil, errors.Join(err, stdout.Close())
-	}
-	theirs = append(theirs, errWrite)
-	p.cmd.Stdout, p.cmd.Stderr = outWrite, errWrite
+	p.cmd.Stdout, p.cmd.Stderr = w.theirs[len(w.theirs)-2], w.theirs[len(w.theirs)-1]
+	return nil
+}
+
+func (p *Process) start() error {
 	if err := p.cmd.Start(); err != nil {
-		p.closeStdin()
-		return nil, nil, errors.Join(err, stdout.Close(), stderr.Close())
+		return err
 	}
 	p.pid = p.cmd.Process.Pid
 	resetScore(p.pid)
-	return []*os.File{stdout, stderr}, []func(){
-		func() { p.pump(stdout, chunkSize, asStdout) },
-		func() { p.pump(stderr, chunkSize, asStderr) },
-	}, nil
-}
-
-func (p *Process) launchTerminal(request *processpb.PTY) ([]*os.File, []func(), error) {
-	p.cmd.SysProcAttr.Setctty = true
-	master, err := pty.StartWithAttrs(p.cmd, windowSize(request), p.cmd.SysProcAttr)
-	if err != nil {
-		return nil, nil, err
-	}
-	p.pid, p.pty = p.cmd.Process.Pid, master
-	resetScore(p.pid)
-	return []*os.File{master}, []func(){func() { p.pump(master, ptyChunkSize, asTerminal) }}, nil
-}
-
-func windowSize(request *processpb.PTY) *pty.Winsize {
-	size := &pty.Winsize{Cols: 80, Rows: 24}
-	if given := request.GetSize(); given != nil {
-		size.Cols, size.Rows = uint16(given.GetCols()), uint16(given.GetRows())
-	}
-	return size
+	return nil
 }
 
 func asStdout(data []byte) *processpb.ProcessEvent_DataEvent {

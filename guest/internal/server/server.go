@@ -6,6 +6,7 @@ package server
 
 import (
 	"context"
+	"crypto/subtle"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -37,6 +38,7 @@ import (
 const (
 	port           = 49983
 	tapDevice      = "eth0"
+	cgroupRoot     = "/sys/fs/cgroup"
 	maxMessage     = 8 << 20
 	maxHeader      = 64 << 10
 	headerDeadline = 30 * time.Second
@@ -56,8 +58,8 @@ func Main(args []string) error {
 	}
 	// A guest may make the agent work, but must not make it grow.
 	debug.SetMemoryLimit(memoryLimit)
-	agent := newAgent(identity.New(!*vm), *gateway)
 	if !*vm {
+		agent := newAgent(identity.New(true), *gateway, "")
 		listener, err := net.Listen("tcp", *listen)
 		if err != nil {
 			return err
@@ -65,7 +67,7 @@ func Main(args []string) error {
 		_ = json.NewEncoder(os.Stdout).Encode(map[string]string{"listening": listener.Addr().String()})
 		return agent.serve(listener, true)
 	}
-	return agent.serveVM(*address)
+	return newAgent(identity.New(false), *gateway, cgroupRoot).serveVM(*address)
 }
 
 func (a *agent) serveVM(address string) error {
@@ -93,11 +95,11 @@ type agent struct {
 	refusals *connect.ErrorWriter
 }
 
-func newAgent(who *identity.Identity, gateway string) *agent {
+func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	a := &agent{identity: who, gateway: gateway, refusals: connect.NewErrorWriter()}
 	mux := http.NewServeMux()
 	limit := connect.WithReadMaxBytes(maxMessage)
-	mux.Handle(processconnect.NewProcessHandler(process.NewService(who, a.userOf), limit))
+	mux.Handle(processconnect.NewProcessHandler(process.NewService(who, a.userOf, cgroupRoot), limit))
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystem.NewService(a.locate), limit))
 	mux.Handle("/files", files.Handler(a.locateNamed))
 	mux.Handle("GET /metrics", &metrics.Meter{})
@@ -162,7 +164,8 @@ func (a *agent) signed(w http.ResponseWriter, r *http.Request) bool {
 		operation = "write"
 	}
 	expiry := query.Get("signature_expiration")
-	if given != a.identity.Signature(query.Get("path"), operation, query.Get("username"), expiry) {
+	expected := a.identity.Signature(query.Get("path"), operation, query.Get("username"), expiry)
+	if subtle.ConstantTimeCompare([]byte(given), []byte(expected)) != 1 {
 		files.Refuse(w, http.StatusUnauthorized, "invalid signature")
 		return false
 	}

@@ -6,8 +6,10 @@ package users
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path"
 	"runtime"
@@ -20,6 +22,9 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// A group may have many members, all on one line.
+const maxLine = 1 << 20
 
 // ErrUnknown is wrapped by errors about an account that does not exist.
 var ErrUnknown = errors.New("unknown user")
@@ -49,7 +54,8 @@ func Find(name string) (*User, error) {
 
 func numeric(name string) (*User, error) {
 	uid, err := strconv.ParseUint(name, 10, 32)
-	if err != nil && name != "root" {
+	// The largest number means "leave it" to the kernel: it would be our own id.
+	if (err != nil && name != "root") || uid == math.MaxUint32 {
 		return nil, fmt.Errorf("invalid username: '%s': %w", name, ErrUnknown)
 	}
 	// An image without /etc/passwd still has its root.
@@ -63,10 +69,10 @@ func scanPasswd(match func([]string) bool) (*User, error) {
 	err := scan("/etc/passwd", 7, func(fields []string) bool {
 		uid, errUID := strconv.ParseUint(fields[2], 10, 32)
 		gid, errGID := strconv.ParseUint(fields[3], 10, 32)
-		if errUID != nil || errGID != nil || !match(fields) {
+		if errUID != nil || errGID != nil || uid == math.MaxUint32 || gid == math.MaxUint32 || !match(fields) {
 			return true
 		}
-		found = &User{Name: fields[0], UID: uint32(uid), GID: uint32(gid), Home: fields[5], Shell: fields[6]}
+		found = &User{Name: fields[0], UID: uint32(uid), GID: uint32(gid), Home: cmp.Or(fields[5], "/"), Shell: cmp.Or(fields[6], "/bin/sh")}
 		return false
 	})
 	return found, err
@@ -84,28 +90,31 @@ func supplementary(user *User) []uint32 {
 	return groups
 }
 
-// NameOf returns the name of a user id, or the number.
-func NameOf(uid uint32) string {
-	number := strconv.FormatUint(uint64(uid), 10)
-	found, _ := scanPasswd(func(fields []string) bool { return fields[2] == number })
-	if found == nil {
-		return number
-	}
-	return found.Name
-}
+// Names looks up the names of user and group ids, each once.
+type Names struct{ users, groups map[uint32]string }
 
-// GroupNameOf returns the name of a group id, or the number.
-func GroupNameOf(gid uint32) string {
-	number := strconv.FormatUint(uint64(gid), 10)
-	name := number
-	_ = scan("/etc/group", 4, func(fields []string) bool {
-		if fields[2] == number {
-			name = fields[0]
-			return false
+// NewNames returns a Names that knows none yet.
+func NewNames() *Names { return &Names{map[uint32]string{}, map[uint32]string{}} }
+
+// User returns the name of a user id, or the number.
+func (n *Names) User(uid uint32) string { return nameIn("/etc/passwd", 7, uid, n.users) }
+
+// Group returns the name of a group id, or the number.
+func (n *Names) Group(gid uint32) string { return nameIn("/etc/group", 4, gid, n.groups) }
+
+func nameIn(file string, fields int, id uint32, known map[uint32]string) string {
+	if name, ok := known[id]; ok {
+		return name
+	}
+	number := strconv.FormatUint(uint64(id), 10)
+	known[id] = number
+	_ = scan(file, fields, func(parts []string) bool {
+		if parts[2] == number {
+			known[id] = strings.ToValidUTF8(parts[0], "\uFFFD")
 		}
-		return true
+		return parts[2] != number
 	})
-	return name
+	return known[id]
 }
 
 // scan calls each with the fields of every well-formed line until it returns false. A missing
@@ -120,6 +129,7 @@ func scan(file string, fields int, each func([]string) bool) error {
 	}
 	defer opened.Close()
 	lines := bufio.NewScanner(opened)
+	lines.Buffer(nil, maxLine)
 	for lines.Scan() {
 		parts := strings.Split(lines.Text(), ":")
 		if len(parts) >= fields && !each(parts) {

@@ -12,16 +12,16 @@ import base64
 import contextlib
 import json
 import secrets
+import struct
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import pyqwest
-from connectrpc.code import Code
-from connectrpc.errors import ConnectError
-from protobuf import Oneof
+from protobuf import Message, Oneof
 
 from sandmartin.errors import (
     Conflict,
@@ -37,21 +37,36 @@ from sandmartin.errors import (
     ToolFailed,
 )
 from sandmartin.rpc.envd.process import process_pb as pb
-from sandmartin.rpc.envd.process.process_connect import ProcessClient
 
 PORT = 49983
 
-_CALL_DEADLINE_S = 15.0
+_CONNECT_S = 5.0
 _INTRODUCE_TRY_S = 10.0
 _INTRODUCE_PAUSE_S = 0.02
-_KEEPALIVE_S = 10
-#: A stream that brought nothing, not even a keepalive, for this long has no guest behind it.
-_STREAM_SILENCE_S = 35.0
-#: An upload may stall while the guest's disk catches up, but not for ever.
-_UPLOAD_SILENCE_S = 120.0
 _MAX_REPLY_BYTES = 1 << 20
-_MAX_MESSAGE_BYTES = 4 << 20
+#: Output comes in chunks of 32 KiB at most.
+_MAX_MESSAGE_BYTES = 1 << 20
 _ENTROPY_BYTES = 64
+
+#: The Connect protocol's envelope: flags and size, then the message.
+_ENVELOPE = struct.Struct(">BI")
+_PLAIN, _LAST = 0, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """How long a guest agent may be silent before it counts as dead."""
+
+    #: Until it answers a call.
+    call_s: float = 15.0
+    #: Between two messages of a stream; while there is nothing to tell it sends keepalives.
+    stream_s: float = 35.0
+    #: Until it takes more of an upload: its disk may be slow.
+    upload_s: float = 120.0
+
+    @property
+    def keepalive_s(self) -> int:
+        return max(1, int(self.stream_s / 3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,29 +124,26 @@ ProcessEvent = Started | Output | Ended
 class Guest:
     """The client of one sandbox's guest agent."""
 
-    def __init__(self, address: str, token: str, port: int = PORT) -> None:
+    def __init__(
+        self, address: str, token: str, port: int = PORT, deadlines: Deadlines | None = None
+    ) -> None:
         self._url = f"http://{address}:{port}"
         self._token = token
-        self._http = pyqwest.Client(
-            pyqwest.HTTPTransport(
-                connect_timeout=5.0,
-                follow_redirects=False,
-                enable_gzip=False,
-                enable_brotli=False,
-                enable_zstd=False,
-                enable_otel=False,
-            )
+        self._deadlines = deadlines or Deadlines()
+        self._transport = pyqwest.HTTPTransport(
+            connect_timeout=_CONNECT_S,
+            follow_redirects=False,
+            enable_gzip=False,
+            enable_brotli=False,
+            enable_zstd=False,
+            enable_otel=False,
+            # A proxy that plain HTTP never takes: without one the environment's would be used.
+            proxy=pyqwest.Proxy("http://127.0.0.1:9", scheme="https"),
         )
-        self._processes = ProcessClient(
-            self._url,
-            http_client=self._http,
-            accept_compression=(),
-            send_compression=None,
-            read_max_bytes=_MAX_MESSAGE_BYTES,
-        )
+        self._http = pyqwest.Client(self._transport)
 
     async def close(self) -> None:
-        await self._processes.close()
+        await self._transport.aclose()
 
     def _headers(self, user: str | None = None) -> dict[str, str]:
         headers = {"x-access-token": self._token}
@@ -150,12 +162,13 @@ class Guest:
         """
         until = time.monotonic() + deadline_s
         while True:
+            left = max(0.0, until - time.monotonic())
             try:
-                async with asyncio.timeout(_INTRODUCE_TRY_S):
-                    status, reply = await self._post_json("/init", _introduction(identity))
+                async with asyncio.timeout(min(left, _INTRODUCE_TRY_S)):
+                    status, reply = await self._post_introduction(identity)
                 break
-            except (OSError, TimeoutError, pyqwest.ReadError, pyqwest.WriteError):
-                if time.monotonic() > until:
+            except _SILENT:
+                if time.monotonic() >= until:
                     raise TimedOut(
                         f"the guest agent did not answer within {deadline_s:g} s of the VM's start",
                         hint="the host may be overloaded; raise SANDMARTIN_BOOT_TIMEOUT_S",
@@ -166,11 +179,12 @@ class Guest:
         told = (identity.sandbox_id, identity.hostname, identity.machine_id)
         if tuple(reply.get(key) for key in ("sandboxId", "hostname", "machineId")) != told:
             raise ToolFailed("the guest confirmed another identity than it was given")
+        self._token = identity.token
 
-    async def _post_json(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    async def _post_introduction(self, identity: Identity) -> tuple[int, dict[str, Any]]:
         headers = self._headers() | {"content-type": "application/json"}
-        content = json.dumps(body).encode()
-        async with await self._http.stream("POST", self._url + path, headers, content) as response:
+        content = json.dumps(_introduction(identity)).encode()
+        async with self._http.stream("POST", f"{self._url}/init", headers, content) as response:
             return response.status, _parse(await _read_bounded(response))
 
     async def healthy(self, deadline_s: float) -> bool:
@@ -178,18 +192,20 @@ class Guest:
         try:
             async with (
                 asyncio.timeout(deadline_s),
-                await self._http.stream("GET", self._url + "/health") as response,
+                self._http.stream("GET", f"{self._url}/health") as response,
             ):
                 return response.status == 204
-        except (OSError, TimeoutError, pyqwest.ReadError, pyqwest.WriteError):
+        except _SILENT:
             return False
 
     # Processes.
 
-    async def start(self, command: Command) -> AsyncIterator[ProcessEvent]:
-        """Start a command and listen to it until its end. Raises NotStarted, Invalid, GuestSilent."""
+    async def start(self, command: Command) -> AsyncGenerator[ProcessEvent]:
+        """Start a command and listen to it until its end.
+
+        Raises NotStarted, Invalid, GuestSilent. Who stops to listen does not end the command.
+        """
         headers = self._headers(command.user)
-        headers["keepalive-ping-interval"] = str(_KEEPALIVE_S)
         if command.timeout_s is not None:
             headers["connect-timeout-ms"] = str(max(1, int(command.timeout_s * 1000)))
         request = pb.StartRequest(
@@ -201,67 +217,120 @@ class Guest:
             ),
             stdin=command.stdin,
         )
-        with _translated(starting=True):
-            responses = self._processes.start(request, headers=headers)
-            async for response in _audible(responses):
-                event = _process_event(response)
-                if event is not None:
+        try:
+            async with contextlib.aclosing(self._listen("Start", request, headers)) as events:
+                async for event in events:
                     yield event
-                if isinstance(event, Ended):
-                    return
+        except (NotFound, Denied, Exhausted) as error:
+            raise NotStarted(error.message) from error
+
+    async def attach(self, pid: int) -> AsyncGenerator[ProcessEvent]:
+        """Listen to a command that was started before; what nobody heard yet comes first.
+
+        Raises NotFound, GuestSilent.
+        """
+        request = pb.ConnectRequest(process=_selector(pid))
+        listening = self._listen("Connect", request, self._headers())
+        async with contextlib.aclosing(listening) as events:
+            async for event in events:
+                yield event
+
+    async def _listen(
+        self, method: str, request: Message[Any], headers: dict[str, str]
+    ) -> AsyncGenerator[ProcessEvent]:
+        headers["content-type"] = "application/connect+proto"
+        headers["keepalive-ping-interval"] = str(self._deadlines.keepalive_s)
+        message = request.to_binary()
+        content = _ENVELOPE.pack(_PLAIN, len(message)) + message
+        asking = self._http.stream("POST", self._procedure(method), headers, content)
+        with _translated():
+            async with _opened(asking, asyncio.timeout(self._deadlines.call_s)) as response:
+                if response.status != 200:
+                    raise _call_error(await self._reply(response))
+                chunks = _audible(response.content, self._deadlines.stream_s)
+                async for payload in _messages(chunks):
+                    event = _process_event(payload)
+                    if event is not None:
+                        yield event
+                    if isinstance(event, Ended):
+                        return
         raise GuestSilent("the guest agent broke off before the command's end")
 
     async def send_input(self, pid: int, data: bytes) -> None:
         """Write to a command's standard input; waits while the command does not read."""
-        request = pb.SendInputRequest(
-            process=_selector(pid), input=pb.ProcessInput(input=Oneof("stdin", data))
-        )
-        with _translated():
-            await self._processes.send_input(request, headers=self._headers())
+        stdin: Oneof[Literal["stdin"], bytes] = Oneof("stdin", data)
+        request = pb.SendInputRequest(process=_selector(pid), input=pb.ProcessInput(input=stdin))
+        sending = asyncio.ensure_future(self._call("SendInput", request, patient=True))
+        try:
+            while not sending.done():
+                await asyncio.wait({sending}, timeout=self._deadlines.call_s)
+                # A command that does not read and a guest that is dead look the same from here.
+                if not sending.done() and not await self.healthy(self._deadlines.call_s):
+                    raise GuestSilent("the guest agent does not answer")
+            await sending
+        finally:
+            sending.cancel()
+            await asyncio.wait({sending})
 
     async def close_input(self, pid: int) -> None:
-        request = pb.CloseStdinRequest(process=_selector(pid))
-        with _translated():
-            async with asyncio.timeout(_CALL_DEADLINE_S):
-                await self._processes.close_stdin(request, headers=self._headers())
+        await self._call("CloseStdin", pb.CloseStdinRequest(process=_selector(pid)))
 
     async def signal(self, pid: int, number: int) -> None:
+        """Signal a command; SIGKILL ends all that it started. Raises NotFound once it ended."""
         request = pb.SendSignalRequest(process=_selector(pid), signal=pb.Signal(number))
+        await self._call("SendSignal", request)
+
+    async def _call(self, method: str, request: Message[Any], *, patient: bool = False) -> None:
+        headers = self._headers() | {"content-type": "application/proto"}
+        asking = self._http.stream("POST", self._procedure(method), headers, request.to_binary())
+        limit = asyncio.timeout(None if patient else self._deadlines.call_s)
         with _translated():
-            async with asyncio.timeout(_CALL_DEADLINE_S):
-                await self._processes.send_signal(request, headers=self._headers())
+            async with _opened(asking, limit) as response:
+                reply = await self._reply(response)
+                if response.status != 200:
+                    raise _call_error(reply)
+
+    def _procedure(self, method: str) -> str:
+        return f"{self._url}/process.Process/{method}"
+
+    async def _reply(self, response: pyqwest.Response) -> dict[str, Any]:
+        async with asyncio.timeout(self._deadlines.call_s):
+            return _parse(await _read_bounded(response))
 
     # Files.
 
-    async def upload(self, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
-        """Write a file of any size. Raises DiskFull, Denied, Invalid, NotFound, GuestSilent."""
-        headers = self._headers() | {"content-type": "application/octet-stream"}
-        progress = _Progress()
-        with _translated():
-            sending = self._http.stream(
-                "POST",
-                self._url + "/files",
-                headers,
-                progress.count(chunks),
-                params={"path": path, "username": user},
-            )
-            response = await progress.watch(sending, _UPLOAD_SILENCE_S)
-            async with response:
-                if response.status != 200:
-                    raise _file_error(response.status, await _read_bounded(response))
+    async def upload(self, path: str, user: str, chunks: AsyncIterable[bytes]) -> None:
+        """Write a file of any size. Raises DiskFull, Denied, Invalid, NotFound, GuestSilent.
 
-    async def download(self, path: str, user: str) -> AsyncIterator[bytes]:
+        What `chunks` raises is passed on, and nothing of the file is left.
+        """
+        headers = self._headers() | {"content-type": "application/octet-stream"}
+        body = _Body(chunks, self._deadlines.upload_s)
+        query: dict[str, str | None] = {"path": path, "username": user}
+        sending = self._http.stream(
+            "POST", f"{self._url}/files", headers, body.read(), params=query
+        )
+        try:
+            with _translated():
+                async with _opened(sending, body.silence) as response:
+                    reply = await self._reply(response)
+                    if response.status != 200:
+                        raise _file_error(response.status, reply)
+        except SandmartinError as error:
+            if body.failure is not None:
+                raise body.failure from error
+            raise
+
+    async def download(self, path: str, user: str) -> AsyncGenerator[bytes]:
         """Read a file of any size. Raises NotFound, Denied, Invalid, GuestSilent."""
-        query = {"path": path, "username": user}
-        url = self._url + "/files"
+        query: dict[str, str | None] = {"path": path, "username": user}
+        asking = self._http.stream("GET", f"{self._url}/files", self._headers(), params=query)
         with _translated():
-            async with asyncio.timeout(_CALL_DEADLINE_S):
-                response = await self._http.stream("GET", url, self._headers(), params=query)
-            async with response:
+            async with _opened(asking, asyncio.timeout(self._deadlines.call_s)) as response:
                 if response.status != 200:
-                    raise _file_error(response.status, await _read_bounded(response))
-                async for chunk in _audible(response.content):
-                    yield bytes(chunk)
+                    raise _file_error(response.status, await self._reply(response))
+                async for chunk in _audible(response.content, self._deadlines.stream_s):
+                    yield chunk
 
 
 def _introduction(identity: Identity) -> dict[str, Any]:
@@ -279,65 +348,108 @@ def _introduction(identity: Identity) -> dict[str, Any]:
 
 
 def _selector(pid: int) -> pb.ProcessSelector:
-    return pb.ProcessSelector(selector=Oneof("pid", pid))
+    selector: Oneof[Literal["pid"], int] = Oneof("pid", pid)
+    return pb.ProcessSelector(selector=selector)
 
 
-def _process_event(response: pb.StartResponse) -> ProcessEvent | None:
+def _process_event(payload: bytes) -> ProcessEvent | None:
+    try:
+        response = pb.StartResponse.from_binary(payload)
+    except ValueError as error:
+        raise ToolFailed("the guest agent sent what is no event") from error
     event = response.event.event if response.event else None
-    match event.field if event else None:
-        case "start":
-            return Started(event.value.pid)
-        case "data" if event.value.output is not None:
-            output = event.value.output
-            return Output(output.value, stdout=output.field == "stdout")
-        case "end":
-            end = event.value
-            code = 128 + end.signal if end.signal else end.exit_code & 0xFF
-            error = (end.error or "") if end.timed_out else ""
+    match event.value if event else None:
+        case pb.ProcessEvent.StartEvent() as start:
+            return Started(start.pid)
+        case pb.ProcessEvent.DataEvent(output=Oneof() as output):
+            return Output(output.value, stdout=output.field != "stderr")
+        case pb.ProcessEvent.EndEvent() as end:
             return Ended(
-                exit_code=code, signal=end.signal, error=error, timed_out=end.timed_out
+                exit_code=128 + end.signal if end.signal else end.exit_code & 0xFF,
+                signal=end.signal,
+                error=(end.error or "") if end.timed_out else "",
+                timed_out=end.timed_out,
             )
     return None
 
 
-async def _audible(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The messages of a stream that must not fall silent. Raises TimeoutError when it does."""
-    try:
+@contextlib.asynccontextmanager
+async def _opened(
+    asking: AbstractAsyncContextManager[pyqwest.Response], limit: asyncio.Timeout
+) -> AsyncIterator[pyqwest.Response]:
+    """The response to a request; the limit is for its beginning."""
+    async with contextlib.AsyncExitStack() as stack:
+        async with limit:
+            response = await stack.enter_async_context(asking)
+        yield response
+
+
+async def _audible(
+    content: AsyncIterable[bytes | memoryview | bytearray], silence_s: float
+) -> AsyncIterator[bytes]:
+    """The chunks of a stream that must not fall silent. Raises TimeoutError when it does."""
+    chunks = aiter(content)
+    while True:
+        async with asyncio.timeout(silence_s):
+            try:
+                chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+        yield bytes(chunk)
+
+
+async def _messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The messages of a stream, until the one that closes it. Raises what that one reports."""
+    buffer = bytearray()
+    async for chunk in chunks:
+        buffer += chunk
+        while len(buffer) >= _ENVELOPE.size:
+            flags, size = _ENVELOPE.unpack_from(buffer)
+            if size > _MAX_MESSAGE_BYTES or flags not in {_PLAIN, _LAST}:
+                raise ToolFailed("the guest agent sent a message that is too large or damaged")
+            end = _ENVELOPE.size + size
+            if len(buffer) < end:
+                break
+            payload = bytes(buffer[_ENVELOPE.size : end])
+            del buffer[:end]
+            if flags == _PLAIN:
+                yield payload
+            elif isinstance(error := _parse(payload).get("error"), dict):
+                raise _call_error(error)
+            else:
+                return
+
+
+class _Body:
+    """The content of an upload. Only the guest's slowness counts as silence, not the source's."""
+
+    def __init__(self, chunks: AsyncIterable[bytes], silence_s: float) -> None:
+        self._chunks = chunks
+        self._silence_s = silence_s
+        self.silence = asyncio.timeout(silence_s)
+        #: What the source raised.
+        self.failure: Exception | None = None
+
+    async def read(self) -> AsyncIterator[bytes]:
+        chunks = aiter(self._chunks)
         while True:
-            async with asyncio.timeout(_STREAM_SILENCE_S):
-                try:
-                    message = await anext(messages)
-                except StopAsyncIteration:
-                    return
-            yield message
-    finally:
-        if (close := getattr(messages, "aclose", None)) is not None:
-            await close()
-
-
-class _Progress:
-    """Notices when an upload stands still."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    async def count(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for chunk in chunks:
-            self._last = time.monotonic()
+            self._wait_for_guest(None)
+            try:
+                chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            except Exception as error:
+                self.failure = error
+                raise
+            finally:
+                self._wait_for_guest(self._silence_s)
             yield chunk
-            self._last = time.monotonic()
 
-    async def watch(self, sending: Any, silence_s: float) -> pyqwest.Response:
-        task: asyncio.Future[pyqwest.Response] = asyncio.ensure_future(sending)
-        try:
-            while not task.done():
-                left = self._last + silence_s - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError
-                await asyncio.wait({task}, timeout=left)
-            return task.result()
-        finally:
-            task.cancel()
+    def _wait_for_guest(self, at_most_s: float | None) -> None:
+        now = asyncio.get_running_loop().time()
+        # The guest may have answered already, and then there is nothing to wait for.
+        with contextlib.suppress(RuntimeError):
+            self.silence.reschedule(None if at_most_s is None else now + at_most_s)
 
 
 async def _read_bounded(response: pyqwest.Response) -> bytes:
@@ -370,34 +482,40 @@ _FILE_ERRORS: dict[int, type[SandmartinError]] = {
 }
 
 
-def _file_error(status: int, content: bytes) -> SandmartinError:
+def _file_error(status: int, reply: Mapping[str, Any]) -> SandmartinError:
     error = _FILE_ERRORS.get(status, ToolFailed)
     hint = "remove files in the sandbox, or create it with a larger disk" if status == 507 else ""
-    return error(_message(_parse(content)), hint=hint)
+    return error(_message(reply), hint=hint)
 
 
-_CODES: dict[Code, type[SandmartinError]] = {
-    Code.INVALID_ARGUMENT: Invalid,
-    Code.UNAUTHENTICATED: Invalid,
-    Code.NOT_FOUND: NotFound,
-    Code.PERMISSION_DENIED: Denied,
-    Code.FAILED_PRECONDITION: Conflict,
-    Code.RESOURCE_EXHAUSTED: Exhausted,
-    Code.UNAVAILABLE: GuestSilent,
-    Code.CANCELED: GuestSilent,
-    Code.DEADLINE_EXCEEDED: GuestSilent,
+_CALL_ERRORS: dict[str, type[SandmartinError]] = {
+    "invalid_argument": Invalid,
+    "unauthenticated": Invalid,
+    "not_found": NotFound,
+    "permission_denied": Denied,
+    "failed_precondition": Conflict,
+    "resource_exhausted": Exhausted,
+    "unavailable": GuestSilent,
 }
 
 
+def _call_error(reply: Mapping[str, Any]) -> SandmartinError:
+    return _CALL_ERRORS.get(str(reply.get("code")), ToolFailed)(_message(reply))
+
+
+_SILENT = (
+    OSError,
+    TimeoutError,
+    pyqwest.ReadError,
+    pyqwest.WriteError,
+    pyqwest.RemoteProtocolError,
+)
+
+
 @contextlib.contextmanager
-def _translated(*, starting: bool = False) -> Iterator[None]:
-    """Turn what the transport and the guest raise into our errors."""
+def _translated() -> Iterator[None]:
+    """Turn what the transport raises into our errors."""
     try:
         yield
-    except ConnectError as error:
-        kind = _CODES.get(error.code, ToolFailed)
-        if starting and kind in {NotFound, Denied, Exhausted}:
-            kind = NotStarted
-        raise kind(error.message[:500]) from error
-    except (OSError, TimeoutError, pyqwest.ReadError, pyqwest.WriteError) as error:
+    except _SILENT as error:
         raise GuestSilent(f"the guest agent does not answer: {error}") from error

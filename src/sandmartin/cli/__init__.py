@@ -8,6 +8,7 @@ installation with extras has are imported inside the verbs that need them.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from sandmartin import __version__
 from sandmartin.cli import agent, doctor, exitcode, run, sandboxes, setup
 from sandmartin.cli.options import Parser
+from sandmartin.cli.pipes import drop_stdout, occupy_standard_streams
 from sandmartin.cli.talk import say, say_error
 from sandmartin.errors import NotStarted, SandmartinError
 
@@ -43,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+        verb.set_defaults(parser=verb)
     return parser
 
 
@@ -53,30 +56,44 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     words = list(argv)
     cut = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:cut])
+    args, unknown = build_parser().parse_known_args(words[:cut])
+    # By the verb's own parser, which knows the verb's exit code for it.
+    if unknown:
+        args.parser.error(f"unknown arguments: {' '.join(unknown)}")
     if args.verb == "run":
         # `run sh -c '...' -- x`: the command has begun, so this `--` is one of its words.
         args.command += words[cut:] if args.command else words[cut + 1 :]
     elif words[cut + 1 :]:
-        build_parser().error(f"{args.verb} takes no command: {' '.join(words[cut + 1 :])}")
+        args.parser.error(f"{args.verb} takes no command: {' '.join(words[cut + 1 :])}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's by default) and return its exit code."""
+    occupy_standard_streams()
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         code: int = args.act(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        say("sandmartin: interrupted")
+        return exitcode.SIGNALLED + signal.SIGINT
+    except BrokenPipeError:
+        drop_stdout()
+        return exitcode.SIGNALLED + signal.SIGPIPE
     except SandmartinError as error:
         if args.debug:
             traceback.print_exception(error)
         say_error(error)
-        if args.verb != "run":
-            return exitcode.FAILED
-        return exitcode.NOT_STARTED if isinstance(error, NotStarted) else exitcode.RUN_FAILED
-    except KeyboardInterrupt:
-        say("sandmartin: interrupted")
-        return exitcode.SIGNALLED + 2
-    except BrokenPipeError:
-        return exitcode.SIGNALLED + 13
+        not_started = args.verb == "run" and isinstance(error, NotStarted)
+        return exitcode.NOT_STARTED if not_started else _failed(args)
+    except Exception:  # noqa: BLE001
+        # A bug; and what Python itself would exit with is an exit code of the command in `run`.
+        traceback.print_exc()
+        return _failed(args)
     return code
+
+
+def _failed(args: argparse.Namespace) -> int:
+    return exitcode.RUN_FAILED if args.verb == "run" else exitcode.FAILED

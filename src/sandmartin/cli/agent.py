@@ -79,7 +79,7 @@ def _private_data_dir(settings: Settings) -> Iterator[Settings]:
     stays where sandboxes are left in it: their journal is what a next agent cleans up by.
     """
     # Not under /run or /tmp, which may be memory: the sandboxes' disks are written here.
-    path = Path(tempfile.mkdtemp(prefix="sandmartin-run-", dir="/var/tmp"))  # noqa: S108
+    path = Path(tempfile.mkdtemp(prefix="sandmartin-run-", dir="/var/tmp"))
     try:
         yield replace(settings, data_dir=path)
     finally:

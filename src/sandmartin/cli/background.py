@@ -14,11 +14,17 @@ async def background(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[None, N
 
     The first error, of the work or of the body, ends both and comes out bare, not in a group.
     """
+    own: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]
-            yield
+            try:
+                yield
+            except Exception as error:
+                # In the group it stands last, behind what its coming made of the work.
+                own = error
+                raise
             for task in tasks:
                 task.cancel()
     except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+        raise own or failed.exceptions[0] from None

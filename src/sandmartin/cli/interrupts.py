@@ -33,12 +33,14 @@ class Interrupts:
         """Signals come here for as long as the context lasts."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        for number in _ENDING:
+        # One that whoever started us has us ignore stays ignored: that is what nohup is for.
+        ending = [each for each in _ENDING if signal.getsignal(each) is not signal.SIG_IGN]
+        for number in ending:
             loop.add_signal_handler(number, self._give_up, number)
         try:
             yield
         finally:
-            for number in (signal.SIGINT, *_ENDING):
+            for number in (signal.SIGINT, *ending):
                 loop.remove_signal_handler(number)
 
     @asynccontextmanager
@@ -47,16 +49,13 @@ class Interrupts:
         self._work = asyncio.current_task()
         try:
             yield
-            if self.exit_code is not None:
-                # Cancelled in the very moment the work was done: let it strike here, and not
-                # in the first wait of the cleaning up.
-                await asyncio.sleep(0)
         finally:
             self._work = None
 
     async def relay_to(self, execution: Execution) -> None:
         """Send the first Ctrl-C to `execution`, until cancelled."""
-        self._relayed = relayed = asyncio.Queue()
+        relayed: asyncio.Queue[int] = asyncio.Queue()
+        self._relayed = relayed
         try:
             while True:
                 number = await relayed.get()

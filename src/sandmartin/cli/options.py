@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sandmartin.cli import exitcode
 from sandmartin.model import Accel, Settings
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with the exit code of wrong usage as the verb has it and `hint:` as we have it."""
+    """argparse, with the exit code of wrong usage as the verb has it and `hint:` as we have it.
+
+    Flags are not abbreviated, or a new flag would break somebody's script.
+    """
 
     usage_exit = exitcode.USAGE
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         self.exit(self.usage_exit, f"sandmartin: {message}\nhint: {self.prog} --help\n")

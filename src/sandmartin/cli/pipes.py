@@ -17,12 +17,30 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
+_STDOUT, _STDERR = 1, 2
 CHUNK_BYTES = 64 * 2**10
 _AHEAD = 4
 
 
+def occupy_standard_streams() -> None:
+    """Open /dev/null in place of each standard stream that is closed.
+
+    Otherwise a file or socket of ours would get its number, and the output of a command with it.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(fd)
+
+
+def drop_stdout() -> None:
+    """Send what is still to be written to /dev/null, or Python would complain of it at exit."""
+    fd = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(fd, _STDOUT)
+    os.close(fd)
+
+
 def stdin_is_open() -> bool:
-    """Whether there is standard input to forward: open, not /dev/null, not another job's terminal."""
+    """Whether there is input to forward: open, not /dev/null, not another job's terminal."""
     if sys.stdin is None:
         return False
     try:

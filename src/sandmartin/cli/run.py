@@ -20,10 +20,16 @@ from typing import Any
 from sandmartin.cli import exitcode
 from sandmartin.cli.background import background
 from sandmartin.cli.interrupts import Interrupts
-from sandmartin.cli.options import add_accel_flag, add_settings_flags, load_settings, positive
+from sandmartin.cli.options import (
+    Parser,
+    add_accel_flag,
+    add_settings_flags,
+    load_settings,
+    positive,
+)
 from sandmartin.cli.own_agent import own_agent, require_root
 from sandmartin.cli.pipes import ByteSink, ByteSource, stdin_is_open
-from sandmartin.cli.talk import say
+from sandmartin.cli.talk import say, say_notes
 from sandmartin.client.agent_socket import AgentSocket, agent_answers
 from sandmartin.client.sandbox import AsyncSandbox, Execution, temporary_sandbox
 from sandmartin.client.transport import Command, Ended, NewSandbox, Stdout
@@ -48,7 +54,7 @@ _BROKEN_PIPE = exitcode.SIGNALLED + 13
 
 
 def configure(verbs: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser: Parser = verbs.add_parser(
         "run",
         help="run a command in a new sandbox",
         usage="sandmartin run [options] -- CMD [ARG...]",
@@ -56,7 +62,7 @@ def configure(verbs: Any) -> argparse.ArgumentParser:
         epilog=_EXAMPLES + exitcode.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.usage_exit = exitcode.RUN_FAILED  # type: ignore[attr-defined]
+    parser.usage_exit = exitcode.RUN_FAILED
     add = parser.add_argument
     add("-t", "--template", default="base", metavar="NAME", help="default: base")
     add("--memory", type=positive, metavar="MB", help="memory in MiB")
@@ -71,7 +77,7 @@ def configure(verbs: Any) -> argparse.ArgumentParser:
     add_accel_flag(parser)
     add("-v", "--verbose", action="store_true", help="say what happens, and show the agent's log")
     add("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
-    parser.set_defaults(act=_act, parser=parser)
+    parser.set_defaults(act=_act)
     return parser
 
 
@@ -187,11 +193,13 @@ async def run(plan: Plan) -> int:
         try:
             async with AsyncExitStack() as stack, interrupts.work():
                 return await _run(plan, stack, interrupts)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             if interrupts.exit_code is None:
                 raise
+            say_notes(error)
             return interrupts.exit_code
-        except BrokenPipeError:
+        except BrokenPipeError as error:
+            say_notes(error)
             return _BROKEN_PIPE
 
 
@@ -213,7 +221,7 @@ async def _run(plan: Plan, stack: AsyncExitStack, interrupts: Interrupts) -> int
     sandbox = await stack.enter_async_context(temporary_sandbox(transport, plan.new))
     for upload, source in sources:
         plan.tell(f"uploading {upload.local} to {upload.remote}")
-        await sandbox.write_file(upload.remote, aiter(source), plan.command.user)
+        await _send(sandbox, upload, source, plan.command.user)
     plan.tell(f"running {plan.command.cmd}")
     ended = await _execute(sandbox, plan.command, interrupts)
     plan.tell(f"ended with {ended.exit_code}")
@@ -221,6 +229,13 @@ async def _run(plan: Plan, stack: AsyncExitStack, interrupts: Interrupts) -> int
         say(f"sandmartin: {ended.error}")
         return ended.exit_code or exitcode.RUN_FAILED
     return ended.exit_code
+
+
+async def _send(sandbox: AsyncSandbox, upload: Upload, source: ByteSource, user: str) -> None:
+    try:
+        await sandbox.write_file(upload.remote, aiter(source), user)
+    except OSError as error:
+        raise Invalid(f"{upload.local} cannot be read: {error.strerror}") from error
 
 
 async def _execute(sandbox: AsyncSandbox, command: Command, interrupts: Interrupts) -> Ended:

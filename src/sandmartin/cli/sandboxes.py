@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from sandmartin.cli import exitcode
 from sandmartin.cli.options import add_json_flag, add_settings_flags, load_settings
 from sandmartin.cli.talk import print_json, print_table, say_error
 from sandmartin.client.agent_socket import AgentSocket
@@ -56,10 +57,17 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _row(info: SandboxInfo) -> tuple[str, ...]:
-    created = datetime.fromtimestamp(info.created_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     state = f"{info.state} ({info.reason})" if info.reason else info.state
     shape = (str(info.vcpus), str(info.memory_mb), str(info.disk_size_mb))
+    created = _moment(info.created_at)
     return (info.sandbox_id, state, info.template, *shape, info.address or "-", created)
+
+
+def _moment(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return "-"
 
 
 def _kill(args: argparse.Namespace) -> int:
@@ -69,7 +77,7 @@ def _kill(args: argparse.Namespace) -> int:
         print_json({"killed": killed, "failed": failed})
     elif killed:
         print("\n".join(killed))
-    return 1 if failed else 0
+    return exitcode.FAILED if failed else 0
 
 
 async def _destroy_each(args: argparse.Namespace, ids: list[str]) -> tuple[list[str], list[str]]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +45,29 @@ CHUNK_BYTES = 256 * 2**10
 async def agent_answers(path: Path) -> bool:
     """Whether an agent listens on the socket `path`. Raises Denied when we may not ask."""
     try:
-        with _socket_errors_as_ours(path):
-            async with asyncio.timeout(_CONNECT_S):
-                _, writer = await asyncio.open_unix_connection(path)
-    except (Unavailable, TimeoutError):
+        async with asyncio.timeout(_CONNECT_S):
+            _, writer = await asyncio.open_unix_connection(path)
+    except PermissionError as error:
+        raise _refusal(path, error) from error
+    except OSError:
         return False
     writer.close()
-    await writer.wait_closed()
+    with suppress(OSError):
+        await writer.wait_closed()
     return True
 
 
-@contextmanager
-def _socket_errors_as_ours(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as error:
-        raise Denied(
+def _refusal(path: Path, error: OSError | None) -> SandmartinError:
+    """Why the socket cannot be used: forbidden, missing, or what the system says."""
+    if isinstance(error, PermissionError):
+        return Denied(
             f"you may not use the agent's socket {path}",
             hint="join the group `sandmartin` (usermod -aG sandmartin USER), or use sudo",
-        ) from error
-    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
-        raise Unavailable(
-            f"no agent listens on {path}", hint="start one: sudo sandmartin agent"
-        ) from error
+        )
+    if isinstance(error, FileNotFoundError | NotADirectoryError | ConnectionRefusedError):
+        return Unavailable(f"no agent listens on {path}", hint="start one: sudo sandmartin agent")
+    why = f": {error.strerror or error}" if error else ""
+    return Unavailable(f"the agent's socket {path} cannot be used{why}")
 
 
 class AgentSocket:
@@ -78,7 +77,12 @@ class AgentSocket:
         self._path = path
         self._http = httpx.AsyncClient(
             # No TLS on a unix socket: without `verify=False` every start would load certificates.
-            transport=httpx.AsyncHTTPTransport(uds=os.fspath(path), verify=False),
+            transport=httpx.AsyncHTTPTransport(
+                uds=os.fspath(path),
+                verify=False,
+                # A stream holds its connection: any limit would be one on running commands.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=10),
+            ),
             base_url="http://agent",
             trust_env=False,
         )
@@ -109,7 +113,7 @@ class AgentSocket:
 
     async def list_sandboxes(self) -> tuple[SandboxInfo, ...]:
         answer = await self._call("ListSandboxes", {})
-        return tuple(_sandbox_info(each) for each in answer.get("sandboxes", ()))
+        return tuple(_sandbox_info(each) for each in _parts(answer, "sandboxes"))
 
     async def ping(self, sandbox_id: str) -> None:
         await self._call("PingSandbox", {"sandbox_id": sandbox_id})
@@ -175,7 +179,7 @@ class AgentSocket:
         *,
         deadline_s: float | None,
     ) -> None:
-        async def messages() -> AsyncIterator[Message]:
+        async def messages() -> AsyncGenerator[Message, None]:
             yield {"meta": meta}
             async for chunk in chunks:
                 for at in range(0, len(chunk), CHUNK_BYTES):
@@ -183,7 +187,8 @@ class AgentSocket:
                     yield {"chunk": base64.b64encode(piece).decode("ascii")}
 
         with self._connect_errors_as_ours():
-            await self._channel.client_stream(method, messages(), deadline_s=deadline_s)
+            async with aclosing(messages()) as body:
+                await self._channel.client_stream(method, body, deadline_s=deadline_s)
 
     @contextmanager
     def _connect_errors_as_ours(self) -> Iterator[None]:
@@ -191,11 +196,7 @@ class AgentSocket:
         try:
             yield
         except httpx.ConnectError as error:
-            with _socket_errors_as_ours(self._path):
-                cause = _os_error(error)
-                if cause is not None:
-                    raise cause from error
-            raise Unavailable(f"the agent's socket {self._path} cannot be used") from error
+            raise _refusal(self._path, _os_error(error)) from error
 
 
 def _os_error(error: BaseException) -> OSError | None:
@@ -210,21 +211,28 @@ def _without_defaults(**fields: Any) -> Message:
     return {name: value for name, value in fields.items() if value}
 
 
+# Fields of an answer; one that is absent or null has its default.
+
+
 def _text(message: Message, name: str) -> str:
-    return str(message.get(name, ""))
+    value = message.get(name)
+    if value is not None and not isinstance(value, str):
+        raise SandmartinError(f"the agent's answer has no text in {name}")
+    return value or ""
 
 
 def _int(message: Message, name: str) -> int:
     try:
-        return int(message.get(name, 0))
-    except (TypeError, ValueError) as error:
+        return int(message.get(name) or 0)
+    # Python reads `Infinity` as JSON, too.
+    except (TypeError, ValueError, OverflowError) as error:
         raise SandmartinError(f"the agent's answer has no number in {name}") from error
 
 
 def _bytes(message: Message, name: str) -> bytes:
     try:
-        return base64.b64decode(message.get(name, ""), validate=True)
-    except (TypeError, binascii.Error) as error:
+        return base64.b64decode(message.get(name) or "", validate=True)
+    except (TypeError, ValueError) as error:
         raise SandmartinError(f"the agent's answer has no base64 in {name}") from error
 
 
@@ -234,6 +242,13 @@ def _part(message: Message, name: str) -> Message | None:
     if part is not None and not isinstance(part, dict):
         raise SandmartinError(f"the agent's answer has no object in {name}")
     return part
+
+
+def _parts(message: Message, name: str) -> list[Message]:
+    parts = message.get(name) or []
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise SandmartinError(f"the agent's answer has no list of objects in {name}")
+    return parts
 
 
 def _exec_event(message: Message) -> ExecEvent | None:

@@ -7,8 +7,8 @@ complete only when its end frame arrived: everything else is Unavailable.
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -54,6 +54,10 @@ def _malformed(what: str) -> Unavailable:
         f"the agent's answer is malformed: {what}",
         hint="are the agent and this client of the same release?",
     )
+
+
+def _late(method: str) -> TimedOut:
+    return TimedOut(f"the agent did not answer {method} in time")
 
 
 def parse_message(data: bytes) -> Message:
@@ -121,12 +125,14 @@ def error_from_body(body: object, http_status: int = 200) -> SandmartinError:
             hint="is it really a Sandmartin agent that listens there?",
         )
     message = str(body.get("message") or "")
-    for detail in body.get("details") or ():
+    cls, hint = FROM_CONNECT.get(body["code"], SandmartinError), ""
+    details = body.get("details")
+    for detail in details if isinstance(details, list) else ():
         if isinstance(detail, dict) and detail.get("type") == _ERROR_INFO:
             info = _decode_error_info(str(detail.get("value", "")))
-            if info.get(1):
-                return errors.from_code(info[1], message, info.get(2, ""))
-    return FROM_CONNECT.get(body["code"], SandmartinError)(message)
+            # A code of a newer release is understood as far as Connect's own goes.
+            cls, hint = errors.BY_CODE.get(info.get(1, ""), cls), info.get(2, "")
+    return cls(message, hint=hint)
 
 
 def _decode_error_info(value: str) -> dict[int, str]:
@@ -138,21 +144,26 @@ def _decode_error_info(value: str) -> dict[int, str]:
     found: dict[int, str] = {}
     try:
         data = base64.b64decode(value + "=" * (-len(value) % 4))
-    except binascii.Error:
+    except ValueError:
         return found
     at = 0
     while at < len(data) and data[at] & 0x87 == 0x02:
-        number, at = data[at] >> 3, at + 1
-        length = shift = 0
-        while at < len(data):
-            byte, at = data[at], at + 1
-            length |= (byte & 0x7F) << shift
-            shift += 7
-            if not byte & 0x80:
-                break
+        number = data[at] >> 3
+        length, at = _varint(data, at + 1)
         found[number] = data[at : at + length].decode(errors="replace")
         at += length
     return found
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The variable-length integer at `at`, and where it ends."""
+    number = 0
+    for shift, byte in enumerate(data[at : at + 10]):
+        number |= (byte & 0x7F) << 7 * shift
+        at += 1
+        if not byte & 0x80:
+            break
+    return number, at
 
 
 @contextmanager
@@ -165,7 +176,7 @@ def foreign_errors_as_ours(what: str) -> Iterator[None]:
     except httpx.ConnectTimeout as error:
         raise Unavailable("the agent does not accept connections", hint="is it stopped?") from error
     except httpx.TimeoutException as error:
-        raise TimedOut(f"the agent did not answer {what} in time") from error
+        raise _late(what) from error
     except httpx.TransportError as error:
         raise Unavailable(_LOST) from error
 
@@ -180,9 +191,16 @@ class ConnectChannel:
     async def unary(self, method: str, message: Message, *, deadline_s: float) -> Message:
         """One request, one answer. Raises TimedOut after `deadline_s`."""
         body = json.dumps(message, separators=(",", ":")).encode()
-        timeout = httpx.Timeout(deadline_s, connect=5)
-        async with self._post(method, "application/json", body, timeout) as response:
-            answer = await _read_whole(response)
+        # httpx's own timeouts are for each read, and a peer that trickles never reaches them.
+        timeout = httpx.Timeout(None, connect=5)
+        try:
+            async with (
+                asyncio.timeout(deadline_s),
+                self._post(method, "application/json", body, timeout) as response,
+            ):
+                answer = await _read_whole(response)
+        except TimeoutError as error:
+            raise _late(method) from error
         if response.status_code != 200:
             raise error_from_body(_parse_or_none(answer), response.status_code)
         return parse_message(answer)

@@ -111,7 +111,7 @@ async def temporary_sandbox(
     """A sandbox that lives as long as the context.
 
     When the body succeeded and the destroying fails, that failure is raised; an error of the
-    body itself is never hidden by it.
+    body itself is never hidden by it. A cancellation waits until the destroying is done.
     """
     sandbox = AsyncSandbox(transport, new.sandbox_id)
     owned = True
@@ -128,11 +128,30 @@ async def temporary_sandbox(
             await _destroy_after(error, sandbox)
         raise
     else:
-        await sandbox.destroy()
+        await _destroy(sandbox)
 
 
 async def _destroy_after(error: BaseException, sandbox: AsyncSandbox) -> None:
     try:
-        await sandbox.destroy()
+        await _destroy(sandbox)
     except SandmartinError as second:
-        error.add_note(f"sandbox {sandbox.sandbox_id} may still run: {second}")
+        error.add_note(_may_still_run(sandbox, second))
+
+
+async def _destroy(sandbox: AsyncSandbox) -> None:
+    task = asyncio.create_task(sandbox.destroy(), name=f"destroy {sandbox.sandbox_id}")
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if (failure := task.exception()) is not None:
+        cancelled.add_note(_may_still_run(sandbox, failure))
+    raise cancelled
+
+
+def _may_still_run(sandbox: AsyncSandbox, failure: BaseException) -> str:
+    return f"sandbox {sandbox.sandbox_id} may still run: {failure}"

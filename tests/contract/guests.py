@@ -1,0 +1,90 @@
+"""A guest agent as a plain process, for tests: built once, started on loopback, always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandmartin.agent.guest import Deadlines, Guest, Identity
+
+ME = pwd.getpwuid(os.geteuid()).pw_name
+TOKEN = "token-of-the-first-introduction"
+
+
+@dataclass(frozen=True)
+class RunningAgent:
+    """One agent process and where it listens."""
+
+    pid: int
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def client(self, token: str = TOKEN, deadlines: Deadlines | None = None) -> Guest:
+        return Guest(self.host, token, self.port, deadlines)
+
+    def peak_bytes(self) -> int:
+        """The most memory it had since the last `forget_peak`."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) << 10
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def running(
+    binary: Path, gateway: str = "127.0.0.1", prefix: Sequence[str] = ()
+) -> Iterator[RunningAgent]:
+    """An agent that nobody has introduced yet. `prefix` is a command that executes the agent."""
+    command = [*prefix, os.fspath(binary), "agent", "--listen", "127.0.0.1:0"]
+    process = subprocess.Popen([*command, "--gateway", gateway], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        host, _, port = json.loads(process.stdout.readline())["listening"].rpartition(":")
+        yield RunningAgent(process.pid, host, int(port))
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def identity(token: str = TOKEN, **envs: str) -> Identity:
+    return Identity(
+        sandbox_id="sbcontract",
+        template="base",
+        hostname="sbcontract",
+        machine_id="0123456789abcdef0123456789abcdef",
+        token=token,
+        envs=envs,
+    )
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    until = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < until, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not reaped yet does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in {"Z", "X"}
