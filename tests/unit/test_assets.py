@@ -1,11 +1,33 @@
-"""The asset store's own formats, checked against the tools that read them."""
+"""The asset store: its formats, and entries that are whole or not there."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from sandmartin.agent.assets import Member, archive, module_order
+import pytest
+
+from sandmartin.agent import assets
+from sandmartin.agent.assets import Assets, Member, archive, module_order
+from sandmartin.errors import Invalid, NotFound, ToolFailed
+from sandmartin.model import Settings
+
+
+@pytest.fixture
+def store() -> Iterator[Path]:
+    """A directory that every user can pass through, as an asset store has to be."""
+    with tempfile.TemporaryDirectory(prefix="sandmartin-test-") as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory) / "store"
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def test_archive_is_padded_and_repeatable() -> None:
@@ -35,3 +57,62 @@ def test_modules_follow_what_they_need() -> None:
         "net/failover.ko",
         "net/virtio-net.ko.xz",
     ]
+
+
+def test_what_is_not_built_is_not_found(store: Path) -> None:
+    with pytest.raises(NotFound, match=f"is not in {store}") as caught:
+        Assets.find(replace(Settings(), assets_dir=store))
+    assert "setup" in caught.value.hint
+
+
+async def test_an_entry_is_whole_or_not_there(store: Path) -> None:
+    store.mkdir()
+    lines: list[str] = []
+
+    async def fail(into: Path) -> None:
+        (into / "half").touch()
+        raise ToolFailed("no")
+
+    async def build(into: Path) -> None:
+        (into / "whole").touch()
+
+    with pytest.raises(ToolFailed):
+        await assets._ensure(store, "kind-one", fail, lines.append)
+    assert list(store.iterdir()) == []
+    await assets._ensure(store, "kind-one", build, lines.append)
+    await assets._ensure(store, "kind-one", fail, lines.append)
+    assert lines[-1] == "kind-one: present"
+    (entry,) = store.iterdir()
+    assert [path.name for path in entry.iterdir()] == ["whole"]
+    # The VMs' users read what is in it.
+    assert entry.stat().st_mode & 0o777 == 0o755
+
+
+async def test_one_setup_at_a_time_and_none_leaves_rubbish(store: Path) -> None:
+    store.mkdir()
+    entered = asyncio.Event()
+    lines: list[str] = []
+
+    async def enter() -> None:
+        async with assets._locked(store, lines.append):
+            entered.set()
+
+    with (store / "lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        entering = asyncio.ensure_future(enter())
+        await asyncio.sleep(0)
+        assert lines == [f"waiting for another setup to end in {store}"]
+        assert not entered.is_set()
+    await asyncio.wait_for(entering, 5)
+    # What a setup that was killed left; an entry and the lock stay.
+    (store / ".base-0a1b2c.xyz" / "root").mkdir(parents=True)
+    (store / "base-0a1b2c").mkdir()
+    assets._remove_unfinished(store)
+    assert sorted(path.name for path in store.iterdir()) == ["base-0a1b2c", "lock"]
+
+
+async def test_store_that_vms_cannot_reach_is_refused(store: Path) -> None:
+    store.mkdir(mode=0o700)
+    with pytest.raises(Invalid, match=f"{store} is closed to other users"):
+        async with assets._locked(store / "deep", _silent):
+            pass

@@ -1,8 +1,9 @@
 // The guest of test_qemu.py: a first program that tells the console what it sees of its VM.
 //
 // It runs in place of /init (rdinit=), loads the modules that lie beside it, and then prints a
-// line `tick N vda=SECTORS` a few times a second. `test.fill=MB` on the kernel command line has it
-// write that much to the disk, read it back past the page cache, and say whether it is right.
+// line `tick N vda=SECTORS` a few times a second. On the kernel command line `test.fill=MB` has it
+// write that much to the disk, read it back past the page cache, and say whether it is right;
+// `test.shout=KB` has it print that much and end the machine.
 package main
 
 import (
@@ -36,11 +37,21 @@ func main() {
 	if mb := parameter("test.fill"); mb > 0 {
 		go fill(mb)
 	}
+	if kb := parameter("test.shout"); kb > 0 {
+		shout(kb)
+	}
 	fmt.Println("guest: ready")
 	for n := 0; ; n++ {
 		fmt.Printf("tick %d vda=%s clock=%s\n", n, read("/sys/block/vda/size"), read(clock))
 		time.Sleep(200 * time.Millisecond)
 	}
+}
+
+func shout(kb int) {
+	for n := range kb {
+		fmt.Printf("%s %06d\n", strings.Repeat("a", 1024-9), n)
+	}
+	_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_RESTART)
 }
 
 func read(path string) string {

@@ -13,16 +13,19 @@ import hashlib
 import json
 import lzma
 import os
+import shlex
 import shutil
 import stat
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from sandmartin.agent import packages, proc
+from sandmartin.agent.journal import check_reachable
 from sandmartin.errors import NotFound, ToolFailed
 from sandmartin.model import DEFAULT_DISK_SIZE_MB, Settings, random_id
 
@@ -32,6 +35,7 @@ Report = Callable[[str], None]
 SUITE = "bookworm"
 _KERNEL_PACKAGE = "linux-image-cloud-amd64"
 _BUILD_DEADLINE_S = 1800.0
+_LOCK_RETRY_S = 0.2
 #: In load order before their dependencies are known; virtio_ring comes before virtio by them.
 _MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "virtio_balloon")
 _ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +56,7 @@ class Assets:
     @classmethod
     def find(cls, settings: Settings) -> Assets:
         """The assets that fit this version. Raises NotFound when setup has to be run."""
-        store = settings.assets_dir
+        store = settings.assets_dir.absolute()
         kernel, initramfs, base = (store / entry for entry in (_kernel(), _initramfs(), _base()))
         for path in (kernel, initramfs, base):
             if not path.is_dir():
@@ -78,6 +82,8 @@ def _name(kind: str, *inputs: bytes) -> str:
 
 def _tree(root: Path) -> Iterator[bytes]:
     for path in sorted(root.rglob("*")):
+        if path.name.endswith("_test.go"):
+            continue  # goes into no asset
         if path.is_file() and "bin" not in path.relative_to(root).parts:
             yield os.fsencode(path.relative_to(root))
             yield path.read_bytes()
@@ -109,30 +115,59 @@ def _base() -> str:
 async def setup(settings: Settings, report: Report) -> None:
     """Make this host ready: packages, kernel, guest agent, initramfs, base image. Idempotent.
 
-    Raises ToolFailed with what to do when a step fails.
+    Raises ToolFailed with what to do when a step fails, Invalid when the VMs' users could not
+    reach the store.
     """
     if missing := packages.find_missing():
         report(f"installing {', '.join(missing)}")
         await packages.install(missing)
-    store = settings.assets_dir
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
-        raise ToolFailed(
-            f"{store} cannot be made", hint="run `sudo sandmartin setup`, or set SANDMARTIN_ASSETS_DIR"
-        ) from error
-    with _locked(store):
+    store = settings.assets_dir.absolute()
+    async with _locked(store, report):
+        _remove_unfinished(store)
         await _ensure(store, _kernel(), _build_kernel, report)
         await _ensure(store, _guest(), _build_guest, report)
         await _ensure(store, _initramfs(), lambda into: _build_initramfs(store, into), report)
         await _ensure(store, _base(), _build_base, report)
 
 
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    with (store / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+@asynccontextmanager
+async def _locked(store: Path, report: Report) -> AsyncIterator[None]:
+    with _open_lock(store) as lock:
+        told = False
+        while not _try_lock(lock):
+            if not told:
+                report(f"waiting for another setup to end in {store}")
+            told = True
+            await asyncio.sleep(_LOCK_RETRY_S)
         yield
+
+
+def _open_lock(store: Path) -> IO[str]:
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        # Kernel and images are opened by the VMs' own users.
+        store.chmod(0o755)
+        check_reachable(store, "asset store", "SANDMARTIN_ASSETS_DIR")
+        return (store / "lock").open("a")
+    except PermissionError as error:
+        raise ToolFailed(
+            f"{store} cannot be written",
+            hint="run `sudo sandmartin setup`, or set SANDMARTIN_ASSETS_DIR",
+        ) from error
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_unfinished(store: Path) -> None:
+    """Remove what setups that were killed left; the lock is held, so nobody works on it."""
+    for left in store.glob(".*-*"):
+        shutil.rmtree(left)
 
 
 async def _ensure(
@@ -149,6 +184,8 @@ async def _ensure(
     try:
         await build(beside)
         beside.chmod(0o755)
+        # An entry is never looked into again, so a power cut must not leave it half written.
+        await asyncio.to_thread(os.sync)
         beside.rename(store / name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -169,14 +206,15 @@ async def _build_kernel(into: Path) -> None:
     # apt verifies the package by the suite's signature. It is unpacked and never installed.
     root, unpacked = into / "root", into / "unpacked"
     fetch = (
-        f"cd {into} && export APT_CONFIG=$MMDEBSTRAP_APT_CONFIG && apt-get -q download "
-        f"$(apt-cache depends {_KERNEL_PACKAGE} | sed -n 's/^ *Depends: \\(linux-image\\)/\\1/p')"
+        f"cd {shlex.quote(os.fspath(into))} && export APT_CONFIG=$MMDEBSTRAP_APT_CONFIG && "
+        f"apt-get -q download $(apt-cache depends {_KERNEL_PACKAGE} | "
+        "sed -n 's/^ *Depends: \\(linux-image\\)/\\1/p')"
     )
     await _bootstrap("--variant=custom", f"--customize-hook={fetch}", SUITE, root)
-    (package,) = into.glob("linux-image-*.deb")
+    package = _only(into, "linux-image-*.deb")
     await proc.run(["dpkg-deb", "--extract", package, unpacked], deadline_s=300)
-    (image,) = (unpacked / "boot").glob("vmlinuz-*")
-    (modules,) = (unpacked / "lib" / "modules").glob("*")
+    image = _only(unpacked, "boot/vmlinuz-*")
+    modules = _only(unpacked, "lib/modules/*")
     # A package that is only unpacked has not had depmod run over it.
     await proc.run(["depmod", "-b", unpacked, modules.name], deadline_s=60)
     _collect_modules(modules, into / "modules")
@@ -185,6 +223,13 @@ async def _build_kernel(into: Path) -> None:
     for leftover in (root, unpacked):
         shutil.rmtree(leftover, ignore_errors=True)
     package.unlink()
+
+
+def _only(directory: Path, pattern: str) -> Path:
+    found = list(directory.glob(pattern))
+    if len(found) != 1:
+        raise ToolFailed(f"{len(found)} files match {pattern} in {directory}; one was expected")
+    return found[0]
 
 
 def _install(source: Path, target: Path, mode: int = 0o444) -> None:
@@ -200,12 +245,12 @@ def module_order(depends: str, wanted: Iterable[str]) -> list[str]:
     """
     needs: dict[str, list[str]] = {}
     for line in depends.splitlines():
-        path, _, rest = line.partition(":")
-        needs[path] = rest.split()
+        key, _, rest = line.partition(":")
+        needs[key] = rest.split()
     by_name = {Path(path).name.partition(".")[0].replace("-", "_"): path for path in needs}
     ordered: list[str] = []
     for name in wanted:
-        path = by_name.get(name.replace("-", "_"))
+        path: str | None = by_name.get(name.replace("-", "_"))
         if path is None:
             continue  # built into the kernel
         for each in (*reversed(needs[path]), path):
@@ -236,7 +281,8 @@ async def _build_guest(into: Path) -> None:
     go = os.fspath(beside) if beside.exists() else "go"
     env = {name: os.environ[name] for name in os.environ if name.startswith("GO")}
     env |= {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly -buildvcs=false"}
-    command = [go, "build", "-trimpath", "-ldflags", "-s -w", "-o", target, "./cmd/sandmartin-guest"]
+    command = [go, "build", "-trimpath", "-ldflags=-s -w", "-o", os.fspath(target)]
+    command += ["./cmd/sandmartin-guest"]
     try:
         await proc.run(command, cwd=_GUEST_SOURCES, env=env, deadline_s=_BUILD_DEADLINE_S)
     except ToolFailed as error:
@@ -293,16 +339,15 @@ async def _build_base(into: Path) -> None:
     sources = (_PACKED / "images" if (_PACKED / "images").exists() else _IMAGE_SOURCES) / "base"
     root, image = into / "root", into / "rootfs.ext4"
     include = ",".join((sources / "packages").read_text().split())
-    customize = f"--customize-hook={sources / 'customize'} \"$1\""
+    hook = shlex.quote(os.fspath(sources / "customize"))
+    customize = f'--customize-hook={hook} "$1"'
     await _bootstrap("--variant=minbase", f"--include={include}", customize, SUITE, root)
     with image.open("wb") as sparse:
         sparse.truncate(DEFAULT_DISK_SIZE_MB * 2**20)
     # The guest would otherwise zero the inode tables in the background, at its own cost.
-    features = ["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "-J", "size=32", "-m", "1"]
-    await proc.run(
-        ["mke2fs", "-q", "-F", "-t", "ext4", "-L", "root", *features, "-d", root, image],
-        deadline_s=600,
-    )
+    options = ["-q", "-F", "-t", "ext4", "-L", "root", "-J", "size=32", "-m", "1"]
+    options += ["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"]
+    await proc.run(["mke2fs", *options, "-d", root, image], deadline_s=600)
     await proc.run(["e2fsck", "-fn", image], deadline_s=300)
     image.chmod(0o444)
     manifest = {"suite": SUITE, "packages": _installed(root), "built_at": int(time.time())}

@@ -6,14 +6,16 @@ layer is a qcow2 file over it that belongs to the VM's own user.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandmartin.agent.proc import run
-from sandmartin.errors import DiskFull, Exhausted, Invalid, NotFound
+from sandmartin.errors import DiskFull, Exhausted, Invalid, NotFound, ToolFailed
 
 _MB = 2**20
 
@@ -56,15 +58,29 @@ class ImageStore:
 async def create_layer(image: Image, layer: Path, size_mb: int, uid: int) -> None:
     """Make the qcow2 layer of a sandbox over `image`, owned by the VM's user.
 
-    Raises Invalid when `size_mb` is below the image's size.
+    Raises Invalid when `size_mb` is below the image's size, DiskFull when the host has no space.
     """
     if size_mb < image.size_mb:
         raise Invalid(
             f"disk_size_mb is {size_mb}, but template {image.name!r} is {image.size_mb} MB",
             hint=f"use {image.size_mb} or more",
         )
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image.path]
-    await run([*create, layer, f"{size_mb}M"])
+    # A relative name would be looked up beside the layer.
+    backing = os.fspath(image.path.absolute())
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing]
+    try:
+        await run([*create, os.fspath(layer), f"{size_mb}M"])
+    except ToolFailed as error:
+        if os.strerror(errno.ENOSPC) in error.message:
+            raise DiskFull(
+                f"the host's disk is full where {layer.parent} is",
+                hint="free disk space on the host",
+            ) from error
+        raise
+    await asyncio.to_thread(_give, layer, uid)
+
+
+def _give(layer: Path, uid: int) -> None:
     layer.chmod(0o600)
     os.chown(layer, uid, uid)
 

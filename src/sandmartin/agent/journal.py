@@ -9,6 +9,7 @@ access token and are readable by root alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -20,10 +21,11 @@ from typing import Any
 
 from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import VmRecord
-from sandmartin.errors import Conflict, Invalid
-from sandmartin.model import Accel, SandboxSpec, State, random_id
+from sandmartin.errors import Conflict, DiskFull, Invalid
+from sandmartin.model import Accel, SandboxSpec, State, check_name, random_id
 
 FORMAT = 1
+INSTANCE = "instance.json"
 _ENTRY = "journal.json"
 
 
@@ -51,6 +53,29 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_reachable(path: Path, what: str, setting: str) -> None:
+    """Raises Invalid when the VMs' users cannot reach `path`, whose parents are not ours."""
+    for parent in path.resolve().parents:
+        if not parent.stat().st_mode & 0o001:
+            raise Invalid(
+                f"{what} {path} cannot be used: {parent} is closed to other users, and every VM"
+                " runs as a user of its own",
+                hint=f"choose another with {setting}, or `chmod o+x {parent}`",
+            )
+
+
+@contextlib.contextmanager
+def _space_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise DiskFull(
+            f"the host's disk is full where {path} is", hint="free disk space on the host"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -116,11 +141,14 @@ class Entry:
 
     @classmethod
     def from_json(cls, content: bytes) -> Entry:
-        """Parse an entry. Raises Invalid when it is not one of ours."""
+        """Parse an entry. Raises Conflict for one of another version, Invalid for anything else."""
         try:
             raw: dict[str, Any] = json.loads(content)
             if raw["format"] != FORMAT:
-                raise Invalid(f"journal format {raw['format']} is not {FORMAT}")
+                raise Conflict(
+                    f"journal format {raw['format']!r} is not {FORMAT}",
+                    hint="run the version of Sandmartin that wrote it",
+                )
             vm = raw["vm"]
             return cls(
                 spec=SandboxSpec(**raw["spec"]),
@@ -139,15 +167,17 @@ class Entry:
                     accel=Accel(vm["accel"]),
                 ),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise Invalid(f"journal entry cannot be read: {error!r}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # Not the error's own text: it may quote the entry, which holds the token.
+            raise Invalid(f"journal entry cannot be read: {type(error).__name__}") from None
 
 
 class DataDir:
-    """One agent's data directory: locked while open, with the instance id that marks all it makes."""
+    """One agent's data directory: locked while open; its instance id marks all the agent makes."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        # Layers name their images by path, and VMs live in another working directory.
+        self.path = path.absolute()
         self.instance_id = ""
         self._lock: int | None = None
 
@@ -163,13 +193,13 @@ class DataDir:
         """Create what is missing, take the lock, read the instance id.
 
         Raises Conflict when another agent holds the directory, Invalid when the VMs' users could
-        not reach it.
+        not reach it or it is not one of ours.
         """
         # The VMs' users must reach their disk layer by path, and may list nothing.
         for path in (self.path, self.sandboxes, self.images):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o711)
-        self._check_reachable()
+        check_reachable(self.path, "data directory", "--data-dir")
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,21 +210,19 @@ class DataDir:
                 hint="use it, end it first, or give this one another --data-dir",
             ) from None
         self._lock = lock
-        self.instance_id = self._read_instance_id()
-
-    def _check_reachable(self) -> None:
-        for parent in self.path.resolve().parents:
-            if not parent.stat().st_mode & 0o001:
-                raise Invalid(
-                    f"data directory {self.path} cannot be used: {parent} is closed to other users,"
-                    " and every VM runs as a user of its own",
-                    hint=f"choose another --data-dir, or `chmod o+x {parent}`",
-                )
+        try:
+            self.instance_id = self._read_instance_id()
+        except BaseException:
+            self.close()
+            raise
 
     def _read_instance_id(self) -> str:
-        file = self.path / "instance.json"
+        file = self.path / INSTANCE
         with contextlib.suppress(FileNotFoundError):
-            return str(json.loads(file.read_bytes())["id"])
+            try:
+                return check_name(json.loads(file.read_bytes())["id"], "instance id")
+            except (KeyError, TypeError, ValueError) as error:
+                raise Invalid(f"{file} is damaged: {error!r}") from error
         instance_id = random_id(6)
         write_whole(file, json.dumps({"id": instance_id, "format": FORMAT}).encode(), sync=True)
         return instance_id
@@ -210,16 +238,23 @@ class DataDir:
         return SandboxDir(self.sandboxes / sandbox_id)
 
     def create(self, entry: Entry) -> SandboxDir:
-        """Make the directory of a new sandbox with its first entry in it."""
+        """Make the directory of a new sandbox with its first entry in it. Raises DiskFull."""
         paths = self.sandbox(entry.spec.sandbox_id)
-        paths.path.mkdir(mode=0o700)
-        self.write(entry)
-        paths.vm.mkdir(mode=0o700)
+        with _space_errors(paths.path):
+            paths.path.mkdir(mode=0o700)
+            try:
+                self.write(entry)
+                paths.vm.mkdir(mode=0o700)
+            except BaseException:
+                shutil.rmtree(paths.path, ignore_errors=True)
+                raise
         return paths
 
     def write(self, entry: Entry, *, sync: bool = False) -> None:
-        """Record an entry; with `sync` it survives a power cut."""
-        write_whole(self.sandbox(entry.spec.sandbox_id).entry, entry.to_json(), sync=sync)
+        """Record an entry; with `sync` it survives a power cut. Raises DiskFull."""
+        path = self.sandbox(entry.spec.sandbox_id).entry
+        with _space_errors(path):
+            write_whole(path, entry.to_json(), sync=sync)
 
     def remove(self, sandbox_id: str) -> None:
         """Remove all files of a sandbox, its entry last. Idempotent."""
@@ -235,12 +270,11 @@ class DataDir:
             paths.entry.unlink(missing_ok=True)
             paths.path.rmdir()
 
-    def remove_directory(self, sandbox_id: str) -> None:
-        """Remove a directory that has no entry."""
-        shutil.rmtree(self.sandboxes / sandbox_id)
-
     def read_all(self) -> Iterator[tuple[str, Entry | None]]:
-        """Every sandbox directory with its entry; None for one that holds no readable entry."""
+        """Every sandbox directory with its entry; None for one that holds no readable entry.
+
+        Raises Conflict for an entry of another version: what it owns must not be taken for nothing.
+        """
         for path in sorted(self.sandboxes.iterdir()):
             if not path.is_dir():
                 continue

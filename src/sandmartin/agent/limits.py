@@ -77,17 +77,24 @@ class ControlGroups:
             ) from error
 
     def create(self, sandbox_id: str, allowance: Allowance) -> tuple[Path, ...]:
-        """Make the group of a VM, limits set, and return the directories to put it in."""
-        made = []
-        for top in self._tops():
-            group = top / sandbox_id
-            group.mkdir(exist_ok=True)
-            made.append(group)
-            for name, value in self._values(top, allowance):
-                (group / name).write_text(value)
-        return tuple(made)
+        """Make the group of a VM, limits set, and return the directories to put it in.
 
-    def _values(self, top: Path, allowance: Allowance) -> Iterator[tuple[str, str]]:
+        Raises ToolFailed, and then leaves none.
+        """
+        groups = tuple(top / sandbox_id for top in self._tops())
+        try:
+            for group in groups:
+                group.mkdir(exist_ok=True)
+                for name, value in self._values(group, allowance):
+                    (group / name).write_text(value)
+        except OSError as error:
+            for group in groups:
+                with contextlib.suppress(OSError):
+                    group.rmdir()
+            raise ToolFailed(f"control group of {sandbox_id} cannot be made: {error}") from error
+        return groups
+
+    def _values(self, group: Path, allowance: Allowance) -> Iterator[tuple[str, str]]:
         quota = int(allowance.cpus * _PERIOD_US)
         weight = max(1, int(allowance.cpus * 100))
         memory = str(allowance.memory_mb * 2**20)
@@ -95,16 +102,22 @@ class ControlGroups:
             yield "cpu.max", f"{quota} {_PERIOD_US}"
             yield "cpu.weight", str(min(weight, 10_000))
             yield "memory.max", memory
+            # Absent where the kernel or the host has no swap.
+            if (group / "memory.swap.max").exists():
+                yield "memory.swap.max", memory
             yield "memory.oom.group", "1"
             yield "pids.max", str(allowance.processes)
             return
-        match top.parent.name:
+        match group.parent.parent.name:
             case "cpu":
                 yield "cpu.cfs_period_us", str(_PERIOD_US)
                 yield "cpu.cfs_quota_us", str(quota)
                 yield "cpu.shares", str(max(2, int(allowance.cpus * 1024)))
             case "memory":
                 yield "memory.limit_in_bytes", memory
+                # Memory and swap together; it can only be set after the memory's own limit.
+                if (group / "memory.memsw.limit_in_bytes").exists():
+                    yield "memory.memsw.limit_in_bytes", memory
             case "pids":
                 yield "pids.max", str(allowance.processes)
 
@@ -119,15 +132,17 @@ class ControlGroups:
     def kill(self, sandbox_id: str) -> None:
         """Kill whatever still runs in a group: a VM started by an agent that died at once."""
         for top in self._tops():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 for pid in (top / sandbox_id / "cgroup.procs").read_text().split():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(pid), signal.SIGKILL)
+                    # 0 stands for a process of a namespace we cannot see, and would be ourselves.
+                    if pid != "0":
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(int(pid), signal.SIGKILL)
 
-    def remove(self, sandbox_id: str) -> None:
-        """Remove the group of a VM that has ended. Idempotent. Raises ToolFailed when it is held."""
+    def remove(self, sandbox_id: str, deadline_s: float = _REMOVE_DEADLINE_S) -> None:
+        """Remove the group of an ended VM. Idempotent. Raises ToolFailed when it is held."""
         for top in self._tops():
-            _remove_group(top / sandbox_id)
+            _remove_group(top / sandbox_id, deadline_s)
 
     def close(self) -> None:
         """Remove the agent's own groups if nothing is left in them."""
@@ -141,9 +156,9 @@ def _enable_controllers(group: Path) -> None:
         (group / "cgroup.subtree_control").write_text(f"+{controller}")
 
 
-def _remove_group(group: Path) -> None:
+def _remove_group(group: Path, deadline_s: float) -> None:
     # The kernel lets go of a group a moment after its last process was reaped.
-    until = time.monotonic() + _REMOVE_DEADLINE_S
+    until = time.monotonic() + deadline_s
     while True:
         try:
             group.rmdir()

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import select
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -49,6 +51,7 @@ async def run(
     *,
     stdin: bytes | None = None,
     deadline_s: float = 60.0,
+    grace_s: float = _GRACE_S,
     check: bool = True,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
@@ -57,7 +60,7 @@ async def run(
     """Run a child to its end. `merge_stderr_to` sends both its outputs to a file instead.
 
     Raises ToolFailed when it cannot be started or, with `check`, exits other than 0; TimedOut
-    when `deadline_s` passes.
+    when `deadline_s` passes: all it started is then ended, by TERM and after `grace_s` by KILL.
     """
     words = tuple(os.fspath(word) for word in argv)
     out = merge_stderr_to if merge_stderr_to is not None else subprocess.PIPE
@@ -76,10 +79,12 @@ async def run(
     try:
         async with asyncio.timeout(deadline_s):
             stdout, stderr = await child.communicate(stdin)
-    except TimeoutError:
-        raise TimedOut(f"{words[0]} did not end within {deadline_s:g} s") from None
-    finally:
-        await _end(child)
+    except BaseException as error:
+        # Shielded: a caller that is cancelled twice still leaves nothing running.
+        await asyncio.shield(_end(child, grace_s))
+        if isinstance(error, TimeoutError):
+            raise TimedOut(f"{words[0]} did not end within {deadline_s:g} s") from None
+        raise
     done = Finished(words, child.returncode or 0, stdout or b"", stderr or b"")
     if check and done.returncode != 0:
         said = (done.stderr or done.stdout)[-_OUTPUT_TAIL:].decode(errors="replace").strip()
@@ -87,18 +92,18 @@ async def run(
     return done
 
 
-async def _end(child: asyncio.subprocess.Process) -> None:
-    """Make sure a child and its process group are gone: TERM, a grace, KILL, wait."""
-    if child.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-    try:
-        await asyncio.shield(asyncio.wait_for(child.wait(), _GRACE_S))
-    except TimeoutError:
+async def _end(child: asyncio.subprocess.Process, grace_s: float) -> None:
+    """End a child and all of its process group: TERM, a grace, KILL, wait."""
+    # The child itself may have ended and left others: the group's number is theirs until they
+    # end. `wait` also waits for them to let go of the pipes, hence a deadline each time.
+    for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        await asyncio.shield(child.wait())
+            os.killpg(child.pid, sign)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await child.wait()
+    # One that left the group may hold the pipes for ever; asyncio has no public way to drop them.
+    child._transport.close()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -110,71 +115,91 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int) -> ProcessId | None:
-        """The identity of the live process `pid`, None when there is none or it is a zombie."""
-        stat = _stat(pid)
-        return None if stat is None else cls(pid, stat[1])
+        """The identity of the process `pid`, None when there is none or it has ended."""
+        start_ticks = _start_ticks(pid)
+        if start_ticks is None:
+            return None
+        found = cls(pid, start_ticks)
+        return found if found.alive() else None
 
     def alive(self) -> bool:
-        return ProcessId.of(self.pid) == self
+        with self._pinned() as handle:
+            return handle is not None and not _ended(handle)
 
     def kill(self, sig: int = signal.SIGKILL) -> bool:
         """Send a signal to this very process; False when it is gone."""
-        try:
-            handle = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return False
-        try:
-            # The descriptor pins the pid, so what is checked here is what gets the signal.
-            if not self.alive():
+        with self._pinned() as handle:
+            if handle is None or _ended(handle):
                 return False
-            signal.pidfd_send_signal(handle, sig)
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(handle)
-        return True
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, sig)
+                return True
+        return False
 
     async def gone(self, deadline_s: float) -> bool:
         """Wait until it ended; False when it still runs after `deadline_s`."""
-        try:
-            handle = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return True
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        try:
-            if not self.alive():
-                return True
-            loop.add_reader(handle, ended.set)
-            try:
-                async with asyncio.timeout(deadline_s):
-                    await ended.wait()
-            except TimeoutError:
+        with self._pinned() as handle:
+            if handle is not None and not await _readable(handle, deadline_s):
                 return False
-            finally:
-                loop.remove_reader(handle)
-        finally:
-            os.close(handle)
-        reap(self.pid)
+        self.reap()
         return True
 
+    def reap(self) -> None:
+        """Collect its exit status if it is our child and has ended."""
+        with self._pinned() as handle, contextlib.suppress(ChildProcessError):
+            if handle is not None:
+                os.waitpid(self.pid, os.WNOHANG)
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time of `pid` from /proc/PID/stat (proc(5), fields 3 and 22)."""
+    @contextlib.contextmanager
+    def _pinned(self) -> Iterator[int | None]:
+        """A descriptor of this very process, which keeps its pid from being used again; or None."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except OSError as error:
+            # EINVAL and ENOENT: the number now is that of another process's thread.
+            if error.errno not in {errno.ESRCH, errno.EINVAL, errno.ENOENT}:
+                raise
+            yield None
+            return
+        try:
+            yield handle if _start_ticks(self.pid) == self.start_ticks else None
+        finally:
+            os.close(handle)
+
+
+def _ended(handle: int) -> bool:
+    """Whether a process has ended, all of its threads.
+
+    The state in /proc is that of the first thread: it says "zombie" of a process whose first
+    thread ended while others run on, which a hostile VM's process could do.
+    """
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def _readable(handle: int, deadline_s: float) -> bool:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(handle, readable.set)
+    try:
+        async with asyncio.timeout(deadline_s):
+            await readable.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(handle)
+    return True
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Start time of `pid` from /proc/PID/stat (proc(5), field 22)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name stands in parentheses and may itself contain any character.
-    rest = text[text.rindex(")") + 2 :].split()
-    state, start_ticks = rest[0], int(rest[19])
-    return None if state in "ZX" else (state, start_ticks)
-
-
-def reap(pid: int) -> None:
-    """Collect the exit status of `pid` if it is our child and has ended."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+    return int(text[text.rindex(")") + 2 :].split()[19])
 
 
 def spawn_detached(
@@ -192,7 +217,7 @@ def spawn_detached(
     words = [os.fspath(word) for word in argv]
     with output.open("ab") as log:
         try:
-            child = subprocess.Popen(  # noqa: S603
+            child = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -209,6 +234,7 @@ def spawn_detached(
     # on the process is known by its ProcessId alone, and `gone` reaps it.
     child.returncode = 0
     if identity is None:
-        reap(child.pid)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child.pid, os.WNOHANG)
         raise ToolFailed(f"{words[0]} ended at once", hint=f"its output is in {output}")
     return identity

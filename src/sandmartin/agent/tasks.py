@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sandmartin.errors import SandmartinError
 
+_CANCEL_DEADLINE_S = 10.0
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -75,7 +76,9 @@ class Tasks:
         for task in watches:
             task.cancel()
         if watches:
-            await asyncio.wait(watches)
+            _, stuck = await asyncio.wait(watches, timeout=_CANCEL_DEADLINE_S)
+            for task in stuck:
+                _log.error("task %s does not end", task.get_name())
 
 
 def _log_unheard(task: asyncio.Task[Any]) -> None:

@@ -76,7 +76,10 @@ class Vm(Protocol):
     async def status(self) -> VmStatus: ...
 
     async def wait_gone(self) -> None:
-        """Return when the process ended, for whatever reason."""
+        """Return when the process ended, for whatever reason.
+
+        Whoever runs a VM waits here for as long: what the monitor logs is kept bounded meanwhile.
+        """
         ...
 
     async def stop(self) -> None:
@@ -88,7 +91,7 @@ class Vm(Protocol):
         ...
 
     async def resize_disk(self, size_bytes: int) -> None:
-        """Tell the guest that its disk grew."""
+        """Grow the disk, and tell the guest. Raises Invalid when it would shrink."""
         ...
 
     async def read_console(self) -> bytes:

@@ -97,6 +97,7 @@ class Monitor:
         Raises ToolFailed when QEMU refuses it, TimedOut when no answer comes, Unavailable when
         there is no connection to be had.
         """
+        client: QMPClient | None = None
         try:
             async with asyncio.timeout(deadline_s):
                 client = await self._connected()
@@ -108,8 +109,10 @@ class Monitor:
             said = str(error)[:_SAID_LIMIT]
             raise Unavailable(f"the monitor broke off {command}: {said}") from error
         except TimeoutError as error:
-            # A late or doubled answer must not be taken for that of a later call.
-            await self.close()
+            # A late or doubled answer must not be taken for that of a later call. Only the
+            # connection that was asked is dropped: by now another call may have made a new one.
+            if client is not None and client is self._client:
+                await self._drop()
             raise TimedOut(f"QEMU did not answer {command} within {deadline_s:g} s") from error
 
     async def _connected(self) -> QMPClient:

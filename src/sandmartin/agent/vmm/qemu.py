@@ -30,7 +30,7 @@ from sandmartin.agent.vmm import Vm, VmRecord, VmSpec, VmStatus
 from sandmartin.agent.vmm.monitor import DEADLINE_S, Monitor, listen
 from sandmartin.agent.vmm.tap import open_tap
 from sandmartin.agent.vmm.tsc import measure_tsc_khz
-from sandmartin.errors import DiskFull, SandmartinError, TimedOut, ToolFailed, Unavailable
+from sandmartin.errors import DiskFull, Invalid, SandmartinError, TimedOut, ToolFailed, Unavailable
 from sandmartin.model import Accel
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ KVM_DEVICE = Path("/dev/kvm")
 
 _START_DEADLINE_S = 30.0
 _GONE_DEADLINE_S = 10.0
-_FOREVER_S = 3600.0
+#: How often what QEMU itself writes is cut down: a guest can provoke warnings.
+_TRIM_PERIOD_S = 5.0
 #: A write that failed for want of space is tried again at once when the VM goes on.
 _RETRY_S = 0.3
 _CONSOLE_BYTES = 64 * 1024
@@ -161,9 +162,9 @@ class QemuVm:
         return now
 
     async def wait_gone(self) -> None:
-        while not await self._record.process.gone(_FOREVER_S):
-            pass
-        proc.reap(self._record.process.pid)
+        # This is the one call that lasts as long as the VM, so it also keeps the log bounded.
+        while not await self._record.process.gone(_TRIM_PERIOD_S):
+            await asyncio.to_thread(trim_log, self._record.run_dir / LOG)
 
     async def stop(self) -> None:
         await self._monitor.execute("stop")
@@ -181,6 +182,10 @@ class QemuVm:
             raise DiskFull("the host's disk still has no space for what the VM wants to write")
 
     async def resize_disk(self, size_bytes: int) -> None:
+        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True})
+        if size_bytes < (now := _disk_size(nodes)):
+            # QEMU would cut the disk off under the guest's file system.
+            raise Invalid(f"the disk has {now} bytes and cannot shrink to {size_bytes}")
         await self._monitor.execute("block_resize", {"node-name": "disk", "size": size_bytes})
 
     async def read_console(self) -> bytes:
@@ -196,16 +201,11 @@ class QemuVm:
         process.kill()
         if not await process.gone(_GONE_DEADLINE_S):
             raise TimedOut(f"QEMU process {process.pid} does not end")
-        proc.reap(process.pid)
         await self.close()
         _remove_sockets(self._record.run_dir)
 
     async def close(self) -> None:
         await self._monitor.close()
-
-    def trim_log(self) -> None:
-        """Keep what QEMU itself writes bounded: a guest can provoke warnings."""
-        trim_log(self._record.run_dir / LOG)
 
 
 def _status(answer: object) -> VmStatus:
@@ -218,6 +218,14 @@ def _status(answer: object) -> VmStatus:
         case {"status": str()}:
             return VmStatus.STOPPED
     raise ToolFailed("QEMU gave something else than its status")
+
+
+def _disk_size(nodes: object) -> int:
+    for node in nodes if isinstance(nodes, list) else []:
+        match node:
+            case {"node-name": "disk", "image": {"virtual-size": int(size)}}:
+                return size
+    raise ToolFailed("QEMU gave something else than its disks")
 
 
 def trim_log(log: Path) -> None:
@@ -240,10 +248,16 @@ def _remove_sockets(run_dir: Path) -> None:
 
 
 class Qemu:
-    """Runs VMs under QEMU: the installed one, or the one at `binary`."""
+    """Runs VMs under QEMU: the installed one, or the one at `binary`.
 
-    def __init__(self, binary: Path | None = None) -> None:
+    `answer_deadline_s` is how long the monitor of a VM that is adopted may take to answer.
+    """
+
+    def __init__(
+        self, binary: Path | None = None, *, answer_deadline_s: float = DEADLINE_S
+    ) -> None:
         self._binary = binary
+        self._answer_deadline_s = answer_deadline_s
         self._installation: Installation | None = None
         self._tsc_khz = 0
 
@@ -289,11 +303,12 @@ class Qemu:
 
     async def adopt(self, record: VmRecord) -> Vm | None:
         if not record.process.alive():
+            record.process.reap()
             _remove_sockets(record.run_dir)
             return None
         vm = QemuVm(record)
         try:
-            await vm.connect(DEADLINE_S)
+            await vm.connect(self._answer_deadline_s)
         except SandmartinError as error:
             if not record.process.alive():
                 await vm.kill()
@@ -332,10 +347,14 @@ async def _spawn(spec: VmSpec, binary: Path, tsc_khz: int) -> proc.ProcessId:
             ours.callback(os.close, tap)
         sockets = [ours.enter_context(listen(spec.run_dir / name)) for name in MONITORS]
         fds = [listener.fileno() for listener in sockets]
-        qemu = [binary, *arguments(spec, fds, tap_fd=tap, tsc_khz=tsc_khz)]
+        qemu = [os.fspath(binary), *arguments(spec, fds, tap_fd=tap, tsc_khz=tsc_khz)]
         passed = fds if tap is None else [*fds, tap]
         return proc.spawn_detached(
-            [*_confined(spec), *qemu], output=spec.run_dir / LOG, pass_fds=passed
+            [*_confined(spec), *qemu],
+            output=spec.run_dir / LOG,
+            pass_fds=passed,
+            # It outlives us, and would keep the file system we were started on busy.
+            cwd=Path("/"),
         )
 
 
@@ -345,8 +364,13 @@ async def _opened(netns: Path, tap: str) -> int:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
         # The thread goes on, and a tap that stays open could not be attached again.
-        opening.add_done_callback(lambda done: done.exception() or os.close(done.result()))
+        opening.add_done_callback(_close_opened)
         raise
+
+
+def _close_opened(opening: asyncio.Future[int]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())
 
 
 # The command.
