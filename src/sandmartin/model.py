@@ -159,6 +159,10 @@ class Settings:
     memory_reserve_mb: int = 512
     #: Virtual CPUs granted for each CPU of the host.
     cpu_overcommit: float = 8.0
+    #: Host memory for RAM bases that nobody uses just now, where the VMM needs copies of them.
+    base_budget_mb: int = 2048
+    #: Create by restoring a warm snapshot; otherwise every create boots.
+    warm: bool = True
     boot_timeout_s: float = 60.0
     #: How long a guest agent may be silent before its sandbox is in error.
     guest_silence_s: float = 35.0

@@ -1,7 +1,8 @@
-"""Disks: read-only images, and the layer each sandbox writes to.
+"""Disks: read-only images, and the layers over them that VMs write to.
 
 An image is a sparse raw ext4 file, mode 0444, and is never written again once it is listed. A
-layer is a qcow2 file over it that belongs to the VM's own user.
+layer is a qcow2 file; what lies below one is kept by whoever owns the disk, and never believed
+from the layer's own header. VMs are handed descriptors and need no right to any file.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import os
-from collections.abc import Mapping
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandmartin.agent.proc import run
 from sandmartin.errors import DiskFull, Exhausted, Invalid, NotFound, ToolFailed
+from sandmartin.model import random_id
 
 _MB = 2**20
+_COPY_DEADLINE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -55,34 +61,187 @@ class ImageStore:
         return Image(name, path)
 
 
-async def create_layer(image: Image, layer: Path, size_mb: int, uid: int) -> None:
-    """Make the qcow2 layer of a sandbox over `image`, owned by the VM's user.
+class Layers:
+    """The qcow2 layers of one agent: those that VMs write to, and those that are sealed.
 
-    Raises Invalid when `size_mb` is below the image's size, DiskFull when the host has no space.
+    A layer's name is the stem of its file, unique for ever. A sealed layer is never written again
+    and belongs to a user of its own, who is no VM's: as that user programs read layers, whose
+    content guests have made.
     """
+
+    def __init__(self, directory: Path, uid: int) -> None:
+        self._directory = directory
+        self._uid = uid
+        #: An empty layer of each size, to copy.
+        self._blanks: dict[int, bytes] = {}
+
+    def path(self, name: str) -> Path:
+        """File of a sealed layer."""
+        return self._directory / f"{name}.qcow2"
+
+    def names(self) -> set[str]:
+        """All sealed layers."""
+        return {path.stem for path in self._directory.glob("*.qcow2")}
+
+    async def create(self, directory: Path, size_mb: int) -> Path:
+        """Make an empty layer in `directory`. Raises DiskFull."""
+        if size_mb not in self._blanks:
+            self._blanks[size_mb] = await self._make_blank(size_mb)
+        top = directory / f"layer-{random_id(12)}.qcow2"
+        with _space_errors(top):
+            top.write_bytes(self._blanks[size_mb])
+        top.chmod(0o600)
+        return top
+
+    async def _make_blank(self, size_mb: int) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="sandmartin-") as directory:
+            blank = Path(directory, "blank.qcow2")
+            await run(["qemu-img", "create", "-q", "-f", "qcow2", blank, f"{size_mb}M"])
+            return await asyncio.to_thread(blank.read_bytes)
+
+    def seal(self, top: Path) -> str:
+        """Take a layer that is no longer written into the store; its name. Idempotent."""
+        sealed = self.path(top.stem)
+        if not sealed.exists():
+            self.seal_in_place(top)
+            top.rename(sealed)
+        return top.stem
+
+    def seal_in_place(self, top: Path) -> None:
+        """Seal a layer that stays where it is."""
+        check_layer(top)
+        os.chown(top, self._uid, self._uid)
+        top.chmod(0o400)
+
+    async def sync(self, names: Iterable[str]) -> None:
+        """Make sealed layers survive a power cut."""
+        for name in names:
+            await asyncio.to_thread(sync_file, self.path(name))
+        await asyncio.to_thread(sync_file, self._directory)
+
+    async def adopt(self, layer: Path) -> str:
+        """Take a sealed layer of another directory into the store as well; its name."""
+        await link_or_copy(layer, self.path(layer.stem))
+        return layer.stem
+
+    def remove(self, name: str) -> None:
+        """Remove a sealed layer, which nothing needs any more."""
+        self.path(name).unlink(missing_ok=True)
+
+    async def flatten(self, image: Path, names: Sequence[str], target: Path) -> None:
+        """Write an image and the layers over it as one sparse raw image to `target`.
+
+        Raises ToolFailed, DiskFull.
+        """
+        with tempfile.TemporaryDirectory(prefix=".flatten-", dir=target.parent) as directory:
+            # It parses what guests wrote, so it is nobody's program, and reaches nothing else.
+            os.chown(directory, self._uid, self._uid)
+            target.parent.chmod(0o711)
+            flat = Path(directory, "rootfs.ext4")
+            source = "json:" + json.dumps(self._chain(image, names))
+            as_owner = ["setpriv", f"--reuid={self._uid}", f"--regid={self._uid}"]
+            as_owner += ["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--"]
+            convert = ["qemu-img", "convert", "-W", "-S", "4k", "-O", "raw", source]
+            try:
+                await run([*as_owner, *convert, os.fspath(flat)], deadline_s=_COPY_DEADLINE_S)
+            except ToolFailed as error:
+                if os.strerror(errno.ENOSPC) in error.message:
+                    raise disk_full(target) from error
+                raise
+            await asyncio.to_thread(_publish, flat, target)
+
+    def _chain(self, image: Path, names: Sequence[str]) -> dict[str, object]:
+        node: dict[str, object] = {"driver": "raw", "file": _file_node(image)}
+        for name in names:
+            check_layer(self.path(name))
+            node = {"driver": "qcow2", "file": _file_node(self.path(name)), "backing": node}
+        return node
+
+
+def _publish(image: Path, target: Path) -> None:
+    os.chown(image, 0, 0)
+    image.chmod(0o444)
+    sync_file(image)
+    image.rename(target)
+    sync_file(target.parent)
+
+
+def _file_node(path: Path) -> dict[str, object]:
+    return {"driver": "file", "filename": os.fspath(path), "read-only": True}
+
+
+#: qcow2, docs/interop/qcow2.txt of QEMU: magic, version, and what a reader must know of.
+_QCOW2 = struct.Struct(">4sI64xQ")
+_QCOW2_MAGIC = b"QFI\xfb"
+#: Dirty, corrupt, compression type, extended entries; but no data in another file.
+_KNOWN_FEATURES = 0b11011
+
+
+def check_layer(path: Path) -> None:
+    """Raises Invalid when a layer, whose header a guest may have forged, names other files."""
+    with path.open("rb") as file:
+        header = file.read(_QCOW2.size)
+    if len(header) < _QCOW2.size:
+        raise Invalid(f"layer {path.stem} is cut off")
+    magic, version, features = _QCOW2.unpack(header)
+    if magic != _QCOW2_MAGIC or version != 3 or features & ~_KNOWN_FEATURES:
+        raise Invalid(f"layer {path.stem} is damaged", hint="destroy the sandbox it belongs to")
+
+
+def check_size(image: Image, size_mb: int) -> None:
+    """Raises Invalid when a disk of `size_mb` is smaller than its image."""
     if size_mb < image.size_mb:
         raise Invalid(
             f"disk_size_mb is {size_mb}, but template {image.name!r} is {image.size_mb} MB",
             hint=f"use {image.size_mb} or more",
         )
-    # A relative name would be looked up beside the layer.
-    backing = os.fspath(image.path.absolute())
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing]
+
+
+async def link_or_copy(source: Path, target: Path) -> None:
+    """Have a file that is never written again under a second name, or else as a sparse copy."""
+    if not _link(source, target):
+        beside = target.with_name(f".{target.name}.{random_id(6)}")
+        copy = ["cp", "--sparse=always", "--reflink=auto", "--preserve=all"]
+        await run([*copy, source, beside], deadline_s=_COPY_DEADLINE_S)
+        os.replace(beside, target)  # noqa: PTH105
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Whether `target` is there now, under both names."""
     try:
-        await run([*create, os.fspath(layer), f"{size_mb}M"])
-    except ToolFailed as error:
-        if os.strerror(errno.ENOSPC) in error.message:
-            raise DiskFull(
-                f"the host's disk is full where {layer.parent} is",
-                hint="free disk space on the host",
-            ) from error
-        raise
-    await asyncio.to_thread(_give, layer, uid)
+        target.hardlink_to(source)
+    except FileExistsError:
+        return True
+    except OSError as error:
+        if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK}:
+            raise
+        return False
+    return True
 
 
-def _give(layer: Path, uid: int) -> None:
-    layer.chmod(0o600)
-    os.chown(layer, uid, uid)
+def sync_file(path: Path) -> None:
+    """Make a file or the names in a directory survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_full(path: Path) -> DiskFull:
+    return DiskFull(
+        f"the host's disk is full where {path.parent} is", hint="free disk space on the host"
+    )
+
+
+@contextlib.contextmanager
+def _space_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise disk_full(path) from error
 
 
 def free_mb(path: Path) -> int:

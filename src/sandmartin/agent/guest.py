@@ -78,9 +78,12 @@ class Identity:
     hostname: str
     machine_id: str
     token: str = field(repr=False)
-    envs: Mapping[str, str] = field(default_factory=dict, repr=False)
-    #: Let the root file system fill its disk.
-    grow_root: bool = False
+    #: None leaves them as they are.
+    envs: Mapping[str, str] | None = field(default=None, repr=False)
+    #: Size of the disk that the root file system is to fill; 0 leaves it alone.
+    root_bytes: int = 0
+    #: It is in another place than it believes: connections to the outside are of no use any more.
+    moved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,28 @@ class Guest:
         content = json.dumps(_introduction(identity)).encode()
         async with self._http.stream("POST", f"{self._url}/init", headers, content) as response:
             return response.status, _parse(await _read_bounded(response))
+
+    async def awake(self, deadline_s: float) -> None:
+        """Wait until the guest agent answers anything at all. Raises TimedOut."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while not await self._answers():
+                    await asyncio.sleep(_INTRODUCE_PAUSE_S)
+        except TimeoutError as error:
+            raise TimedOut(
+                f"the guest agent did not answer within {deadline_s:g} s of the VM's start",
+                hint="the host may be overloaded; raise SANDMARTIN_BOOT_TIMEOUT_S",
+            ) from error
+
+    async def _answers(self) -> bool:
+        try:
+            async with (
+                asyncio.timeout(_CONNECT_S),
+                self._http.stream("GET", f"{self._url}/health") as response,
+            ):
+                return response.status in {204, 503}
+        except _SILENT:
+            return False
 
     async def healthy(self, deadline_s: float) -> bool:
         """Whether the guest agent answers at all."""
@@ -340,10 +365,11 @@ def _introduction(identity: Identity) -> dict[str, Any]:
         "templateId": identity.template,
         "hostname": identity.hostname,
         "machineId": identity.machine_id,
-        "envVars": dict(identity.envs),
+        "envVars": None if identity.envs is None else dict(identity.envs),
         "timestamp": datetime.now(UTC).isoformat(),
         "entropy": base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
-        "growRoot": identity.grow_root,
+        "rootBytes": identity.root_bytes,
+        "moved": identity.moved,
     }
 
 

@@ -14,11 +14,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sandmartin.agent.memory import FileId
 from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import VmRecord
 from sandmartin.errors import Conflict, DiskFull, Invalid
@@ -88,15 +89,34 @@ class SandboxDir:
     def entry(self) -> Path:
         return self.path / _ENTRY
 
+    def layer(self, name: str) -> Path:
+        """A disk layer of the sandbox's own, not sealed yet."""
+        return self.path / f"{name}.qcow2"
+
     @property
-    def layer(self) -> Path:
-        """The sandbox's own disk layer."""
-        return self.path / "layer.qcow2"
+    def paused(self) -> Path:
+        """The snapshot it sleeps in while it is paused."""
+        return self.path / "paused"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The snapshots of its own history."""
+        return self.path / "checkpoints"
 
     @property
     def vm(self) -> Path:
         """Sockets and logs of the VM, closed to the VM's own user."""
         return self.path / "vm"
+
+
+@dataclass(frozen=True)
+class RamRecord:
+    """Where the RAM of a running VM comes from, to find it again."""
+
+    #: Checksum of its base.
+    base: str
+    #: What the VM maps.
+    file: FileId
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +131,27 @@ class Entry:
     #: Slot number; None before one is taken and after it was given back.
     slot: int | None = None
     vm: VmRecord | None = None
+    ram: RamRecord | None = None
+    #: The raw image below its disk; None before it has a disk.
+    image: Path | None = None
+    #: Sealed layers over the image, the lowest first.
+    layers: tuple[str, ...] = ()
+    #: The layer it writes to, and the one it is about to write to instead.
+    top: str = ""
+    next_top: str = ""
+    #: Snapshot it sleeps in while it is paused, below its directory; empty when only its disk is.
+    sleeps_in: str = ""
+    #: Of the host, when its VM was started.
+    boot_id: str = ""
+    #: Environment of every command.
+    envs: Mapping[str, str] = field(default_factory=dict, repr=False)
+    #: Paused by the reaper, and not yet told to the control plane.
+    auto_paused: bool = False
     #: Access token of the guest agent.
     token: str = field(default="", repr=False)
 
     def to_json(self) -> bytes:
-        vm = self.vm
+        vm, ram = self.vm, self.ram
         return json.dumps(
             {
                 "format": FORMAT,
@@ -125,7 +161,16 @@ class Entry:
                 "last_active_at": self.last_active_at,
                 "reason": self.reason,
                 "slot": self.slot,
+                "image": self.image and os.fspath(self.image),
+                "layers": self.layers,
+                "top": self.top,
+                "next_top": self.next_top,
+                "sleeps_in": self.sleeps_in,
+                "boot_id": self.boot_id,
+                "envs": dict(self.envs),
+                "auto_paused": self.auto_paused,
                 "token": self.token,
+                "ram": ram and {"base": ram.base, "file": [ram.file.device, ram.file.inode]},
                 "vm": vm
                 and {
                     "pid": vm.process.pid,
@@ -134,6 +179,7 @@ class Entry:
                     "vmm_version": vm.vmm_version,
                     "machine": vm.machine,
                     "accel": vm.accel,
+                    "memory_mb": vm.memory_mb,
                 },
             },
             indent=1,
@@ -149,7 +195,7 @@ class Entry:
                     f"journal format {raw['format']!r} is not {FORMAT}",
                     hint="run the version of Sandmartin that wrote it",
                 )
-            vm = raw["vm"]
+            vm, ram = raw["vm"], raw["ram"]
             return cls(
                 spec=SandboxSpec(**raw["spec"]),
                 state=State(raw["state"]),
@@ -157,7 +203,16 @@ class Entry:
                 last_active_at=float(raw["last_active_at"]),
                 reason=raw["reason"],
                 slot=raw["slot"],
+                image=Path(raw["image"]) if raw["image"] else None,
+                layers=tuple(raw["layers"]),
+                top=raw["top"],
+                next_top=raw["next_top"],
+                sleeps_in=raw["sleeps_in"],
+                boot_id=raw["boot_id"],
+                envs=raw["envs"],
+                auto_paused=raw["auto_paused"],
                 token=raw["token"],
+                ram=RamRecord(ram["base"], FileId(*ram["file"])) if ram else None,
                 vm=vm
                 and VmRecord(
                     process=ProcessId(vm["pid"], vm["start_ticks"]),
@@ -165,6 +220,7 @@ class Entry:
                     vmm_version=vm["vmm_version"],
                     machine=vm["machine"],
                     accel=Accel(vm["accel"]),
+                    memory_mb=vm["memory_mb"],
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,14 +245,35 @@ class DataDir:
     def images(self) -> Path:
         return self.path / "images"
 
+    @property
+    def templates(self) -> Path:
+        """Snapshots that sandboxes start from, by name."""
+        return self.path / "templates"
+
+    @property
+    def forks(self) -> Path:
+        """Snapshots that live as long as a fork takes."""
+        return self.path / "forks"
+
+    @property
+    def layers(self) -> Path:
+        """Sealed disk layers, shared."""
+        return self.path / "layers"
+
+    @property
+    def bases(self) -> Path:
+        """Bases of RAM, shared, each named by its checksum."""
+        return self.path / "bases"
+
     def open(self) -> None:
         """Create what is missing, take the lock, read the instance id.
 
         Raises Conflict when another agent holds the directory, Invalid when the VMs' users could
         not reach it or it is not one of ours.
         """
-        # The VMs' users must reach their disk layer by path, and may list nothing.
-        for path in (self.path, self.sandboxes, self.images):
+        # Other users may pass, to read an image or, as the layers' owner, a layer; none may list.
+        shared = (self.images, self.layers, self.templates, self.forks, self.bases)
+        for path in (self.path, self.sandboxes, *shared):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o711)
         check_reachable(self.path, "data directory", "--data-dir")

@@ -121,6 +121,10 @@ class ControlGroups:
             case "pids":
                 yield "pids.max", str(allowance.processes)
 
+    def paths(self, sandbox_id: str) -> tuple[Path, ...]:
+        """Directories of a VM's group."""
+        return tuple(top / sandbox_id for top in self._tops())
+
     def list(self) -> set[str]:
         """The sandboxes that have a group."""
         found: set[str] = set()

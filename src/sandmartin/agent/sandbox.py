@@ -1,65 +1,64 @@
-"""One sandbox: a VM, its disk layer, its network slot and its control group.
+"""One sandbox: a VM, its disk, and its place on the host, through all of its life.
 
-Whatever a sandbox holds stands in its journal entry before it is taken, and one idempotent
+What a sandbox holds can be found from its journal entry and its id alone, and one idempotent
 teardown gives it all back: after a failed create, on destroy, and when the next agent finds what
 a killed one left. One lock orders the life cycle; commands and files do not take it.
+
+Memory and disk are cut at the same stopped instant. A snapshot of a sandbox that goes on has its
+layer sealed under it, so it never sees what is written later; a paused sandbox keeps its layer to
+itself. From the moment a resumed VM runs, the snapshot it slept in is void, and the journal says
+so before that moment.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
-import os
-import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from sandmartin.agent import disk
-from sandmartin.agent.disk import ImageStore
 from sandmartin.agent.guest import Command, Guest, Identity, ProcessEvent
-from sandmartin.agent.journal import DataDir, Entry, SandboxDir
-from sandmartin.agent.limits import Allowance, ControlGroups
-from sandmartin.agent.network import Network, Slot
-from sandmartin.agent.tasks import Tasks
-from sandmartin.agent.vmm import Vm, Vmm, VmSpec, VmStatus
-from sandmartin.errors import Conflict, GuestSilent, SandmartinError, TimedOut, ToolFailed
-from sandmartin.model import Accel, Settings, State, check_transition
+from sandmartin.agent.journal import Entry, SandboxDir
+from sandmartin.agent.machine import Machine
+from sandmartin.agent.memory import Written, write_diff
+from sandmartin.agent.microvm import Frozen, MicroVm, Records, Shape, new_token
+from sandmartin.agent.proc import ProcessId
+from sandmartin.agent.snapshots import Draft, Manifest, Snapshot, remove_snapshot, state_digest
+from sandmartin.agent.storage import names_in, remove
+from sandmartin.agent.vmm import Disk, VmStatus
+from sandmartin.errors import (
+    Conflict,
+    DiskFull,
+    GuestSilent,
+    Invalid,
+    NotFound,
+    SandmartinError,
+)
+from sandmartin.model import State, check_transition, random_id
 
 _log = logging.getLogger(__name__)
 
-#: A guest that fails this many health checks in a row, each with the deadline, is given up.
-_HEALTH_TRIES = 3
-_HEALTH_DEADLINE_S = 5.0
-_CONSOLE_TAIL = 600
+#: States that outlive the agent; what it finds in `starting` or `stopping` is removed.
+_SETTLED = frozenset({State.RUNNING, State.PAUSED, State.ERROR})
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class GuestFactory(Protocol):
-    """Makes the client of a guest agent from its address, port and access token."""
-
-    def __call__(self, address: str, token: str) -> Guest: ...
+def _boot_id() -> str:
+    """Changes whenever the host starts anew."""
+    return _BOOT_ID.read_text().strip()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a host has to make sandboxes with."""
+class Origin:
+    """What a new sandbox starts from: a snapshot, or an image that has none yet."""
 
-    settings: Settings
-    data: DataDir
-    images: ImageStore
-    network: Network
-    groups: ControlGroups
-    vmm: Vmm
-    accel: Accel
-    kernel: Path
-    initramfs: Path
-    tasks: Tasks
-    guest: GuestFactory = Guest
-    #: Called with the name of each step of an operation once it is done.
-    step: Callable[[str], None] = lambda name: None
+    image: disk.Image | None = None
+    snapshot: Snapshot | None = None
 
 
 class Sandbox:
@@ -69,10 +68,19 @@ class Sandbox:
         self._machine = machine
         self._entry = entry
         self._lock = asyncio.Lock()
-        self._slot: Slot | None = None
-        self._vm: Vm | None = None
+        self._microvm = self._new_microvm("create")
         self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._disk_full = False
+        self._saved_active_at = entry.last_active_at
+
+    def _new_microvm(self, operation: str) -> MicroVm:
+        records = Records(
+            slot=lambda slot: self._record(slot=slot.number),
+            vm=lambda vm, ram: self._record(vm=vm, ram=ram, boot_id=_boot_id()),
+            step=lambda name: self._machine.step(f"{operation}:{name}"),
+        )
+        return MicroVm(self._machine, self.sandbox_id, self._paths.vm, records)
 
     # What it is.
 
@@ -89,149 +97,549 @@ class Sandbox:
         return self._entry.state
 
     @property
+    def reason(self) -> str:
+        """Why it cannot be used, empty when it can."""
+        if self.state is State.RUNNING and self._disk_full:
+            return disk.host_disk_full(self.sandbox_id).message
+        return self._entry.reason
+
+    @property
     def host_ip(self) -> str:
         """Address at which the host reaches the guest; empty when it has none."""
-        return str(self._slot.host_ip) if self._slot else ""
+        slot = self._microvm.slot
+        return str(slot.host_ip) if slot else ""
 
     @property
     def _paths(self) -> SandboxDir:
         return self._machine.data.sandbox(self.sandbox_id)
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds since its last activity."""
+        return time.time() - self._entry.last_active_at
+
+    def needed(self) -> set[str]:
+        """Bases and layers that it, its paused memory and its checkpoints need."""
+        entry = self._entry
+        needed = {*entry.layers, entry.top, entry.next_top}
+        if entry.ram is not None:
+            needed.add(entry.ram.base)
+        for snapshot in (*self._snapshots(self._paths.path), *self.checkpoints()):
+            needed |= names_in(snapshot.manifest)
+        return needed
+
+    def _snapshots(self, directory: Path) -> list[Snapshot]:
+        return self._machine.storage.snapshots.list(directory)
+
     def touch(self) -> None:
         """Reset the idle clock."""
         self._entry = replace(self._entry, last_active_at=time.time())
 
+    def save_activity(self) -> None:
+        """Put the last activity on disk unless it is there. Raises DiskFull."""
+        # What is being removed must not get a new entry.
+        leaving = self.state in {State.STOPPING, State.STOPPED}
+        if not leaving and self._entry.last_active_at != self._saved_active_at:
+            self._record()
+
     def _record(self, *, sync: bool = False, **changes: object) -> None:
+        """Change the entry, here and on disk. Raises DiskFull, changed here none the less."""
         self._entry = replace(self._entry, **changes)  # type: ignore[arg-type]
         self._machine.data.write(self._entry, sync=sync)
+        self._saved_active_at = self._entry.last_active_at
 
-    def _become(self, state: State, reason: str = "", *, sync: bool = False) -> None:
-        """The only place where the state changes. Raises Conflict."""
+    @contextlib.contextmanager
+    def _disk_may_be_full(self) -> Iterator[None]:
+        """For what must go on without its record: the next start finds the truth by itself."""
+        try:
+            yield
+        except DiskFull as error:
+            _log.warning("sandbox %s: not in its journal: %s", self.sandbox_id, error)
+
+    def _become(
+        self, state: State, reason: str = "", *, sync: bool = False, **changes: object
+    ) -> None:
+        """The only place where the state changes. Raises Conflict, DiskFull."""
         check_transition(self.state, state, f"sandbox {self.sandbox_id}")
         _log.info("sandbox %s: %s -> %s %s", self.sandbox_id, self.state, state, reason)
-        self._record(sync=sync, state=state, reason=reason)
+        self._record(sync=sync, state=state, reason=reason, **changes)
 
-    # Life.
+    def _fail(self, reason: str) -> None:
+        """A sandbox that cannot be used any more, but destroyed."""
+        self._machine.sampler.suspend(self.sandbox_id)
+        if self.state not in {State.ERROR, State.STOPPED}:
+            with self._disk_may_be_full():
+                self._become(State.ERROR, reason)
 
-    async def create(self, envs: Mapping[str, str]) -> None:
-        """Boot the VM and confirm its identity; what fails leaves nothing behind.
+    # What the sampler asks of it.
+
+    @property
+    def process(self) -> ProcessId:
+        """The VM's process."""
+        return self._microvm.running.record.process
+
+    @property
+    def groups(self) -> tuple[Path, ...]:
+        """Directories of the VM's control groups."""
+        return self._machine.groups.paths(self.sandbox_id)
+
+    @property
+    def layers(self) -> tuple[Path, ...]:
+        """Files that hold what it wrote."""
+        return (self._paths.layer(self._entry.top),)
+
+    async def memory(self) -> int | None:
+        """Bytes the guest uses, as it sees it; None when it does not say."""
+        return await self._microvm.running.memory_used()
+
+    # Creating.
+
+    async def create(self, envs: Mapping[str, str], origin: Origin) -> None:
+        """Start it from its origin and confirm its identity; what fails leaves nothing behind.
 
         `envs` becomes part of every command's environment.
         """
         async with self._lock:
             try:
-                await self._create(envs)
+                await self._create(envs, origin)
             except BaseException:
                 # Shielded: an agent that is told to stop still undoes what it began.
-                await asyncio.shield(self._remove())
+                await asyncio.shield(self._undo())
                 raise
 
-    async def _create(self, envs: Mapping[str, str]) -> None:
-        machine, spec = self._machine, self._entry.spec
+    async def _create(self, envs: Mapping[str, str], origin: Origin) -> None:
+        step, spec = self._machine.step, self._entry.spec
         self._become(State.STARTING)
-        self._machine.step("create:recorded")
-        slot = self._slot = await machine.network.acquire()
-        self._record(slot=slot.number)
-        machine.step("create:slot")
-        # The VM's user may pass through to its layer, and no other VM's user may.
-        self._paths.path.chmod(0o710)
-        os.chown(self._paths.path, -1, slot.uid)
-        image = machine.images.get(spec.template)
-        await disk.create_layer(image, self._paths.layer, spec.disk_size_mb, slot.uid)
-        machine.step("create:layer")
-        allowance = Allowance.of(spec.vcpus, spec.memory_mb, machine.accel)
-        groups = machine.groups.create(self.sandbox_id, allowance)
-        machine.step("create:group")
-        self._vm = await machine.vmm.start(self._vm_spec(slot, groups))
-        machine.step("create:started")
-        token = secrets.token_hex(20)
-        self._record(vm=self._vm.record, token=token)
-        machine.step("create:vm")
-        self._guest = machine.guest(self.host_ip, token)
-        await self._introduce(self._guest, token, envs)
-        machine.step("create:confirmed")
+        step("create:recorded")
+        snapshot = origin.snapshot
+        if snapshot is not None:
+            manifest = snapshot.manifest
+            self._record(image=manifest.image, layers=manifest.layers, envs=envs)
+            disk_size_mb = manifest.disk_size_mb
+        else:
+            assert origin.image is not None
+            self._record(image=origin.image.path, envs=envs)
+            disk_size_mb = spec.disk_size_mb
+        await self._new_top(disk_size_mb)
+        step("create:layer")
+        if snapshot is not None:
+            await self._microvm.restore(snapshot, self._disk)
+            await self._microvm.running.cont()
+            if spec.disk_size_mb > disk_size_mb:
+                await self._microvm.running.resize_disk(spec.disk_size_mb << 20)
+        else:
+            shape = Shape(vcpus=spec.vcpus, memory_mb=spec.memory_mb)
+            await self._microvm.boot(shape, self._disk)
+        old_token = snapshot.manifest.token if snapshot else ""
+        await self._introduce(old_token, new_token(), envs=envs, moved=True)
+        step("create:confirmed")
         self._become(State.RUNNING)
-        self._watch = machine.tasks.watch(f"watch {self.sandbox_id}", self._watch_vm(self._vm))
-        machine.step("create:running")
+        self._run()
+        step("create:running")
 
-    def _vm_spec(self, slot: Slot, groups: tuple[Path, ...]) -> VmSpec:
-        spec, machine = self._entry.spec, self._machine
-        return VmSpec(
-            run_dir=self._paths.vm,
-            vcpus=spec.vcpus,
-            memory_mb=spec.memory_mb,
-            kernel=machine.kernel,
-            initramfs=machine.initramfs,
-            command_line=(
-                f"sandmartin.addr={slot.guest_ip}/{slot.prefix_length}"
-                f" sandmartin.gateway={slot.gateway_ip}"
-            ),
-            disk=self._paths.layer,
-            netns=slot.netns_path,
-            tap=slot.tap,
-            mac=slot.guest_mac,
-            uid=slot.uid,
-            accel=machine.accel,
-            cgroups=groups,
-        )
+    async def _new_top(self, size_mb: int) -> None:
+        """A new, empty layer on top of the sealed ones."""
+        top = await self._machine.storage.layers.create(self._paths.path, size_mb)
+        self._record(top=top.stem)
 
-    async def _introduce(self, guest: Guest, token: str, envs: Mapping[str, str]) -> None:
-        """Wait for the guest agent, tell it who it is, and have that confirmed."""
-        assert self._vm is not None
+    @property
+    def _disk(self) -> Disk:
+        entry, storage = self._entry, self._machine.storage
+        assert entry.image is not None
+        sealed = tuple(storage.layers.path(name) for name in entry.layers)
+        return Disk(image=entry.image, sealed=sealed, top=self._paths.layer(entry.top))
+
+    async def _introduce(
+        self, old_token: str, token: str, *, envs: Mapping[str, str] | None = None, moved: bool
+    ) -> None:
+        """Tell the guest who it is now. With `moved` it is in another place than it believes."""
+        self._record(token=token)
+        self._guest = guest = self._machine.guest(self.host_ip, old_token or token)
         identity = Identity(
             sandbox_id=self.sandbox_id,
             template=self._entry.spec.template,
             hostname=self.sandbox_id,
-            machine_id=secrets.token_hex(16),
+            machine_id=hashlib.sha256(self.sandbox_id.encode()).hexdigest()[:32],
             token=token,
             envs=envs,
-            grow_root=True,
+            root_bytes=self._entry.spec.disk_size_mb << 20,
+            moved=moved,
         )
-        ended = asyncio.ensure_future(self._vm.wait_gone())
-        introduced = asyncio.ensure_future(
-            guest.introduce(identity, self._machine.settings.boot_timeout_s)
-        )
-        try:
-            await asyncio.wait({ended, introduced}, return_when=asyncio.FIRST_COMPLETED)
-            if not introduced.done():
-                raise ToolFailed(f"the VM ended while it booted{await self._last_words()}")
-            await introduced
-        except TimedOut as error:
-            raise TimedOut(f"{error.message}{await self._last_words()}", hint=error.hint) from error
-        finally:
-            for waiting in (ended, introduced):
-                waiting.cancel()
-            await asyncio.wait({ended, introduced})
+        await self._microvm.introduce(guest, identity, self._machine.settings.boot_timeout_s)
 
-    async def _last_words(self) -> str:
-        """The end of the guest's console, for an error message."""
-        assert self._vm is not None
+    def _run(self) -> None:
+        """It runs: watch its VM and sample it."""
+        self._watch = self._machine.tasks.watch(f"watch {self.sandbox_id}", self._watch_vm())
+        self._machine.sampler.add(self.sandbox_id, self)
+
+    # Pausing and resuming.
+
+    async def pause(self, *, idle_s: float | None = None, auto: bool = False) -> None:
+        """Put memory and disk to sleep, and free processor and RAM. Paused already is success.
+
+        With `idle_s` only if it has idled that long. Raises Conflict, DiskFull.
+        """
+        async with self._lock:
+            if self.state is State.PAUSED or (idle_s is not None and self.idle_s < idle_s):
+                return
+            self._require_running()
+            self._become(State.PAUSING)
+            self._machine.step("pause:recorded")
+            await self._put_to_sleep(auto=auto)
+
+    async def make_template(self, path: Path) -> Snapshot:
+        """A snapshot at `path` that others start from; the sandbox itself is paused.
+
+        Raises Conflict, DiskFull.
+        """
+        async with self._lock:
+            self._require_running()
+            self._become(State.SNAPSHOTTING)
+            self._machine.step("pause:recorded")
+            await self._put_to_sleep(template=path)
+            return self._machine.storage.snapshots.read(path)
+
+    async def flatten(self, target: Path) -> None:
+        """Write its whole disk as an image to `target`, and end it; if that fails, it sleeps.
+
+        Raises Conflict, DiskFull.
+        """
+        await self.resume()
+        # Its memory is dropped, so what the guest has not written yet must be.
+        async for _ in self._require_guest().start(Command(cmd="sync", timeout_s=120)):
+            pass
+        async with self._lock:
+            self._require_running()
+            self._become(State.SNAPSHOTTING)
+            self._machine.step("pause:recorded")
+            await self._put_to_sleep(seal=True)
+            entry = self._entry
+            assert entry.image is not None
+            await self._machine.storage.layers.flatten(entry.image, entry.layers, target)
+            self._machine.step("flatten:written")
+            await self._remove()
+
+    async def _put_to_sleep(
+        self, *, seal: bool = False, template: Path | None = None, auto: bool = False
+    ) -> None:
+        """Stop the VM, write its snapshot, and end it. It goes on if the writing fails.
+
+        Once the snapshot stands, the sandbox is paused: an agent that finds it finishes the rest.
+        """
+        seal = seal or template is not None
+        try:
+            await self._stop_watching()
+            frozen = await self._microvm.freeze(cont=False)
+            self._machine.step("pause:frozen")
+            await asyncio.to_thread(disk.sync_file, self._paths.layer(self._entry.top))
+            layers = (*self._entry.layers, self._entry.top) if seal else self._entry.layers
+            if template is not None:
+                await self._write(frozen, template, layers=layers)
+                self._machine.step("pause:template")
+            await self._write(frozen, self._paths.paused, layers=layers)
+        except BaseException:
+            await asyncio.shield(self._go_on(template))
+            raise
+        self._machine.step("pause:written")
+        await asyncio.shield(self._fall_asleep(auto=auto))
+
+    async def _go_on(self, template: Path | None) -> None:
+        """After a failed pause: the VM runs as before."""
+        for path in (template, self._paths.paused):
+            if path is not None:
+                await asyncio.to_thread(remove_snapshot, path)
+        with self._disk_may_be_full():
+            self._become(State.RUNNING)
         with contextlib.suppress(SandmartinError):
-            console = (await self._vm.read_console())[-_CONSOLE_TAIL:]
-            if text := console.decode(errors="replace").strip():
-                return f"; its console ends with: {text!r}"
-        return ""
+            await self._microvm.running.cont()
+        self._run()
+
+    async def _fall_asleep(self, *, auto: bool = False) -> None:
+        """What is left to do once the snapshot of a pause stands."""
+        snapshot = self._machine.storage.snapshots.read(self._paths.paused)
+        layers, top = snapshot.manifest.layers, self._entry.top
+        if top in layers:
+            self._machine.storage.layers.seal(self._paths.layer(top))
+            await self._machine.storage.layers.sync([top])
+            top = ""
+        self._become(
+            State.PAUSED, sync=True, layers=layers, top=top, sleeps_in="paused", auto_paused=auto
+        )
+        self._machine.step("pause:paused")
+        await self._leave_host("pause")
+
+    async def _write(
+        self, frozen: Frozen, path: Path, *, layers: tuple[str, ...], comment: str = ""
+    ) -> Snapshot:
+        """Write a freeze as a snapshot that survives a power cut."""
+        entry, snapshots = self._entry, self._machine.storage.snapshots
+        assert entry.image is not None
+
+        def write_pages(draft: Draft) -> Written:
+            pages = self._microvm.pages(frozen)
+            return write_diff(draft.diff, frozen.base, frozen.runs, pages, sync=True)
+
+        async with snapshots.draft(path) as draft:
+            manifest = Manifest(
+                platform=self._machine.platform,
+                template=entry.spec.template,
+                vcpus=entry.spec.vcpus,
+                memory_mb=entry.spec.memory_mb,
+                disk_size_mb=entry.spec.disk_size_mb,
+                image=entry.image,
+                layers=layers,
+                base=frozen.base.digest,
+                diff=await asyncio.to_thread(write_pages, draft),
+                state=state_digest(frozen.state),
+                token=entry.token,
+                comment=comment,
+                created_at=time.time(),
+            )
+            return await snapshots.finish(draft, path, manifest, frozen.state)
+
+    async def _leave_host(self, operation: str) -> None:
+        """Give back processor, RAM and network place; the files stay."""
+        await self._let_go()
+        await self._microvm.end(self._entry.vm, self._entry.slot)
+        if self._entry.vm is not None or self._entry.slot is not None:
+            self._record(vm=None, ram=None, slot=None)
+        self._microvm = self._new_microvm(operation)
+        self._machine.step(f"{operation}:left")
+
+    async def resume(self, timeout_s: int | None = None) -> None:
+        """Wake it up, with a new idle limit if one is given. Running already is success.
+
+        Raises Conflict, Exhausted; it then still sleeps.
+        """
+        async with self._lock:
+            if self.state is State.RUNNING:
+                return
+            if self.state is not State.PAUSED:
+                raise self._unusable()
+            spec = self._entry.spec
+            if timeout_s is not None:
+                spec = replace(spec, timeout_s=timeout_s)
+            self._become(State.RESUMING, spec=spec, auto_paused=False)
+            await self._wake("resume", moved=False)
+
+    async def rollback(self, checkpoint_id: str) -> None:
+        """Return to a checkpoint, in memory and on disk; what came after it is gone.
+
+        Raises NotFound, Conflict.
+        """
+        async with self._lock:
+            checkpoint = self.get_checkpoint(checkpoint_id)
+            if self.state not in {State.RUNNING, State.PAUSED}:
+                raise self._unusable()
+            checkpoint.manifest.platform.check(self._machine.platform, "the checkpoint")
+            if self.state is State.RUNNING:
+                self._become(State.PAUSING)
+            old_top = self._entry.top
+            # From here on it is what it was then, asleep until it is woken.
+            self._entry = replace(self._entry, state=State.PAUSED)
+            self._record(
+                sync=True,
+                layers=checkpoint.manifest.layers,
+                top="",
+                token=checkpoint.manifest.token,
+                sleeps_in=f"{self._paths.checkpoints.name}/{checkpoint_id}",
+            )
+            self._machine.step("rollback:recorded")
+            await self._leave_host("rollback")
+            if old_top:
+                self._paths.layer(old_top).unlink(missing_ok=True)
+            await asyncio.to_thread(remove_snapshot, self._paths.paused)
+            self._become(State.RESUMING)
+            await self._wake("rollback", moved=True)
+
+    async def _wake(self, operation: str, *, moved: bool) -> None:
+        """Start the VM as it slept. It sleeps on if that fails before it has run."""
+        self._machine.step(f"{operation}:waking")
+        self._microvm = self._new_microvm(operation)
+        try:
+            if not self._entry.top:
+                await self._new_top(self._entry.spec.disk_size_mb)
+            await self._restore_or_boot(operation)
+            # From here on the VM runs, and what it slept in is void.
+            self._become(State.RUNNING, sync=True, sleeps_in="")
+        except BaseException:
+            await asyncio.shield(self._sleep_on(operation))
+            raise
+        self._machine.step(f"{operation}:committed")
+        try:
+            await self._microvm.running.cont()
+            self.touch()
+            token, envs = self._entry.token, self._entry.envs
+            await self._introduce(token, token or new_token(), envs=envs, moved=moved)
+        except SandmartinError as error:
+            self._fail(f"it did not come back: {error.message}")
+            raise
+        self._run()
+        await asyncio.to_thread(remove_snapshot, self._paths.paused)
+        self._machine.step(f"{operation}:running")
+
+    async def _restore_or_boot(self, operation: str) -> None:
+        """Memory and disk as they were; where the memory does not fit any more, the disk."""
+        entry = self._entry
+        try:
+            if not entry.sleeps_in:
+                raise NotFound("its memory was lost")
+            snapshot = self._machine.storage.snapshots.read(self._paths.path / entry.sleeps_in)
+            await self._microvm.restore(snapshot, self._disk)
+        except (NotFound, Conflict, Invalid) as error:
+            _log.warning("sandbox %s starts from its disk: %s", self.sandbox_id, error)
+            await self._leave_host(operation)
+            self._record(token="")
+            shape = Shape(vcpus=entry.spec.vcpus, memory_mb=entry.spec.memory_mb)
+            await self._microvm.boot(shape, self._disk)
+
+    async def _sleep_on(self, operation: str) -> None:
+        """After a failed resume: nothing has run, and it sleeps as before."""
+        try:
+            await self._leave_host(operation)
+            self._become(State.PAUSED, sync=True)
+        except SandmartinError as error:
+            self._fail(f"it could not be resumed: {error}")
+
+    # Snapshots of a VM that goes on.
+
+    async def snapshot(self, path: Path, comment: str = "") -> Snapshot:
+        """A snapshot at `path` of the sandbox, which goes on. Raises Conflict, DiskFull."""
+        async with self._lock:
+            self._require_running()
+            layers = self._machine.storage.layers
+            top = await layers.create(self._paths.path, self._entry.spec.disk_size_mb)
+            self._record(next_top=top.stem)
+            self._machine.step("snapshot:recorded")
+            try:
+                frozen = await self._microvm.freeze(top=top)
+                self._machine.step("snapshot:frozen")
+            finally:
+                await asyncio.shield(self._settle_layers())
+            self._machine.step("snapshot:sealed")
+            try:
+                await layers.sync(self._entry.layers[-1:])
+                return await self._write(frozen, path, layers=self._entry.layers, comment=comment)
+            finally:
+                self._microvm.forget_buffer()
+
+    async def _settle_layers(self) -> None:
+        """Find out whether the VM has taken the layer it was about to be given, and seal or go."""
+        entry = self._entry
+        if not entry.next_top:
+            return
+        if await self._microvm.running.top_layer() == entry.next_top:
+            self._machine.storage.layers.seal(self._paths.layer(entry.top))
+            layers = (*entry.layers, entry.top)
+            self._record(sync=True, layers=layers, top=entry.next_top, next_top="")
+        else:
+            self._paths.layer(entry.next_top).unlink(missing_ok=True)
+            self._record(next_top="")
+
+    async def checkpoint(self, comment: str) -> Snapshot:
+        """A snapshot that stays in its own history."""
+        self._paths.checkpoints.mkdir(mode=0o700, exist_ok=True)
+        return await self.snapshot(self._paths.checkpoints / f"cp{random_id(12)}", comment)
+
+    def checkpoints(self) -> list[Snapshot]:
+        """Its checkpoints, oldest first."""
+        found = self._snapshots(self._paths.checkpoints)
+        return sorted(found, key=lambda each: each.manifest.created_at)
+
+    def get_checkpoint(self, checkpoint_id: str) -> Snapshot:
+        """Raises NotFound."""
+        for checkpoint in self.checkpoints():
+            if checkpoint.path.name == checkpoint_id:
+                return checkpoint
+        raise NotFound(
+            f"sandbox {self.sandbox_id} has no checkpoint {checkpoint_id[:80]!r}",
+            hint="ListCheckpoints shows those that it has",
+        )
+
+    # Adopting.
 
     async def adopt(self) -> None:
         """Win back what an earlier agent left: a running VM goes on, anything else is settled.
 
-        A sandbox that was half made or half destroyed is removed; one whose VM is gone becomes
-        `error` with the reason.
+        A sandbox that was half made or half destroyed is removed, one that was half put to sleep
+        runs, one that was half woken sleeps; one that cannot be used or removed becomes `error`
+        with the reason.
         """
         async with self._lock:
-            if self.state not in {State.RUNNING, State.ERROR}:
+            try:
+                await self._adopt()
+            except SandmartinError as error:
+                _log.error("sandbox %s cannot be adopted: %s", self.sandbox_id, error)
+                self._fail(error.message)
+
+    async def _adopt(self) -> None:
+        self._clean()
+        match self.state:
+            case State.RUNNING | State.ERROR:
+                await self._win_back()
+            case State.PAUSING | State.SNAPSHOTTING:
+                await self._finish_or_undo_pause()
+            case State.PAUSED:
+                await self._leave_host("pause")
+            case State.RESUMING:
+                await self._sleep_on("resume")
+            case _:
                 await self._remove()
-                return
-            if self._entry.slot is not None:
-                self._slot = self._machine.network.adopted(self._entry.slot)
-            if self._entry.vm is not None:
-                self._vm = await self._machine.vmm.adopt(self._entry.vm)
-            if self._vm is None and self.state is State.RUNNING:
-                self._become(State.ERROR, "its VM ended while no agent was running")
-            if self._vm is not None and self._slot is not None:
-                self._guest = self._machine.guest(self.host_ip, self._entry.token)
-                watch = self._watch_vm(self._vm)
-                self._watch = self._machine.tasks.watch(f"watch {self.sandbox_id}", watch)
+
+    def _clean(self) -> None:
+        """Remove what was being written when the agent ended."""
+        for directory in (self._paths.path, self._paths.checkpoints):
+            for path in directory.glob(".*"):
+                remove(path)
+        entry = self._entry
+        for path in self._paths.path.glob("layer-*.qcow2"):
+            if path.stem not in {entry.top, entry.next_top}:
+                remove(path)
+
+    async def _finish_or_undo_pause(self) -> None:
+        if self._snapshots(self._paths.path):
+            await self._fall_asleep()
+        else:
+            self._become(State.RUNNING)
+            await self._win_back()
+
+    async def _win_back(self) -> None:
+        entry, machine, vm = self._entry, self._machine, self._microvm
+        if entry.slot is not None:
+            vm.slot = machine.network.adopted(entry.slot)
+        alive = entry.vm is not None and entry.ram is not None
+        if alive:
+            assert entry.vm is not None and entry.ram is not None
+            alive = await vm.adopt(entry.vm, entry.ram, entry.spec.memory_mb)
+        if not alive:
+            await self._note_loss()
+            return
+        if self.state is not State.RUNNING:
+            return
+        if vm.slot is None:
+            self._fail("its place in the network is gone")
+            return
+        await self._settle_layers()
+        await asyncio.to_thread(remove_snapshot, self._paths.paused)
+        if await vm.running.status() is VmStatus.STOPPED:
+            # The agent ended in the middle of a freeze.
+            await vm.running.cont()
+        self._guest = machine.guest(self.host_ip, entry.token)
+        self._run()
+
+    async def _note_loss(self) -> None:
+        """Its VM is gone. With the host's power its memory was lost, and its files were not."""
+        if self.state is not State.RUNNING:
+            return
+        if self._entry.boot_id == _boot_id():
+            self._fail("its VM ended while no agent was running")
+            return
+        reason = "its host was restarted: its files are kept, its memory is lost"
+        self._become(State.PAUSING)
+        self._become(State.PAUSED, reason, sync=True, sleeps_in="")
+        await self._leave_host("pause")
+
+    # Ending.
 
     async def destroy(self) -> None:
         """End the VM and give back all the sandbox held. Idempotent."""
@@ -239,72 +647,106 @@ class Sandbox:
             if self.state is not State.STOPPED:
                 await self._remove()
 
+    async def _undo(self) -> None:
+        """Remove what a failed create made; the error to tell is the create's own."""
+        try:
+            await self._remove()
+        except SandmartinError as error:
+            _log.error("sandbox %s: %s", self.sandbox_id, error)
+
     async def _remove(self) -> None:
-        """Give back whatever the entry names, the files last. Idempotent."""
+        """Give back whatever the entry names. Idempotent; what fails can be tried again."""
         if self.state is not State.STOPPING:
-            self._become(State.STOPPING, sync=True)
+            # A full disk must not keep anybody from making room on it.
+            with self._disk_may_be_full():
+                self._become(State.STOPPING, sync=True)
         self._machine.step("destroy:recorded")
+        try:
+            await self._give_back()
+        except (SandmartinError, OSError) as error:
+            self._fail(f"it could not be removed: {error}")
+            raise
+        # Not recorded: with the files, the entry is gone.
+        self._entry = replace(self._entry, state=State.STOPPED, vm=None, token="", reason="")
+
+    async def _give_back(self) -> None:
+        """The VM first, the files last."""
+        machine = self._machine
         await self._let_go()
-        if self._vm is None and self._entry.vm is not None:
-            self._vm = await self._machine.vmm.adopt(self._entry.vm)
-        if self._vm is not None:
-            await self._vm.kill()
-            self._vm = None
-        # A VM that was started but not yet recorded is found by its group.
-        self._machine.groups.kill(self.sandbox_id)
-        self._machine.step("destroy:killed")
-        await asyncio.to_thread(self._machine.groups.remove, self.sandbox_id)
-        self._machine.step("destroy:group")
-        if self._entry.slot is not None:
-            await self._machine.network.release(self._entry.slot)
-            self._slot = None
-            self._machine.step("destroy:slot")
-        await asyncio.to_thread(self._machine.data.remove, self.sandbox_id)
-        self._machine.step("destroy:files")
-        self._entry = replace(self._entry, state=State.STOPPED, slot=None, vm=None, token="")
+        await self._microvm.end(self._entry.vm, self._entry.slot)
+        machine.step("destroy:ended")
+        # Before anything else runs: the slot may be another sandbox's in a moment, and must
+        # not be taken from it by whoever reads this entry.
+        with self._disk_may_be_full():
+            self._record(slot=None)
+        machine.step("destroy:slot")
+        await asyncio.to_thread(machine.data.remove, self.sandbox_id)
+        machine.step("destroy:files")
 
     async def _let_go(self) -> None:
         """Stop watching and talking to the VM, without ending it."""
-        if self._watch is not None and self._watch is not asyncio.current_task():
-            self._watch.cancel()
-            await asyncio.wait({self._watch})
-            self._watch = None
+        await self._stop_watching()
         if self._guest is not None:
             await self._guest.close()
             self._guest = None
 
+    async def _stop_watching(self) -> None:
+        self._machine.sampler.suspend(self.sandbox_id)
+        if self._watch is not None and self._watch is not asyncio.current_task():
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
+            self._watch = None
+
     async def release(self) -> None:
         """The agent ends and the VM goes on: keep its entry true and let go."""
         async with self._lock:
-            if self.state is State.STOPPED:
-                return
-            self._record()
+            with self._disk_may_be_full():
+                self.save_activity()
             await self._let_go()
-            if self._vm is not None:
-                await self._vm.close()
+            if self._microvm.vm is not None:
+                await self._microvm.vm.close()
+            self._microvm.let_go()
 
-    async def _watch_vm(self, vm: Vm) -> None:
-        await vm.wait_gone()
-        if self.state in {State.RUNNING, State.STARTING}:
-            self._become(State.ERROR, "its VM ended by itself")
+    async def _watch_vm(self) -> None:
+        await self._microvm.running.wait_gone()
+        self._note_end()
 
-    async def continue_after_full_disk(self) -> None:
-        """Let the VM go on if its monitor stopped it because the host's disk was full."""
-        vm = self._vm
+    def _note_end(self) -> None:
+        if self.state is State.RUNNING:
+            self._fail("its VM ended by itself")
+
+    async def check_disk_space(self, *, has_space: bool) -> None:
+        """Notice that the host's full disk stopped the VM; let it go on if the host `has_space`."""
+        vm = self._microvm.vm
         if vm is None or self._lock.locked() or self.state is not State.RUNNING:
             return
-        if await vm.status() is VmStatus.DISK_FULL:
-            await vm.cont()
-            _log.info("sandbox %s goes on: the host's disk has space again", self.sandbox_id)
+        async with self._lock:
+            self._disk_full = await vm.status() is VmStatus.DISK_FULL
+            if self._disk_full and has_space:
+                # The host's space may end again before the VM's writes do.
+                with contextlib.suppress(DiskFull):
+                    await vm.cont()
+                    self._disk_full = False
+                    _log.info("sandbox %s goes on: the disk has space again", self.sandbox_id)
 
     # What is done inside it.
 
     def _require_guest(self) -> Guest:
         if self.state is not State.RUNNING or self._guest is None:
-            reason = f": {self._entry.reason}" if self._entry.reason else ""
-            raise Conflict(f"sandbox {self.sandbox_id} is {self.state}{reason}")
+            raise self._unusable()
+        if self._disk_full:
+            raise disk.host_disk_full(self.sandbox_id)
         self.touch()
         return self._guest
+
+    def _require_running(self) -> None:
+        if self.state is not State.RUNNING or self._guest is None:
+            raise self._unusable()
+
+    def _unusable(self) -> Conflict:
+        hint = "destroy it; it cannot be used any more" if self.state is State.ERROR else ""
+        why = f": {self.reason}" if self.reason else ""
+        return Conflict(f"sandbox {self.sandbox_id} is {self.state}{why}", hint=hint)
 
     @contextlib.asynccontextmanager
     async def _talking(self) -> AsyncIterator[Guest]:
@@ -313,29 +755,49 @@ class Sandbox:
         try:
             yield guest
         except GuestSilent as error:
-            raise await self._explain_silence(error) from error
+            raise await self._explain_silence(guest, error) from error
         finally:
             self.touch()
 
-    async def _explain_silence(self, error: SandmartinError) -> SandmartinError:
-        vm, guest = self._vm, self._guest
-        if self.state is not State.RUNNING or vm is None or guest is None:
-            return Conflict(f"sandbox {self.sandbox_id} is {self.state}")
+    async def _explain_silence(self, guest: Guest, error: SandmartinError) -> SandmartinError:
+        if self.state is not State.RUNNING or self._microvm.vm is None:
+            return self._unusable()
         with contextlib.suppress(SandmartinError):
-            if await vm.status() is VmStatus.DISK_FULL:
-                return disk.host_disk_full(self.sandbox_id)
-        for _ in range(_HEALTH_TRIES):
-            if await guest.healthy(_HEALTH_DEADLINE_S):
-                return error
-        if self.state is State.RUNNING:
-            self._become(State.ERROR, "its guest agent does not answer")
+            match await self._microvm.vm.status():
+                case VmStatus.DISK_FULL:
+                    self._disk_full = True
+                    return disk.host_disk_full(self.sandbox_id)
+                case VmStatus.GONE:
+                    self._note_end()
+                    return self._unusable()
+        if await self._answers(guest):
+            return error
+        if self.state is not State.RUNNING:
+            return self._unusable()
+        self._fail("its guest agent does not answer")
         return GuestSilent(
             f"the guest agent of sandbox {self.sandbox_id} does not answer",
             hint="destroy the sandbox; it cannot be used any more",
         )
 
+    async def _answers(self, guest: Guest) -> bool:
+        """Whether a guest agent that was silent once answers yet."""
+        patience = self._machine.patience
+        for attempt in range(patience.health_tries):
+            if attempt:
+                await asyncio.sleep(patience.health_pause_s)
+            if await guest.healthy(patience.health_deadline_s):
+                return True
+        return False
+
+    async def _active(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Each chunk that passes is activity."""
+        async for chunk in chunks:
+            self.touch()
+            yield chunk
+
     async def exec(self, command: Command) -> AsyncGenerator[ProcessEvent, None]:
-        """Run a command; events until its end. Abandoning the iteration does not end the command."""
+        """Run a command; events until its end. Who stops listening does not end the command."""
         async with self._talking() as guest, contextlib.aclosing(guest.start(command)) as events:
             async for event in events:
                 self.touch()
@@ -345,6 +807,7 @@ class Sandbox:
         """Feed a command's standard input, then close it."""
         async with self._talking() as guest:
             async for chunk in chunks:
+                self.touch()
                 await guest.send_input(pid, chunk)
             await guest.close_input(pid)
 
@@ -354,7 +817,7 @@ class Sandbox:
 
     async def write_file(self, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
         async with self._talking() as guest:
-            await guest.upload(path, user, chunks)
+            await guest.upload(path, user, self._active(chunks))
 
     async def read_file(self, path: str, user: str) -> AsyncGenerator[bytes, None]:
         async with (
@@ -362,4 +825,5 @@ class Sandbox:
             contextlib.aclosing(guest.download(path, user)) as chunks,
         ):
             async for chunk in chunks:
+                self.touch()
                 yield chunk

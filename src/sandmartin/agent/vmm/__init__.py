@@ -6,18 +6,36 @@ of the agent the same `Vm` is won back by `adopt` from what the journal kept (`V
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sandmartin.agent.proc import ProcessId
 from sandmartin.model import Accel
 
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """What a VM's disk is made of, from the bottom up: an image, sealed layers, a layer of its own.
+
+    The agent opens them all and hands the descriptors on; the VM's user needs no right to any.
+    """
+
+    #: Raw, only read.
+    image: Path
+    #: qcow2, only read.
+    sealed: tuple[Path, ...] = ()
+    #: qcow2, written by the VM. The stem of its name is its name for the monitor.
+    top: Path
+
 
 @dataclass(frozen=True, kw_only=True)
 class VmSpec:
-    """All that a VM is made of. Paths are the host's; the VM's user can read or write them."""
+    """All that a VM is made of."""
 
     #: Directory of the VM's sockets and logs, writable by root alone.
     run_dir: Path
@@ -28,7 +46,7 @@ class VmSpec:
     #: Appended to what the driver itself needs on the kernel command line.
     command_line: str
     #: qcow2 layer, written by the VM; None only for the accelerator probe.
-    disk: Path | None
+    disk: Disk | None
     #: Network namespace the VM lives in (a path to enter), and the tap inside it.
     netns: Path | None
     tap: str | None
@@ -38,6 +56,10 @@ class VmSpec:
     accel: Accel
     #: Directories of cgroups to put the process in, before it runs.
     cgroups: tuple[Path, ...] = ()
+    #: Descriptor of a base to map as RAM, privately; None is memory that cannot be told apart.
+    ram_fd: int | None = None
+    #: Wait for a device state instead of booting.
+    incoming: bool = False
     #: A guest that ends leaves a stopped VM with its console, instead of none.
     stay_at_end: bool = False
 
@@ -51,6 +73,7 @@ class VmRecord:
     vmm_version: str
     machine: str
     accel: Accel
+    memory_mb: int
 
 
 class VmStatus(StrEnum):
@@ -92,6 +115,32 @@ class Vm(Protocol):
 
     async def resize_disk(self, size_bytes: int) -> None:
         """Grow the disk, and tell the guest. Raises Invalid when it would shrink."""
+        ...
+
+    async def top_layer(self) -> str:
+        """Name of the layer that is written now."""
+        ...
+
+    async def freeze(
+        self, while_stopped: Callable[[], _T], *, top: Path | None = None, cont: bool = True
+    ) -> tuple[bytes, _T]:
+        """The device state at a moment at which `while_stopped` was done too, in a thread.
+
+        With `top` the VM writes to that new, empty layer from then on, and the one before is
+        sealed. The VM goes on afterwards if `cont`, and in any case after an error. What has
+        begun comes to its end even when the caller is cancelled.
+        """
+        ...
+
+    async def load(self, state: bytes) -> None:
+        """Load a device state into a VM that was started with `incoming`; it stands still then.
+
+        Raises ToolFailed when it does not fit.
+        """
+        ...
+
+    async def memory_used(self) -> int | None:
+        """Bytes the guest uses, as it sees it; None when it does not say."""
         ...
 
     async def read_console(self) -> bytes:

@@ -21,12 +21,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sandmartin.agent import proc
-from sandmartin.agent.vmm import Vm, VmRecord, VmSpec, VmStatus
+from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec, VmStatus
+from sandmartin.agent.vmm.balloon import Balloon
+from sandmartin.agent.vmm.freezer import Freezer
 from sandmartin.agent.vmm.monitor import DEADLINE_S, Monitor, listen
 from sandmartin.agent.vmm.tap import open_tap
 from sandmartin.agent.vmm.tsc import measure_tsc_khz
@@ -34,6 +37,7 @@ from sandmartin.errors import DiskFull, Invalid, SandmartinError, TimedOut, Tool
 from sandmartin.model import Accel
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 BINARY = "qemu-system-x86_64"
 MACHINE = "microvm"
@@ -83,6 +87,8 @@ class Installation:
     binary: Path
     version: QemuVersion
     accels: frozenset[Accel]
+    #: It can map a file as RAM that it may only read.
+    reads_bases: bool
 
     @classmethod
     async def find(cls, binary: Path | None = None) -> Installation:
@@ -99,7 +105,10 @@ class Installation:
             )
         # Debian ships accelerators as modules of their own: only those that are there are listed.
         listed = (await proc.run([path, "-accel", "help"], deadline_s=10)).stdout.decode().split()
-        return cls(Path(path), version, frozenset({Accel.KVM, Accel.TCG} & set(listed)))
+        backend = [path, "-object", "memory-backend-file,help"]
+        known = (await proc.run(backend, deadline_s=10, check=False)).stdout
+        accels = frozenset({Accel.KVM, Accel.TCG} & set(listed))
+        return cls(Path(path), version, accels, b" rom=" in known)
 
     def require(self, accel: Accel) -> None:
         """Raises ToolFailed when this QEMU has no such accelerator."""
@@ -121,6 +130,7 @@ class QemuVm:
     def __init__(self, record: VmRecord) -> None:
         self._record = record
         self._monitor = Monitor(record.run_dir / MONITORS[0], self._on_event)
+        self._balloon = Balloon(self._monitor.execute, record.memory_mb << 20)
         self._status: VmStatus | None = None
         self._changes = 0
         self._stopped = asyncio.Event()
@@ -182,11 +192,47 @@ class QemuVm:
             raise DiskFull("the host's disk still has no space for what the VM wants to write")
 
     async def resize_disk(self, size_bytes: int) -> None:
-        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True})
-        if size_bytes < (now := _disk_size(nodes)):
+        node, now = _root_disk(await self._monitor.execute("query-block"))
+        if size_bytes < now:
             # QEMU would cut the disk off under the guest's file system.
             raise Invalid(f"the disk has {now} bytes and cannot shrink to {size_bytes}")
-        await self._monitor.execute("block_resize", {"node-name": "disk", "size": size_bytes})
+        await self._monitor.execute("block_resize", {"node-name": node, "size": size_bytes})
+
+    async def top_layer(self) -> str:
+        node, _ = _root_disk(await self._monitor.execute("query-block"))
+        return node
+
+    async def freeze(
+        self, while_stopped: Callable[[], _T], *, top: Path | None = None, cont: bool = True
+    ) -> tuple[bytes, _T]:
+        work = asyncio.to_thread(self._freeze, while_stopped, top, cont)
+        return await asyncio.shield(asyncio.ensure_future(work))
+
+    def _freeze(
+        self, while_stopped: Callable[[], _T], top: Path | None, cont: bool
+    ) -> tuple[bytes, _T]:
+        with Freezer(self.freezer) as freezer:
+            below = ""
+            if top is not None:
+                below, _ = _root_disk(freezer.execute("query-block"))
+                _add_layer(freezer, top)
+            with freezer.stopped(cont=cont):
+                read_state = freezer.save_state()
+                done = while_stopped()
+                if top is not None:
+                    switch = {"node": below, "overlay": top.stem}
+                    freezer.execute("blockdev-snapshot", switch)
+        return read_state(), done
+
+    async def load(self, state: bytes) -> None:
+        def load() -> None:
+            with Freezer(self.freezer) as freezer:
+                freezer.load_state(state)
+
+        await asyncio.to_thread(load)
+
+    async def memory_used(self) -> int | None:
+        return await self._balloon.used_bytes()
 
     async def read_console(self) -> bytes:
         arguments = {"device": "console", "size": _CONSOLE_BYTES, "format": "base64"}
@@ -220,12 +266,27 @@ def _status(answer: object) -> VmStatus:
     raise ToolFailed("QEMU gave something else than its status")
 
 
-def _disk_size(nodes: object) -> int:
-    for node in nodes if isinstance(nodes, list) else []:
-        match node:
-            case {"node-name": "disk", "image": {"virtual-size": int(size)}}:
-                return size
+def _root_disk(devices: object) -> tuple[str, int]:
+    """Name and size in bytes of what the guest's disk is on, from `query-block`."""
+    for device in devices if isinstance(devices, list) else []:
+        match device:
+            case {
+                "qdev": str(path),
+                "inserted": {"node-name": str(name), "image": {"virtual-size": int(size)}},
+            } if "root" in path.split("/"):
+                return name, size
     raise ToolFailed("QEMU gave something else than its disks")
+
+
+def _add_layer(freezer: Freezer, top: Path) -> None:
+    """Have QEMU open a new layer, not yet part of any disk."""
+    handle = os.open(top, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with freezer.passed(handle) as name:
+            freezer.execute("blockdev-add", _file_node(f"{top.stem}-file", name))
+            freezer.execute("blockdev-add", _layer_node(top.stem, None))
+    finally:
+        os.close(handle)
 
 
 def trim_log(log: Path) -> None:
@@ -281,11 +342,12 @@ class Qemu:
         try:
             vm = QemuVm(
                 VmRecord(
-                    process=await _spawn(spec, installation.binary, khz),
+                    process=await _spawn(spec, installation, khz),
                     run_dir=spec.run_dir,
                     vmm_version=installation.version.text,
                     machine=MACHINE,
                     accel=spec.accel,
+                    memory_mb=spec.memory_mb,
                 )
             )
         except (OSError, ToolFailed) as error:
@@ -338,21 +400,53 @@ class _Log:
         )
 
 
-async def _spawn(spec: VmSpec, binary: Path, tsc_khz: int) -> proc.ProcessId:
+@dataclass(frozen=True, kw_only=True)
+class Descriptors:
+    """What QEMU is handed, open."""
+
+    monitors: tuple[int, ...]
+    tap: int | None = None
+    image: int | None = None
+    sealed: tuple[int, ...] = ()
+    top: int | None = None
+    ram: int | None = None
+
+    def all(self) -> list[int]:
+        some = (self.tap, self.image, *self.sealed, self.top, self.ram)
+        return [*self.monitors, *(fd for fd in some if fd is not None)]
+
+
+async def _spawn(spec: VmSpec, installation: Installation, tsc_khz: int) -> proc.ProcessId:
     """Start QEMU with the descriptors it is to have. Raises ToolFailed, OSError."""
     with contextlib.ExitStack() as ours:
+
+        def opened(path: Path, flags: int) -> int:
+            handle = os.open(path, flags | os.O_CLOEXEC)
+            ours.callback(os.close, handle)
+            return handle
+
         tap = None
         if spec.tap is not None and spec.netns is not None:
             tap = await _opened(spec.netns, spec.tap)
             ours.callback(os.close, tap)
         sockets = [ours.enter_context(listen(spec.run_dir / name)) for name in MONITORS]
-        fds = [listener.fileno() for listener in sockets]
-        qemu = [os.fspath(binary), *arguments(spec, fds, tap_fd=tap, tsc_khz=tsc_khz)]
-        passed = fds if tap is None else [*fds, tap]
+        disk = spec.disk
+        fds = Descriptors(
+            monitors=tuple(listener.fileno() for listener in sockets),
+            tap=tap,
+            image=opened(disk.image, os.O_RDONLY) if disk else None,
+            sealed=tuple(opened(path, os.O_RDONLY) for path in disk.sealed) if disk else (),
+            top=opened(disk.top, os.O_RDWR) if disk else None,
+            ram=spec.ram_fd,
+        )
+        qemu = [
+            os.fspath(installation.binary),
+            *arguments(spec, fds, tsc_khz=tsc_khz, reads_bases=installation.reads_bases),
+        ]
         return proc.spawn_detached(
             [*_confined(spec), *qemu],
             output=spec.run_dir / LOG,
-            pass_fds=passed,
+            pass_fds=fds.all(),
             # It outlives us, and would keep the file system we were started on busy.
             cwd=Path("/"),
         )
@@ -413,9 +507,9 @@ def kvm_mode_fits() -> bool:
 
 
 def arguments(
-    spec: VmSpec, monitor_fds: Sequence[int], *, tap_fd: int | None, tsc_khz: int
+    spec: VmSpec, fds: Descriptors, *, tsc_khz: int, reads_bases: bool = False
 ) -> list[str]:
-    """QEMU's own words for a VM that boots from its kernel."""
+    """QEMU's own words for a VM that boots from its kernel, or waits for a device state."""
     words = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     if spec.stay_at_end:
         words += ["-action", "shutdown=pause"]
@@ -425,14 +519,16 @@ def arguments(
     words += ["-global", "migration.send-configuration=off"]
     # The transport's default is the draft of virtio, without what came with 1.0.
     words += ["-global", "virtio-mmio.force-legacy=off"]
-    words += ["-object", _json(qom_type="memory-backend-ram", id="ram", size=spec.memory_mb << 20)]
+    words += ["-object", _ram(spec.memory_mb << 20, fds.ram, reads_bases=reads_bases)]
     words += ["-m", f"{spec.memory_mb}M", "-smp", str(spec.vcpus)]
     words += _accelerator(spec.accel)
-    for name, fd in zip(MONITORS, monitor_fds, strict=True):
+    for name, fd in zip(MONITORS, fds.monitors, strict=True):
         words += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off"]
         words += ["-mon", f"chardev={name},mode=control"]
     words += ["-chardev", f"ringbuf,id=console,size={_CONSOLE_BYTES}", "-serial", "chardev:console"]
-    words += _devices(spec, tap_fd)
+    words += _devices(spec, fds)
+    if spec.incoming:
+        words += ["-S", "-incoming", "defer"]
     words += ["-kernel", os.fspath(spec.kernel), "-initrd", os.fspath(spec.initramfs)]
     return [*words, "-append", _command_line(spec, tsc_khz)]
 
@@ -448,17 +544,29 @@ def _accelerator(accel: Accel) -> list[str]:
     return ["-accel", f"tcg,thread=multi,tb-size={_TRANSLATION_MB}", "-cpu", "max"]
 
 
-def _devices(spec: VmSpec, tap_fd: int | None) -> list[str]:
+def _ram(size: int, fd: int | None, *, reads_bases: bool) -> str:
+    if fd is None:
+        return _json(qom_type="memory-backend-ram", id="ram", size=size)
+    path = f"/proc/self/fd/{fd}"
+    # A QEMU that knows no better opens even a private mapping's file for writing: see BaseStore.
+    kind = {"readonly": True, "rom": "off"} if reads_bases else {}
+    return _json(
+        qom_type="memory-backend-file", id="ram", size=size, mem_path=path, share=False, **kind
+    )
+
+
+def _devices(spec: VmSpec, fds: Descriptors) -> list[str]:
     words = ["-object", _json(qom_type="rng-random", id="entropy", filename="/dev/urandom")]
     words += _device("virtio-rng", "rng", rng="entropy", max_bytes=65536, period=1000)
     # For statistics only: a page given back would fall back to what a snapshot's base holds.
     words += _device("virtio-balloon", "balloon", deflate_on_oom=False, free_page_reporting=False)
     if spec.disk is not None:
-        words += _disk(spec.disk)
+        words += _disk(spec.disk, fds)
         # A full disk stops the VM; what it wanted to write is tried again when it goes on.
-        words += _device("virtio-blk", "root", drive="disk", werror="enospc", rerror="report")
-    if tap_fd is not None:
-        words += ["-netdev", f"tap,id=net0,fd={tap_fd},vhost=off"]
+        drive = spec.disk.top.stem
+        words += _device("virtio-blk", "root", drive=drive, werror="enospc", rerror="report")
+    if fds.tap is not None:
+        words += ["-netdev", f"tap,id=net0,fd={fds.tap},vhost=off"]
         words += _device("virtio-net", "net", netdev="net0", mac=spec.mac)
     return words
 
@@ -467,13 +575,51 @@ def _device(driver: str, device_id: str, **members: object) -> list[str]:
     return ["-device", _json(driver=f"{driver}-device", id=device_id, **members)]
 
 
-def _disk(layer: Path) -> list[str]:
-    # The layer is synced by the agent where state must survive, never by the guest's flushes.
-    cache = {"direct": False, "no-flush": True}
-    common = {"discard": "unmap", "cache": cache}
-    file = _json(driver="file", node_name="layer", filename=os.fspath(layer), **common)
-    disk = _json(driver="qcow2", node_name="disk", file="layer", detect_zeroes="unmap", **common)
-    return ["-blockdev", file, "-blockdev", disk]
+#: The layer is synced by the agent where state must survive, never by the guest's flushes.
+_CACHE = {"direct": False, "no-flush": True}
+_Node = dict[str, object]
+
+
+def _file_node(name: str, path: str, *, read_only: bool = False) -> _Node:
+    return {
+        "driver": "file",
+        "node-name": name,
+        "filename": path,
+        "read-only": read_only,
+        "discard": "unmap",
+        "cache": _CACHE,
+    }
+
+
+def _layer_node(name: str, backing: str | None, *, read_only: bool = False) -> _Node:
+    # What stands in a layer's own header about the one below is the guest's to forge.
+    node: _Node = {"driver": "qcow2", "node-name": name, "file": f"{name}-file", "backing": backing}
+    node |= {"read-only": read_only, "discard": "unmap", "cache": _CACHE}
+    return node if read_only else node | {"detect-zeroes": "unmap"}
+
+
+def _disk(disk: Disk, fds: Descriptors) -> list[str]:
+    assert fds.image is not None and fds.top is not None
+    words: list[str] = []
+    nodes: list[_Node] = []
+
+    def add_file(name: str, fd: int, *, read_only: bool) -> None:
+        number = len(nodes) + 1
+        words.extend(["-add-fd", f"fd={fd},set={number}"])
+        nodes.append(_file_node(name, f"/dev/fdset/{number}", read_only=read_only))
+
+    add_file("image-file", fds.image, read_only=True)
+    nodes.append({"driver": "raw", "node-name": "image", "file": "image-file", "read-only": True})
+    below = "image"
+    for path, fd in zip(disk.sealed, fds.sealed, strict=True):
+        add_file(f"{path.stem}-file", fd, read_only=True)
+        nodes.append(_layer_node(path.stem, below, read_only=True))
+        below = path.stem
+    add_file(f"{disk.top.stem}-file", fds.top, read_only=False)
+    nodes.append(_layer_node(disk.top.stem, below))
+    for node in nodes:
+        words += ["-blockdev", json.dumps(node)]
+    return words
 
 
 def _command_line(spec: VmSpec, tsc_khz: int) -> str:

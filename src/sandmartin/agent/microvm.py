@@ -1,0 +1,284 @@
+"""One VM with all that it takes of the host: network slot, control group, RAM, disk, process.
+
+It is started cold or from a snapshot, frozen, and ended; who owns it learns what to keep of it
+before it is used. Ending gives everything back, is idempotent, and needs no more than the records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandmartin.agent.guest import Guest, Identity
+from sandmartin.agent.journal import RamRecord
+from sandmartin.agent.limits import Allowance
+from sandmartin.agent.machine import Machine
+from sandmartin.agent.memory import (
+    Base,
+    Buffer,
+    Diff,
+    Lease,
+    Ram,
+    Runs,
+    dump_base,
+    inject,
+    open_diff,
+)
+from sandmartin.agent.network import Slot
+from sandmartin.agent.snapshots import Snapshot
+from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec
+from sandmartin.errors import SandmartinError, TimedOut, ToolFailed
+
+_CONSOLE_TAIL = 600
+#: A running VM goes on dirtying between the first look and the freeze.
+_BUFFER_SLACK = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a VM has of processors and memory."""
+
+    vcpus: int
+    memory_mb: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What its owner keeps of a VM; each is called before the thing is used."""
+
+    slot: Callable[[Slot], None] = lambda _: None
+    vm: Callable[[VmRecord, RamRecord], None] = lambda _vm, _ram: None
+    step: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A VM at one moment: its device state, and the pages that differ from its base."""
+
+    state: bytes
+    base: Base
+    runs: Runs
+    #: The pages, one after the other; None while the VM stands still and they can be read from it.
+    pages: memoryview | None
+
+
+class MicroVm:
+    """A VM under the name `name`, its monitor's files in `run_dir`."""
+
+    def __init__(self, machine: Machine, name: str, run_dir: Path, records: Records) -> None:
+        self._machine = machine
+        self._name = name
+        self._run_dir = run_dir
+        self._records = records
+        self._buffer: Buffer | None = None
+        self.slot: Slot | None = None
+        self.vm: Vm | None = None
+        self.lease: Lease | None = None
+
+    @property
+    def running(self) -> Vm:
+        assert self.vm is not None
+        return self.vm
+
+    # Starting.
+
+    async def boot(self, shape: Shape, disk: Disk) -> None:
+        """Start it from its kernel. Raises ToolFailed, Exhausted."""
+        base = await self._machine.storage.empty_base(shape.memory_mb)
+        await self._start(shape, disk, base, incoming=False)
+
+    async def restore(self, snapshot: Snapshot, disk: Disk) -> None:
+        """Start it as a snapshot has it, standing still.
+
+        Raises Conflict when this host is not one it can run on, Invalid when it is damaged.
+        """
+        manifest = snapshot.manifest
+        manifest.platform.check(self._machine.platform, f"template {manifest.template!r}")
+        base = self._machine.storage.base(manifest.base, manifest.memory_mb)
+        shape = Shape(vcpus=manifest.vcpus, memory_mb=manifest.memory_mb)
+        async with AsyncExitStack() as stack:
+            opening = asyncio.ensure_future(asyncio.to_thread(_read, snapshot))
+            stack.push_async_callback(_finished, opening)
+            await self._start(shape, disk, base, incoming=True)
+            state, files, diff = await opening
+            with files:
+                if diff is not None:
+                    await asyncio.to_thread(self._inject, diff)
+            self._records.step("injected")
+            await self.running.load(state)
+        self._records.step("loaded")
+
+    async def _start(self, shape: Shape, disk: Disk, base: Base, *, incoming: bool) -> None:
+        machine = self._machine
+        slot = self.slot = await machine.network.acquire()
+        self._records.slot(slot)
+        self._records.step("slot")
+        allowance = Allowance.of(shape.vcpus, shape.memory_mb, machine.accel)
+        groups = machine.groups.create(self._name, allowance)
+        self._records.step("group")
+        lease = self.lease = await machine.bases.acquire(base)
+        spec = VmSpec(
+            run_dir=self._run_dir,
+            vcpus=shape.vcpus,
+            memory_mb=shape.memory_mb,
+            kernel=machine.kernel,
+            initramfs=machine.initramfs,
+            command_line=machine.command_line,
+            disk=disk,
+            netns=slot.netns_path,
+            tap=slot.tap,
+            mac=slot.guest_mac,
+            uid=slot.uid,
+            accel=machine.accel,
+            cgroups=groups,
+            ram_fd=lease.fd,
+            incoming=incoming,
+        )
+        self.vm = await machine.vmm.start(spec)
+        self._records.step("started")
+        self._records.vm(self.vm.record, RamRecord(base.digest, lease.file))
+        self._records.step("vm")
+
+    def _inject(self, diff: Diff) -> None:
+        inject(self._ram(), diff, Buffer())
+
+    def _ram(self) -> Ram:
+        assert self.lease is not None
+        return Ram.find(self.running.record.process, self.lease.file)
+
+    async def adopt(self, record: VmRecord, ram: RamRecord, memory_mb: int) -> bool:
+        """Win back a VM that an earlier agent started; False when it is gone."""
+        self.vm = await self._machine.vmm.adopt(record)
+        if self.vm is None:
+            return False
+        base = self._machine.storage.base(ram.base, memory_mb)
+        self.lease = await self._machine.bases.adopt(base, record.process, ram.file)
+        return True
+
+    # The guest.
+
+    async def introduce(self, guest: Guest, identity: Identity, deadline_s: float) -> None:
+        """Tell the guest who it is, and have it confirmed. Raises TimedOut, ToolFailed."""
+        await self._while_it_lives(guest.introduce(identity, deadline_s))
+
+    async def awake(self, guest: Guest, deadline_s: float) -> None:
+        """Wait until the guest agent answers anything. Raises TimedOut, ToolFailed."""
+        await self._while_it_lives(guest.awake(deadline_s))
+
+    async def _while_it_lives(self, work: Coroutine[Any, Any, None]) -> None:
+        ended = asyncio.ensure_future(self.running.wait_gone())
+        working = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({ended, working}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ToolFailed(f"the VM ended while it started{await self._last_words()}")
+            await working
+        except TimedOut as error:
+            raise TimedOut(f"{error.message}{await self._last_words()}", hint=error.hint) from error
+        finally:
+            for waiting in (ended, working):
+                waiting.cancel()
+            await asyncio.wait({ended, working})
+
+    async def _last_words(self) -> str:
+        """The end of the guest's console, for an error message."""
+        with contextlib.suppress(SandmartinError):
+            console = (await self.running.read_console())[-_CONSOLE_TAIL:]
+            if text := console.decode(errors="replace").strip():
+                return f"; its console ends with: {text!r}"
+        return ""
+
+    # Freezing.
+
+    async def freeze(self, *, top: Path | None = None, cont: bool = True) -> Frozen:
+        """What it is at this moment; with `top` it writes to that layer from then on.
+
+        With `cont` it goes on at once, its pages copied; else it stands still, and they are not.
+        The result is good until the next freeze. Raises ToolFailed.
+        """
+        ram = await asyncio.to_thread(self._ram)
+        buffer = self._buffer = Buffer() if self._buffer is None else self._buffer
+        if cont:
+            await asyncio.to_thread(_make_room, ram, buffer)
+
+        def take() -> tuple[Runs, memoryview | None]:
+            runs = ram.scan()
+            return runs, ram.read(runs, buffer) if cont else None
+
+        state, (runs, pages) = await self.running.freeze(take, top=top, cont=cont)
+        assert self.lease is not None
+        return Frozen(state, self.lease.base, runs, pages)
+
+    def pages(self, frozen: Frozen) -> Iterable[memoryview]:
+        """The pages of a freeze, in pieces; those that were not copied are read now."""
+        if frozen.pages is not None:
+            return [frozen.pages]
+        return (view for _, view in self._ram().parts(frozen.runs, Buffer()))
+
+    def dump(self, frozen: Frozen, target: Path) -> Base:
+        """Write the whole RAM of a VM that stands still as a new base."""
+        return dump_base(self._ram(), frozen.base, target)
+
+    def forget_buffer(self) -> None:
+        """Give back the memory that a freeze took."""
+        self._buffer = None
+
+    # Ending.
+
+    async def end(self, record: VmRecord | None, slot: int | None) -> None:
+        """End it and give back what it took, also what only the records know of. Idempotent."""
+        machine = self._machine
+        if self.vm is None and record is not None:
+            self.vm = await machine.vmm.adopt(record)
+        if self.vm is not None:
+            await self.vm.kill()
+            self.vm = None
+        # A VM that was started but not yet recorded is found by its group.
+        machine.groups.kill(self._name)
+        self._records.step("killed")
+        await asyncio.to_thread(machine.groups.remove, self._name)
+        self._records.step("group removed")
+        self.let_go()
+        number = self.slot.number if self.slot is not None else slot
+        self.slot = None
+        if number is not None:
+            await machine.network.release(number)
+
+    def let_go(self) -> None:
+        """Hold nothing of it any more, without ending it."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+        self._buffer = None
+
+
+def _read(snapshot: Snapshot) -> tuple[bytes, ExitStack, Diff | None]:
+    """Device state and diff of a snapshot, verified."""
+    files = ExitStack()
+    written = snapshot.manifest.diff
+    diff = None
+    if written is not None:
+        diff = files.enter_context(open_diff(snapshot.diff, written.digest))
+    return snapshot.read_state(), files, diff
+
+
+async def _finished(opening: asyncio.Future[tuple[bytes, ExitStack, Diff | None]]) -> None:
+    with contextlib.suppress(SandmartinError, OSError):
+        (await opening)[1].close()
+
+
+def _make_room(ram: Ram, buffer: Buffer) -> None:
+    needed = ram.scan().size_bytes + _BUFFER_SLACK
+    if buffer.size_bytes < needed:
+        buffer.reserve(needed)
+
+
+def new_token() -> str:
+    """An access token for a guest agent."""
+    return secrets.token_hex(20)
