@@ -231,9 +231,12 @@ func supervise(given map[string]string) {
 	if address, _, ok := strings.Cut(given["sandmartin.addr"], "/"); ok {
 		args = append(args, "--address", address)
 	}
+	first := append(args[:len(args):len(args)], "--rehearse")
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, maxRestart) {
 		begun := time.Now()
-		runAgent(args)
+		runAgent(first)
+		// What runs already must not be told another name by an agent that starts anew.
+		first = args
 		if time.Since(begun) > time.Minute {
 			pause = 10 * time.Millisecond
 		}
@@ -246,7 +249,7 @@ func runAgent(args []string) {
 	agent := exec.Command(ownBinary, args...)
 	agent.Stdout, agent.Stderr = os.Stdout, os.Stderr
 	agent.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	agent.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	agent.Env = []string{"GODEBUG=asyncpreemptoff=1", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	if err := agent.Start(); err != nil {
 		say("agent: %v", err)
 		return

@@ -62,6 +62,19 @@ func TestIntroductionsInTurn(t *testing.T) {
 	}
 }
 
+func TestAnEmptyEnvironmentReplacesOneAndNullDoesNot(t *testing.T) {
+	i := New(true)
+	for _, step := range []struct {
+		given    string
+		expected int
+	}{{`{"A":"1","B":"2"}`, 2}, {`null`, 2}, {`{"C":"3"}`, 1}, {`{}`, 0}} {
+		introduce(i, "one", `{"accessToken":"one","envVars":`+step.given+`}`)
+		if len(i.Envs()) != step.expected {
+			t.Errorf("after %s it is %v", step.given, i.Envs())
+		}
+	}
+}
+
 func TestOfManyFirstIntroductionsOneWins(t *testing.T) {
 	i := New(true)
 	var wait sync.WaitGroup

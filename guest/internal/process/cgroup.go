@@ -1,9 +1,9 @@
 package process
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 )
 
@@ -15,31 +15,80 @@ type cgroups struct {
 
 	mu   sync.Mutex
 	next uint64
+	// Made ahead for the process that is started next.
+	spare group
 	// Groups of ended processes that left others behind.
 	busy map[string]struct{}
 }
 
-func (c *cgroups) create() (string, *os.File) {
+// group is one control group, opened; an empty one is none.
+type group struct {
+	path   string
+	opened *os.File
+}
+
+func (g group) close() {
+	if g.opened != nil {
+		_ = g.opened.Close()
+	}
+}
+
+func (g group) removed() bool {
+	if g.opened == nil {
+		return false
+	}
+	_, err := os.Stat(g.path)
+	return err != nil
+}
+
+// prepare makes the next process's group ahead.
+func (c *cgroups) prepare() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.spare.opened == nil {
+		c.spare = c.make()
+	}
+}
+
+// take returns a group for one process.
+func (c *cgroups) take() group {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	taken := c.spare
+	c.spare = group{}
+	if taken.opened == nil {
+		taken = c.make()
+	}
+	return taken
+}
+
+// create returns a group that was not made ahead.
+func (c *cgroups) create() group {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.make()
+}
+
+func (c *cgroups) make() group {
 	if c.root == "" {
-		return "", nil
+		return group{}
 	}
 	if _, err := os.Stat(filepath.Join(c.root, "cgroup.controllers")); err != nil {
-		return "", nil
+		return group{}
 	}
-	c.mu.Lock()
 	c.next++
 	// An agent that ended may have left its own behind.
-	path := filepath.Join(c.root, fmt.Sprintf("process-%d-%d", os.Getpid(), c.next))
-	c.mu.Unlock()
+	name := "process-" + strconv.Itoa(os.Getpid()) + "-" + strconv.FormatUint(c.next, 10)
+	path := filepath.Join(c.root, name)
 	if err := os.Mkdir(path, 0o755); err != nil {
-		return "", nil
+		return group{}
 	}
 	opened, err := os.Open(path)
 	if err != nil {
 		_ = os.Remove(path)
-		return "", nil
+		return group{}
 	}
-	return path, opened
+	return group{path, opened}
 }
 
 // release removes a group, now or once the processes that were left behind in it have ended.

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"slices"
 	"sync"
 
 	processpb "sandmartin.dev/guest/internal/gen/process"
@@ -34,6 +35,8 @@ type subscriber struct {
 	queue []*processpb.ProcessEvent
 	// Taken, and not yet known to have been passed on.
 	sending *processpb.ProcessEvent
+	// It left while it was sending, and what it sent is kept until that is known to have arrived.
+	kept bool
 	// Has one element while the queue may have some.
 	wake chan struct{}
 }
@@ -77,6 +80,7 @@ func (f *feed) unsubscribe(s *subscriber) {
 	}
 	if s.sending != nil {
 		f.keep(s.sending)
+		s.kept = true
 	}
 	for _, event := range s.queue {
 		f.keep(event)
@@ -133,11 +137,19 @@ func (f *feed) take(s *subscriber) *processpb.ProcessEvent {
 	return event
 }
 
-// sent tells that what a subscriber took was passed on.
+// sent tells that what a subscriber took was passed on, be it that it has left since.
 func (f *feed) sent(s *subscriber) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	passed := s.sending
 	s.sending = nil
+	if !s.kept {
+		return
+	}
+	if at := slices.Index(f.replay, passed); at >= 0 {
+		f.replay = slices.Delete(f.replay, at, at+1)
+		f.replayBytes -= outputSize(passed) + eventOverhead
+	}
 }
 
 func (s *subscriber) push(event *processpb.ProcessEvent) {

@@ -74,6 +74,21 @@ func TestWhatALeavingListenerDidNotPassOnIsKept(t *testing.T) {
 	}
 }
 
+func TestWhatArrivedWhileItsListenerLeftIsNotToldAgain(t *testing.T) {
+	f := newFeed()
+	first := f.subscribe()
+	f.publish(output([]byte("a")))
+	f.publish(output([]byte("b")))
+	f.take(first) // the start
+	f.sent(first)
+	f.take(first) // a
+	f.unsubscribe(first)
+	f.sent(first)
+	if _, data, _ := drain(f, f.subscribe()); string(data) != "b" || f.replayBytes != 0 {
+		t.Errorf("got %q, and %d bytes are counted", data, f.replayBytes)
+	}
+}
+
 func endOf(code int32) *processpb.ProcessEvent {
 	return &processpb.ProcessEvent{Event: &processpb.ProcessEvent_End{End: &processpb.ProcessEvent_EndEvent{ExitCode: code, Exited: true}}}
 }

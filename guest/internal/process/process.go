@@ -4,13 +4,11 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"strconv"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,10 +19,14 @@ import (
 const (
 	chunkSize    = 32 << 10
 	ptyChunkSize = 16 << 10
+	// Most processes write little.
+	firstChunkSize = 4 << 10
 	// The most a pipe or terminal can hold of what an ended process wrote (fs.pipe-max-size).
 	pipeLimit = 1 << 20
 	// How long an ended process can still be asked for its end.
 	keepEnded = 30 * time.Second
+	// How long what is left of an ended process waits to be cleared away.
+	tidyPause = 20 * time.Millisecond
 )
 
 var errStdinClosed = errors.New("standard input is not open")
@@ -35,7 +37,7 @@ type Process struct {
 	config *processpb.ProcessConfig
 	tag    *string
 
-	cmd *exec.Cmd
+	program *program
 	// Where input goes: a pipe or the terminal; nil when there is none.
 	input  *os.File
 	pty    *os.File
@@ -51,7 +53,7 @@ type Process struct {
 // pump copies one output of the process until its end, or until what the process had written when
 // it ended is through: a grandchild that keeps the output open does not keep the stream open.
 func (p *Process) pump(from *os.File, size int, wrap func([]byte) *processpb.ProcessEvent_DataEvent) {
-	buffer := make([]byte, size)
+	buffer := make([]byte, firstChunkSize)
 	for left := pipeLimit; left > 0; {
 		n, err := from.Read(buffer)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -63,6 +65,9 @@ func (p *Process) pump(from *os.File, size int, wrap func([]byte) *processpb.Pro
 		}
 		if err != nil {
 			break
+		}
+		if n == len(buffer) && n < size {
+			buffer = make([]byte, size)
 		}
 	}
 	go discard(from)
@@ -105,7 +110,12 @@ func (p *Process) wait(outputs []*os.File, pumps *sync.WaitGroup, limit *time.Ti
 	p.reaped = true
 	timedOut := p.timedOut
 	p.stateMu.Unlock()
-	_ = p.cmd.Wait()
+	var status unix.WaitStatus
+	for {
+		if _, err := unix.Wait4(p.pid, &status, 0, nil); err != unix.EINTR {
+			break
+		}
+	}
 	if limit != nil {
 		limit.Stop()
 	}
@@ -117,21 +127,23 @@ func (p *Process) wait(outputs []*os.File, pumps *sync.WaitGroup, limit *time.Ti
 		_ = p.input.Close()
 	}
 	pumps.Wait()
-	p.finish(endEvent(p.cmd.ProcessState, timedOut))
+	p.finish(endEvent(status, timedOut))
 }
 
-func endEvent(state *os.ProcessState, timedOut bool) *processpb.ProcessEvent {
-	status := state.Sys().(syscall.WaitStatus)
+func endEvent(status unix.WaitStatus, timedOut bool) *processpb.ProcessEvent {
 	end := &processpb.ProcessEvent_EndEvent{
-		ExitCode: int32(state.ExitCode()),
+		ExitCode: int32(status.ExitStatus()),
 		Exited:   status.Exited(),
-		Status:   state.String(),
+		Status:   "exit status " + strconv.Itoa(status.ExitStatus()),
 		TimedOut: timedOut && status.Signaled(),
 	}
 	if status.Signaled() {
+		end.Status = "signal: " + status.Signal().String()
+		if status.CoreDump() {
+			end.Status += " (core dumped)"
+		}
 		end.Signal = int32(status.Signal())
-		text := state.String()
-		end.Error = &text
+		end.Error = &end.Status
 	}
 	if end.TimedOut {
 		text := "deadline exceeded: the time limit of the process had passed"
@@ -213,5 +225,5 @@ func (p *Process) closeInput(ctx context.Context) error {
 
 // resetScore makes a process an ordinary candidate when memory runs out; the agent is none.
 func resetScore(pid int) {
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("0"), 0)
+	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("0"), 0)
 }

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"sync"
 	"time"
+	"unsafe"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
@@ -49,6 +50,24 @@ type Service struct {
 // NewService returns an empty table. Processes get control groups below cgroupRoot; empty is none.
 func NewService(identity *identity.Identity, userOf UserOf, cgroupRoot string) *Service {
 	return &Service{identity: identity, userOf: userOf, groups: cgroups{root: cgroupRoot}, table: map[int]*Process{}}
+}
+
+// Prepare makes ahead what the process that is started first needs.
+func (s *Service) Prepare() {
+	s.groups.prepare()
+	_, _ = nullDevice()
+}
+
+// IgnoreChildren has the kernel tell this program nothing of its children's ends, of which Go's
+// handler makes nothing either: their ends are waited for. To be called before anything is started.
+func IgnoreChildren() error {
+	// struct sigaction of the kernel: handler, flags, restorer, mask; all zero is SIG_DFL.
+	var standard [4]uintptr
+	_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(unix.SIGCHLD), uintptr(unsafe.Pointer(&standard)), 0, unsafe.Sizeof(standard[3]), 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 type limitKey struct{}

@@ -284,17 +284,23 @@ func TestStreamedInputNeedsItsProcessFirst(t *testing.T) {
 func TestControlGroupsAreGivenBack(t *testing.T) {
 	root := t.TempDir()
 	none := cgroups{root: filepath.Join(root, "none")}
-	if path, opened := none.create(); path != "" || opened != nil {
+	none.prepare()
+	if found := none.take(); found != (group{}) {
 		t.Error("a group where the kernel offers none")
 	}
 	if err := os.WriteFile(filepath.Join(root, "cgroup.controllers"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	groups := cgroups{root: root}
-	first, opened := groups.create()
-	_ = opened.Close()
-	second, opened := groups.create()
-	_ = opened.Close()
+	groups.prepare()
+	ahead := groups.spare
+	taken, fresh := groups.take(), groups.take()
+	if taken != ahead || fresh == ahead {
+		t.Errorf("%v was made ahead; taken are %v and %v", ahead, taken, fresh)
+	}
+	taken.close()
+	fresh.close()
+	first, second := taken.path, fresh.path
 	// A directory with something in it stands for a group with a process in it.
 	left := filepath.Join(first, "left")
 	if err := os.Mkdir(left, 0o755); err != nil {
@@ -310,5 +316,88 @@ func TestControlGroupsAreGivenBack(t *testing.T) {
 		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s was not given back", path)
 		}
+	}
+}
+
+func TestAGroupThatWasRemovedMeanwhileIsMadeAnew(t *testing.T) {
+	root := controlGroup(t)
+	me, err := users.Find(strconv.Itoa(os.Geteuid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	service := NewService(identity.New(true), nil, root)
+	service.Prepare()
+	if err := os.Remove(service.groups.spare.path); err != nil {
+		t.Fatal(err)
+	}
+	p, listener, err := service.begin(me, script("cat /proc/self/cgroup; exec sleep 300 & exit 5"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	output := ""
+	for p.ended == nil || len(listener.queue) > 0 {
+		<-listener.wake
+		event := p.take(listener)
+		output += string(event.GetData().GetStdout())
+		if event.GetEnd() != nil {
+			break
+		}
+	}
+	if !strings.Contains(output, filepath.Base(p.cgroup)) {
+		t.Errorf("the process was in %q, not in %s", output, p.cgroup)
+	}
+	// What it left behind is found by its group.
+	kill(t, p.cgroup)
+	for until := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		service.groups.release(p.cgroup)
+		if _, err := os.Stat(p.cgroup); errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatal("the group was not given back")
+		}
+	}
+}
+
+// controlGroup makes a group for a test, removed at its end with the groups in it.
+func controlGroup(t *testing.T) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("control groups need root")
+	}
+	for _, mounted := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		if _, err := os.Stat(filepath.Join(mounted, "cgroup.controllers")); err != nil {
+			continue
+		}
+		root, err := os.MkdirTemp(mounted, "sandmartin-test-")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { removeGroup(t, root) })
+		return root
+	}
+	t.Skip("this host has no control groups of version 2")
+	return ""
+}
+
+func removeGroup(t *testing.T, root string) {
+	for until := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		inner, _ := filepath.Glob(filepath.Join(root, "process-*"))
+		for _, path := range inner {
+			_ = os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0)
+			_ = os.Remove(path)
+		}
+		if err := os.Remove(root); err == nil {
+			return
+		} else if time.Now().After(until) {
+			t.Fatal(err)
+		}
+	}
+}
+
+func kill(t *testing.T, group string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(group, "cgroup.kill"), []byte("1"), 0); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -3,9 +3,9 @@ package process
 import (
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -127,18 +127,20 @@ func mayExecute(path string) bool {
 // begin starts the process and its pumps. limit 0 is no time limit.
 func (s *Service) begin(user *users.User, request *processpb.StartRequest, limit time.Duration) (*Process, *subscriber, error) {
 	config := request.GetProcess()
-	command, err := s.prepare(user, request)
+	program, err := s.prepare(user, request)
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &Process{feed: newFeed(), config: config, tag: request.Tag, cmd: command, turn: make(chan struct{}, 1)}
-	group, opened := s.groups.create()
-	if opened != nil {
-		defer opened.Close()
-		p.cgroup = group
-		command.SysProcAttr.UseCgroupFD, command.SysProcAttr.CgroupFD = true, int(opened.Fd())
+	p := &Process{feed: newFeed(), config: config, tag: request.Tag, program: program, turn: make(chan struct{}, 1)}
+	group := s.groups.take()
+	outputs, pumps, err := p.launch(request, user, group)
+	if err != nil && group.removed() {
+		// It was made ahead, and somebody has not left it alone.
+		group.close()
+		group = s.groups.create()
+		outputs, pumps, err = p.launch(request, user, group)
 	}
-	outputs, pumps, err := p.launch(request, user)
+	group.close()
 	if err != nil {
 		s.groups.release(p.cgroup)
 		return nil, nil, startError(config.GetCmd(), err)
@@ -155,14 +157,26 @@ func (s *Service) begin(user *users.User, request *processpb.StartRequest, limit
 	}
 	go func() {
 		p.wait(outputs, &running, timer)
-		s.groups.release(p.cgroup)
+		// Those who wait for its end come first.
+		time.AfterFunc(tidyPause, func() {
+			s.groups.release(p.cgroup)
+			s.groups.prepare()
+		})
 		time.AfterFunc(keepEnded, func() { s.remove(p) })
 	}()
 	return p, listener, nil
 }
 
+// program is what the kernel is told of a process.
+type program struct {
+	path, directory string
+	args, env       []string
+	files           [3]uintptr
+	sys             syscall.SysProcAttr
+}
+
 // prepare describes the process to the kernel: program, directory, environment, rights.
-func (s *Service) prepare(user *users.User, request *processpb.StartRequest) (*exec.Cmd, error) {
+func (s *Service) prepare(user *users.User, request *processpb.StartRequest) (*program, error) {
 	config := request.GetProcess()
 	defaultUser, workdir := s.identity.Defaults()
 	if user.Name != defaultUser {
@@ -173,15 +187,15 @@ func (s *Service) prepare(user *users.User, request *processpb.StartRequest) (*e
 	if err != nil {
 		return nil, err
 	}
-	command := &exec.Cmd{Path: path, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Dir: directory}
+	described := &program{path: path, directory: directory, args: append([]string{config.GetCmd()}, config.GetArgs()...)}
 	for _, name := range slices.Sorted(maps.Keys(envs)) {
-		command.Env = append(command.Env, name+"="+envs[name])
+		described.env = append(described.env, name+"="+envs[name])
 	}
-	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	described.sys.Setsid = true
 	if os.Geteuid() == 0 {
-		command.SysProcAttr.Credential = user.Credential()
+		described.sys.Credential = user.Credential()
 	}
-	return command, nil
+	return described, nil
 }
 
 func startError(command string, err error) error {
@@ -202,12 +216,13 @@ func startError(command string, err error) error {
 
 // wiring is what a process is connected by: our ends, its ends, and who copies its output.
 type wiring struct {
-	theirs, ours, outputs []*os.File
-	pumps                 []func()
+	theirs  []io.Closer
+	outputs []*os.File
+	pumps   []func()
 }
 
 // launch wires the process up and starts it.
-func (p *Process) launch(request *processpb.StartRequest, user *users.User) ([]*os.File, []func(), error) {
+func (p *Process) launch(request *processpb.StartRequest, user *users.User, group group) ([]*os.File, []func(), error) {
 	var w wiring
 	var err error
 	if request.GetPty() != nil {
@@ -216,13 +231,19 @@ func (p *Process) launch(request *processpb.StartRequest, user *users.User) ([]*
 		err = p.wirePipes(&w, request.Stdin == nil || request.GetStdin())
 	}
 	if err == nil {
-		err = p.start()
+		err = p.start(group)
 	}
 	if err != nil {
-		w.theirs = append(w.theirs, w.ours...)
+		for _, output := range w.outputs {
+			_ = output.Close()
+		}
+		if p.input != nil && p.input != p.pty {
+			_ = p.input.Close()
+		}
+		p.input, p.pty = nil, nil
 	}
-	for _, file := range w.theirs {
-		_ = file.Close()
+	for _, end := range w.theirs {
+		_ = end.Close()
 	}
 	return w.outputs, w.pumps, err
 }
@@ -232,41 +253,74 @@ func (p *Process) wireTerminal(w *wiring, request *processpb.PTY, user *users.Us
 	if err != nil {
 		return err
 	}
-	w.theirs, w.ours, w.outputs = append(w.theirs, inner), append(w.ours, outer), []*os.File{outer}
+	w.theirs, w.outputs = append(w.theirs, inner), []*os.File{outer}
 	w.pumps = append(w.pumps, func() { p.pump(outer, ptyChunkSize, asTerminal) })
 	p.pty, p.input = outer, outer
-	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = inner, inner, inner
-	p.cmd.SysProcAttr.Setctty = true
+	p.program.files = [3]uintptr{inner.Fd(), inner.Fd(), inner.Fd()}
+	p.program.sys.Setctty = true
 	return nil
 }
 
 func (p *Process) wirePipes(w *wiring, withInput bool) error {
 	if withInput {
-		read, write, err := os.Pipe()
+		read, write, err := pipe()
 		if err != nil {
 			return err
 		}
-		w.theirs, w.ours = append(w.theirs, read), append(w.ours, write)
-		p.cmd.Stdin, p.input = read, write
-	}
-	for _, wrap := range []func([]byte) *processpb.ProcessEvent_DataEvent{asStdout, asStderr} {
-		read, write, err := os.Pipe()
+		w.theirs = append(w.theirs, end(read))
+		p.program.files[0], p.input = uintptr(read), ours(write)
+	} else {
+		null, err := nullDevice()
 		if err != nil {
 			return err
 		}
-		w.theirs, w.ours, w.outputs = append(w.theirs, write), append(w.ours, read), append(w.outputs, read)
-		w.pumps = append(w.pumps, func() { p.pump(read, chunkSize, wrap) })
+		p.program.files[0] = null.Fd()
 	}
-	p.cmd.Stdout, p.cmd.Stderr = w.theirs[len(w.theirs)-2], w.theirs[len(w.theirs)-1]
+	for n, wrap := range []func([]byte) *processpb.ProcessEvent_DataEvent{asStdout, asStderr} {
+		read, write, err := pipe()
+		if err != nil {
+			return err
+		}
+		from := ours(read)
+		w.theirs, w.outputs = append(w.theirs, end(write)), append(w.outputs, from)
+		w.pumps = append(w.pumps, func() { p.pump(from, chunkSize, wrap) })
+		p.program.files[n+1] = uintptr(write)
+	}
 	return nil
 }
 
-func (p *Process) start() error {
-	if err := p.cmd.Start(); err != nil {
+// end is the other end of a pipe: blocking, as programs expect it, and not known to the runtime.
+type end int
+
+func (e end) Close() error { return unix.Close(int(e)) }
+
+func pipe() (read, write int, err error) {
+	var ends [2]int
+	err = unix.Pipe2(ends[:], unix.O_CLOEXEC)
+	return ends[0], ends[1], err
+}
+
+// ours makes one end of a pipe a file that is waited for without a thread.
+func ours(fd int) *os.File {
+	_ = unix.SetNonblock(fd, true)
+	return os.NewFile(uintptr(fd), "pipe")
+}
+
+// nullDevice is the input of a process that gets none.
+var nullDevice = sync.OnceValues(func() (*os.File, error) { return os.Open(os.DevNull) })
+
+func (p *Process) start(group group) error {
+	given := p.program
+	p.cgroup = group.path
+	if given.sys.UseCgroupFD = group.opened != nil; given.sys.UseCgroupFD {
+		given.sys.CgroupFD = int(group.opened.Fd())
+	}
+	pid, err := syscall.ForkExec(given.path, given.args, &syscall.ProcAttr{Dir: given.directory, Env: given.env, Files: given.files[:], Sys: &given.sys})
+	if err != nil {
 		return err
 	}
-	p.pid = p.cmd.Process.Pid
-	resetScore(p.pid)
+	p.pid = pid
+	resetScore(pid)
 	return nil
 }
 

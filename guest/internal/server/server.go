@@ -52,6 +52,7 @@ func Main(args []string) error {
 	vm := flags.Bool("vm", false, "listen on the tap and on loopback, and take on the identity given")
 	address := flags.String("address", "169.254.0.21", "address on the tap")
 	gateway := flags.String("gateway", "169.254.0.22", "address control routes are accepted from")
+	rehearse := flags.Bool("rehearse", false, "in a VM: before serving do once what will be asked for first")
 	listen := flags.String("listen", "127.0.0.1:0", "outside a VM: address and port")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -67,7 +68,16 @@ func Main(args []string) error {
 		_ = json.NewEncoder(os.Stdout).Encode(map[string]string{"listening": listener.Addr().String()})
 		return agent.serve(listener, true)
 	}
-	return newAgent(identity.New(false), *gateway, cgroupRoot).serveVM(*address)
+	if err := process.IgnoreChildren(); err != nil {
+		return err
+	}
+	agent := newAgent(identity.New(false), *gateway, cgroupRoot)
+	if *rehearse {
+		if err := agent.rehearse(); err != nil {
+			log.Printf("sandmartin: agent: rehearsal: %v", err)
+		}
+	}
+	return agent.serveVM(*address)
 }
 
 func (a *agent) serveVM(address string) error {
@@ -89,17 +99,19 @@ func (a *agent) serveVM(address string) error {
 }
 
 type agent struct {
-	identity *identity.Identity
-	gateway  string
-	routes   http.Handler
-	refusals *connect.ErrorWriter
+	identity  *identity.Identity
+	gateway   string
+	processes *process.Service
+	routes    http.Handler
+	refusals  *connect.ErrorWriter
 }
 
 func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	a := &agent{identity: who, gateway: gateway, refusals: connect.NewErrorWriter()}
+	a.processes = process.NewService(who, a.userOf, cgroupRoot)
 	mux := http.NewServeMux()
 	limit := connect.WithReadMaxBytes(maxMessage)
-	mux.Handle(processconnect.NewProcessHandler(process.NewService(who, a.userOf, cgroupRoot), limit))
+	mux.Handle(processconnect.NewProcessHandler(a.processes, limit))
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystem.NewService(a.locate), limit))
 	mux.Handle("/files", files.Handler(a.locateNamed))
 	mux.Handle("GET /metrics", &metrics.Meter{})
@@ -112,14 +124,17 @@ func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 }
 
 func (a *agent) serve(listener net.Listener, control bool) error {
-	server := &http.Server{
+	return a.server(control).Serve(listener)
+}
+
+func (a *agent) server(control bool) *http.Server {
+	return &http.Server{
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { a.admit(w, r, control) }),
 		MaxHeaderBytes:    maxHeader,
 		ReadHeaderTimeout: headerDeadline,
 		IdleTimeout:       idleDeadline,
 		ErrorLog:          log.New(os.Stderr, "sandmartin: agent: ", 0),
 	}
-	return server.Serve(listener)
 }
 
 // admit decides who may go on to the routes.

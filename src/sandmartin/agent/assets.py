@@ -37,7 +37,11 @@ _KERNEL_PACKAGE = "linux-image-cloud-amd64"
 _BUILD_DEADLINE_S = 1800.0
 _LOCK_RETRY_S = 0.2
 #: In load order before their dependencies are known; virtio_ring comes before virtio by them.
-_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "virtio_balloon")
+_MODULES = (
+    *("virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "virtio_balloon"),
+    # By these a guest that was moved ends its connections.
+    *("inet_diag", "tcp_diag", "udp_diag"),
+)
 _ROOT = Path(__file__).resolve().parents[3]
 _GUEST_SOURCES = _ROOT / "guest"
 _IMAGE_SOURCES = _ROOT / "images"

@@ -172,10 +172,7 @@ class Guest:
                 break
             except _SILENT:
                 if time.monotonic() >= until:
-                    raise TimedOut(
-                        f"the guest agent did not answer within {deadline_s:g} s of the VM's start",
-                        hint="the host may be overloaded; raise SANDMARTIN_BOOT_TIMEOUT_S",
-                    ) from None
+                    raise _not_booted(deadline_s) from None
                 await asyncio.sleep(_INTRODUCE_PAUSE_S)
         if status != 200:
             raise ToolFailed(f"the guest did not take its identity: {_message(reply)}")
@@ -192,15 +189,11 @@ class Guest:
 
     async def awake(self, deadline_s: float) -> None:
         """Wait until the guest agent answers anything at all. Raises TimedOut."""
-        try:
-            async with asyncio.timeout(deadline_s):
-                while not await self._answers():
-                    await asyncio.sleep(_INTRODUCE_PAUSE_S)
-        except TimeoutError as error:
-            raise TimedOut(
-                f"the guest agent did not answer within {deadline_s:g} s of the VM's start",
-                hint="the host may be overloaded; raise SANDMARTIN_BOOT_TIMEOUT_S",
-            ) from error
+        until = time.monotonic() + deadline_s
+        while not await self._answers():
+            if time.monotonic() >= until:
+                raise _not_booted(deadline_s)
+            await asyncio.sleep(_INTRODUCE_PAUSE_S)
 
     async def _answers(self) -> bool:
         try:
@@ -356,6 +349,13 @@ class Guest:
                     raise _file_error(response.status, await self._reply(response))
                 async for chunk in _audible(response.content, self._deadlines.stream_s):
                     yield chunk
+
+
+def _not_booted(deadline_s: float) -> TimedOut:
+    return TimedOut(
+        f"the guest agent did not answer within {deadline_s:g} s of the VM's start",
+        hint="the host may be overloaded; raise SANDMARTIN_BOOT_TIMEOUT_S",
+    )
 
 
 def _introduction(identity: Identity) -> dict[str, Any]:

@@ -11,16 +11,27 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from sandmartin.agent import disk
+from sandmartin.agent.disk import Image
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.limits import OVERHEAD_MB
-from sandmartin.agent.sandbox import Machine, Sandbox
+from sandmartin.agent.machine import Machine
+from sandmartin.agent.metrics import Point
+from sandmartin.agent.microvm import Shape
+from sandmartin.agent.sandbox import Sandbox
+from sandmartin.agent.snapshots import Snapshot
+from sandmartin.agent.storage import names_in
+from sandmartin.agent.templates import Templates
+from sandmartin.agent.warm import WarmSnapshots
 from sandmartin.errors import AlreadyExists, Exhausted, NotFound, SandmartinError, Unavailable
-from sandmartin.model import SandboxSpec, State
+from sandmartin.model import SandboxSpec, State, random_id
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -30,6 +41,8 @@ class Host:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._sandboxes: dict[str, Sandbox] = {}
+        self._templates = Templates(machine.data, machine.images, machine.storage)
+        self._warm = WarmSnapshots(machine)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -39,13 +52,18 @@ class Host:
         """Adopt what runs, finish or undo what was half done, remove what nobody owns."""
         machine = self._machine
         machine.groups.open()
+        await asyncio.to_thread(machine.storage.clean)
         await self._read_journal()
         slots = [s.entry.slot for s in self._sandboxes.values() if s.entry.slot is not None]
         await machine.network.start(slots)
         await asyncio.gather(*(sandbox.adopt() for sandbox in self._sandboxes.values()))
         self._forget_stopped()
+        self._templates.clean()
+        await machine.storage.sweep(self._needed)
         machine.tasks.watch("disk space", self._check_disk_space())
         machine.tasks.watch("activity", self._save_activity())
+        machine.tasks.watch("idle sandboxes", self._reap())
+        machine.tasks.watch("metrics", machine.sampler.run())
 
     async def _read_journal(self) -> None:
         """Fill the table, and end what no entry speaks for."""
@@ -72,7 +90,7 @@ class Host:
         if self._termination is not None:
             await asyncio.wait({self._termination})
         await self._machine.tasks.close()
-        for sandbox in self.list():
+        for sandbox in self.sandboxes():
             await sandbox.release()
         await self._machine.network.close()
 
@@ -110,7 +128,7 @@ class Host:
 
     async def _destroy_all(self) -> None:
         """Destroy every sandbox that can be; raises the first error of those that cannot."""
-        sandboxes = self.list()
+        sandboxes = self.sandboxes()
         results = await asyncio.gather(*(s.destroy() for s in sandboxes), return_exceptions=True)
         self._forget_stopped()
         failures = []
@@ -125,10 +143,18 @@ class Host:
         stopped = [i for i, sandbox in self._sandboxes.items() if sandbox.state is State.STOPPED]
         for sandbox_id in stopped:
             del self._sandboxes[sandbox_id]
+            self._machine.sampler.remove(sandbox_id)
+
+    def _needed(self) -> set[str]:
+        """Bases and layers that anything on this host needs."""
+        needed = self._warm.needed() | self._templates.needed()
+        for sandbox in self._sandboxes.values():
+            needed |= sandbox.needed()
+        return needed
 
     # The table.
 
-    def list(self) -> list[Sandbox]:
+    def sandboxes(self) -> list[Sandbox]:
         return list(self._sandboxes.values())
 
     def get(self, sandbox_id: str) -> Sandbox:
@@ -144,10 +170,25 @@ class Host:
     # Operations.
 
     async def create(self, spec: SandboxSpec, envs: Mapping[str, str]) -> Sandbox:
-        """Boot a new sandbox. Raises NotFound, AlreadyExists, Exhausted, Invalid, ToolFailed."""
+        """Start a new sandbox. Raises NotFound, AlreadyExists, Exhausted, Invalid, ToolFailed."""
+        found = self._templates.find(spec.template)
+        if isinstance(found, Snapshot):
+            manifest = found.manifest
+            size_mb = max(spec.disk_size_mb, manifest.disk_size_mb)
+            spec = replace(
+                spec, vcpus=manifest.vcpus, memory_mb=manifest.memory_mb, disk_size_mb=size_mb
+            )
+        else:
+            disk.check_size(found, spec.disk_size_mb)
+        sandbox = self._enter(spec)
+        name = f"create {spec.sandbox_id}"
+        await self._machine.tasks.operate(name, self._create(sandbox, envs, found))
+        return sandbox
+
+    def _enter(self, spec: SandboxSpec) -> Sandbox:
+        """A new sandbox in the table and the journal. Raises AlreadyExists, Exhausted."""
         if self._closing:
             raise Unavailable("this agent is ending", hint="try again once it has started anew")
-        self._machine.images.get(spec.template)
         if spec.sandbox_id in self._sandboxes:
             raise AlreadyExists(f"sandbox {spec.sandbox_id} exists already")
         self._admit(spec)
@@ -156,14 +197,33 @@ class Host:
         self._machine.data.create(entry)
         self._machine.step("create:entry")
         sandbox = self._sandboxes[spec.sandbox_id] = Sandbox(self._machine, entry)
-        await self._machine.tasks.operate(f"create {spec.sandbox_id}", self._create(sandbox, envs))
         return sandbox
 
-    async def _create(self, sandbox: Sandbox, envs: Mapping[str, str]) -> None:
+    async def _create(
+        self, sandbox: Sandbox, envs: Mapping[str, str] | None, origin: Image | Snapshot
+    ) -> None:
         try:
-            await sandbox.create(envs)
+            if isinstance(origin, Image):
+                origin = await self._warmed(origin, sandbox.entry.spec)
+            needed = names_in(origin.manifest) if isinstance(origin, Snapshot) else set()
+            with self._machine.storage.pinned(needed):
+                await sandbox.create(envs, origin)
+        except BaseException:
+            # What failed before its own life began is removed here.
+            await asyncio.shield(sandbox.destroy())
+            raise
         finally:
             self._forget_stopped()
+
+    async def _warmed(self, image: Image, spec: SandboxSpec) -> Image | Snapshot:
+        """The warm snapshot of an image; the image itself where there is none to be had."""
+        if not self._machine.settings.warm:
+            return image
+        try:
+            return await self._warm.get(image, Shape(vcpus=spec.vcpus, memory_mb=spec.memory_mb))
+        except SandmartinError as error:
+            _log.warning("image %s boots cold: %s", image.name, error)
+            return image
 
     async def destroy(self, sandbox_id: str) -> None:
         """End a sandbox and free all it held. Already gone is success."""
@@ -173,6 +233,129 @@ class Host:
     async def _destroy(self, sandbox: Sandbox) -> None:
         await sandbox.destroy()
         self._forget_stopped()
+        await self._machine.storage.sweep(self._needed)
+
+    async def pause(self, sandbox_id: str) -> None:
+        """Put a sandbox to sleep. Raises NotFound, Conflict, DiskFull."""
+        await self._operate("pause", sandbox_id, self.get(sandbox_id).pause())
+
+    async def resume(self, sandbox_id: str, timeout_s: int | None) -> Sandbox:
+        """Wake a sandbox up. Raises NotFound, Conflict, Exhausted."""
+        sandbox = self.get(sandbox_id)
+        if sandbox.state is State.PAUSED:
+            self._admit(sandbox.entry.spec)
+        await self._operate("resume", sandbox_id, sandbox.resume(timeout_s))
+        return sandbox
+
+    async def checkpoint(self, sandbox_id: str, comment: str) -> Snapshot:
+        """A snapshot in a sandbox's own history. Raises NotFound, Conflict, DiskFull."""
+        sandbox = self.get(sandbox_id)
+        return await self._operate("checkpoint", sandbox_id, sandbox.checkpoint(comment))
+
+    async def rollback(self, sandbox_id: str, checkpoint_id: str) -> Sandbox:
+        """Return a sandbox to a checkpoint. Raises NotFound, Conflict, Exhausted."""
+        sandbox = self.get(sandbox_id)
+        if sandbox.state is State.PAUSED:
+            self._admit(sandbox.entry.spec)
+        await self._operate("rollback", sandbox_id, sandbox.rollback(checkpoint_id))
+        await self._machine.storage.sweep(self._needed)
+        return sandbox
+
+    async def delete_checkpoint(self, sandbox_id: str, checkpoint_id: str) -> None:
+        """Forget a checkpoint. Raises NotFound, Conflict."""
+        sandbox = self.get(sandbox_id)
+        await self._operate("forget", sandbox_id, sandbox.delete_checkpoint(checkpoint_id))
+        await self._machine.storage.sweep(self._needed)
+
+    async def _operate(self, what: str, sandbox_id: str, work: Coroutine[Any, Any, _T]) -> _T:
+        return await self._machine.tasks.operate(f"{what} {sandbox_id}", work)
+
+    async def fork(
+        self, sandbox_id: str, child_ids: Sequence[str], timeout_s: int | None
+    ) -> list[Sandbox | SandmartinError]:
+        """Sandboxes that go on from where this one is, which goes on too.
+
+        One that cannot be made is its error. Raises NotFound, Conflict, DiskFull.
+        """
+        source = self.get(sandbox_id)
+        work = self._fork(source, child_ids, timeout_s)
+        return await self._operate("fork", sandbox_id, work)
+
+    async def _fork(
+        self, source: Sandbox, child_ids: Sequence[str], timeout_s: int | None
+    ) -> list[Sandbox | SandmartinError]:
+        path = self._machine.data.forks / f"fork-{random_id(12)}"
+        snapshot = await source.snapshot(path)
+        try:
+            self._machine.step("fork:snapshot")
+            with self._machine.storage.pinned(names_in(snapshot.manifest)):
+                children = (self._child(source, each, timeout_s, snapshot) for each in child_ids)
+                return await asyncio.gather(*children)
+        finally:
+            await asyncio.to_thread(snapshot.remove)
+
+    async def _child(
+        self, source: Sandbox, child_id: str, timeout_s: int | None, snapshot: Snapshot
+    ) -> Sandbox | SandmartinError:
+        try:
+            spec = replace(source.entry.spec, sandbox_id=child_id)
+            if timeout_s is not None:
+                spec = replace(spec, timeout_s=timeout_s)
+            child = self._enter(spec)
+            await self._create(child, None, snapshot)
+        except SandmartinError as error:
+            return error
+        return child
+
+    # Templates.
+
+    async def create_snapshot(self, sandbox_id: str, name: str, *, live: bool) -> Snapshot:
+        """A template from a sandbox, which is paused then, or goes on if `live`.
+
+        Raises NotFound, Invalid, AlreadyExists, Conflict, DiskFull.
+        """
+        sandbox = self.get(sandbox_id)
+        path = self._templates.new(name)
+        work = sandbox.snapshot(path) if live else sandbox.make_template(path)
+        return await self._operate("snapshot", sandbox_id, work)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Remove a template. Raises NotFound, and Conflict when something depends on it."""
+        await asyncio.to_thread(self._templates.remove, name, self.sandboxes())
+        await self._machine.storage.sweep(self._needed)
+
+    async def flatten(self, sandbox_id: str, name: str) -> int:
+        """Make an image of a sandbox's disk, and end it. Returns the bytes it takes.
+
+        Raises NotFound, Invalid, AlreadyExists, Conflict, DiskFull.
+        """
+        sandbox = self.get(sandbox_id)
+        if sandbox.state is State.PAUSED:
+            self._admit(sandbox.entry.spec)
+        target = self._templates.new_image(name)
+        try:
+            await self._operate("flatten", sandbox_id, sandbox.flatten(target))
+        finally:
+            self._templates.forget_failed(target)
+            self._forget_stopped()
+        await self._machine.storage.sweep(self._needed)
+        return disk.allocated_bytes(target)
+
+    # What is told.
+
+    def drain_auto_paused(self) -> list[str]:
+        """Sandboxes that the reaper has paused since the last call."""
+        return [each.sandbox_id for each in self.sandboxes() if each.drain_auto_paused()]
+
+    def metrics(self, sandbox_id: str, tier: str) -> list[Point]:
+        """Points of a sandbox, oldest first. Raises NotFound, Invalid."""
+        self.get(sandbox_id)
+        return self._machine.sampler.get(sandbox_id, tier)
+
+    def flush_metrics(self, sandbox_id: str) -> Mapping[str, list[Point]]:
+        """All points of a sandbox, which are forgotten then. Raises NotFound."""
+        self.get(sandbox_id)
+        return self._machine.sampler.flush(sandbox_id)
 
     # Admission.
 
@@ -183,7 +366,8 @@ class Host:
             raise Exhausted(
                 f"vcpus is {spec.vcpus}, but this host has {cpus}", hint=f"use 1 to {cpus}"
             )
-        taken = [s.entry.spec for s in self._sandboxes.values() if s.state is not State.STOPPED]
+        idle = {State.STOPPED, State.PAUSED}
+        taken = [s.entry.spec for s in self._sandboxes.values() if s.state not in idle]
         vcpus_left = int(cpus * settings.cpu_overcommit) - sum(s.vcpus for s in taken)
         if spec.vcpus > vcpus_left:
             raise Exhausted(
@@ -209,16 +393,31 @@ class Host:
         while True:
             await asyncio.sleep(self._machine.patience.disk_check_s)
             has_space = disk.free_mb(self._machine.data.path) >= enough_mb
-            for sandbox in self.list():
+            for sandbox in self.sandboxes():
                 try:
                     await sandbox.check_disk_space(has_space=has_space)
                 except SandmartinError as error:
                     _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
 
+    async def _reap(self) -> None:
+        """Pause what has idled past its time, all at once."""
+        while True:
+            await asyncio.sleep(self._machine.patience.reap_s)
+            idle = [each for each in self.sandboxes() if each.idles()]
+            await asyncio.gather(*(self._pause_idle(sandbox) for sandbox in idle))
+
+    async def _pause_idle(self, sandbox: Sandbox) -> None:
+        limit_s = sandbox.entry.spec.timeout_s
+        try:
+            work = sandbox.pause(idle_s=limit_s, auto=True)
+            await self._operate("pause idle", sandbox.sandbox_id, work)
+        except SandmartinError as error:
+            _log.warning("sandbox %s cannot be paused: %s", sandbox.sandbox_id, error)
+
     async def _save_activity(self) -> None:
         while True:
             await asyncio.sleep(self._machine.patience.activity_save_s)
-            for sandbox in self.list():
+            for sandbox in self.sandboxes():
                 try:
                     sandbox.save_activity()
                 except SandmartinError as error:

@@ -18,7 +18,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sandmartin.agent import disk
@@ -51,14 +51,6 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def _boot_id() -> str:
     """Changes whenever the host starts anew."""
     return _BOOT_ID.read_text().strip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What a new sandbox starts from: a snapshot, or an image that has none yet."""
-
-    image: disk.Image | None = None
-    snapshot: Snapshot | None = None
 
 
 class Sandbox:
@@ -117,6 +109,24 @@ class Sandbox:
     def idle_s(self) -> float:
         """Seconds since its last activity."""
         return time.time() - self._entry.last_active_at
+
+    @property
+    def image(self) -> Path | None:
+        """The image below its disk."""
+        return self._entry.image
+
+    def idles(self) -> bool:
+        """Whether it runs and has idled past its time."""
+        limit_s = self._entry.spec.timeout_s
+        return self.state is State.RUNNING and 0 < limit_s <= self.idle_s
+
+    def drain_auto_paused(self) -> bool:
+        """Whether the reaper has paused it and nobody was told; from now on somebody was."""
+        if not self._entry.auto_paused:
+            return False
+        with self._disk_may_be_full():
+            self._record(auto_paused=False)
+        return True
 
     def needed(self) -> set[str]:
         """Bases and layers that it, its paused memory and its checkpoints need."""
@@ -194,10 +204,10 @@ class Sandbox:
 
     # Creating.
 
-    async def create(self, envs: Mapping[str, str], origin: Origin) -> None:
+    async def create(self, envs: Mapping[str, str] | None, origin: disk.Image | Snapshot) -> None:
         """Start it from its origin and confirm its identity; what fails leaves nothing behind.
 
-        `envs` becomes part of every command's environment.
+        `envs` becomes part of every command's environment; None leaves what a snapshot has.
         """
         async with self._lock:
             try:
@@ -207,35 +217,37 @@ class Sandbox:
                 await asyncio.shield(self._undo())
                 raise
 
-    async def _create(self, envs: Mapping[str, str], origin: Origin) -> None:
+    async def _create(self, envs: Mapping[str, str] | None, origin: disk.Image | Snapshot) -> None:
         step, spec = self._machine.step, self._entry.spec
         self._become(State.STARTING)
         step("create:recorded")
-        snapshot = origin.snapshot
-        if snapshot is not None:
-            manifest = snapshot.manifest
-            self._record(image=manifest.image, layers=manifest.layers, envs=envs)
-            disk_size_mb = manifest.disk_size_mb
+        if isinstance(origin, Snapshot):
+            await self._restore_from(origin, envs)
+            old_token = origin.manifest.token
         else:
-            assert origin.image is not None
-            self._record(image=origin.image.path, envs=envs)
-            disk_size_mb = spec.disk_size_mb
-        await self._new_top(disk_size_mb)
-        step("create:layer")
-        if snapshot is not None:
-            await self._microvm.restore(snapshot, self._disk)
-            await self._microvm.running.cont()
-            if spec.disk_size_mb > disk_size_mb:
-                await self._microvm.running.resize_disk(spec.disk_size_mb << 20)
-        else:
+            self._record(image=origin.path, envs=envs or {})
+            await self._new_top(spec.disk_size_mb)
+            step("create:layer")
             shape = Shape(vcpus=spec.vcpus, memory_mb=spec.memory_mb)
             await self._microvm.boot(shape, self._disk)
-        old_token = snapshot.manifest.token if snapshot else ""
+            old_token = ""
         await self._introduce(old_token, new_token(), envs=envs, moved=True)
         step("create:confirmed")
         self._become(State.RUNNING)
         self._run()
         step("create:running")
+
+    async def _restore_from(self, origin: Snapshot, envs: Mapping[str, str] | None) -> None:
+        manifest, spec = origin.manifest, self._entry.spec
+        kept = manifest.envs if envs is None else envs
+        self._record(image=manifest.image, layers=manifest.layers, envs=kept)
+        # The device state is that of a disk of this size.
+        await self._new_top(manifest.disk_size_mb)
+        self._machine.step("create:layer")
+        await self._microvm.restore(origin, self._disk)
+        await self._microvm.running.cont()
+        if spec.disk_size_mb > manifest.disk_size_mb:
+            await self._microvm.running.resize_disk(spec.disk_size_mb << 20)
 
     async def _new_top(self, size_mb: int) -> None:
         """A new, empty layer on top of the sealed ones."""
@@ -392,6 +404,7 @@ class Sandbox:
                 diff=await asyncio.to_thread(write_pages, draft),
                 state=state_digest(frozen.state),
                 token=entry.token,
+                envs=dict(entry.envs),
                 comment=comment,
                 created_at=time.time(),
             )
@@ -421,6 +434,17 @@ class Sandbox:
                 spec = replace(spec, timeout_s=timeout_s)
             self._become(State.RESUMING, spec=spec, auto_paused=False)
             await self._wake("resume", moved=False)
+
+    async def delete_checkpoint(self, checkpoint_id: str) -> None:
+        """Forget a checkpoint. Raises NotFound, and Conflict while it sleeps in it."""
+        async with self._lock:
+            checkpoint = self.get_checkpoint(checkpoint_id)
+            if self._entry.sleeps_in.endswith(f"/{checkpoint_id}"):
+                raise Conflict(
+                    f"sandbox {self.sandbox_id} sleeps in checkpoint {checkpoint_id}",
+                    hint="resume it first",
+                )
+            await asyncio.to_thread(checkpoint.remove)
 
     async def rollback(self, checkpoint_id: str) -> None:
         """Return to a checkpoint, in memory and on disk; what came after it is gone.

@@ -11,6 +11,7 @@ import contextlib
 import grp
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import uvicorn
 from connectrpc.code import Code
+from connectrpc.codec import proto_binary_codec, proto_json_codec
 from connectrpc.errors import ConnectError
 from connectrpc.request import RequestContext
 from protobuf import Oneof
@@ -64,6 +66,10 @@ CODES: dict[str, Code] = {
 MAX_MESSAGE_BYTES = 32 * 2**20
 _MAX_MESSAGE_HINT = "use the streaming call for content of any size"
 _SHUTDOWN_GRACE_S = 10
+#: Levels of nested JSON; our messages have four.
+_MAX_DEPTH = 64
+#: What changes the depth of a JSON document, and what may hide it: strings and escapes in them.
+_JSON_MARK = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
 
 
 # Errors.
@@ -138,6 +144,46 @@ class ErrorInterceptor:
 
 
 # Requests.
+
+
+class ShallowJson:
+    """The JSON codec, for messages as deep as ours can be.
+
+    The library's parser recurses without a limit, and a document that is deep enough ends the
+    whole process.
+    """
+
+    def __init__(self) -> None:
+        self._codec = proto_json_codec()
+
+    def name(self) -> str:
+        return self._codec.name()
+
+    def encode(self, message: Any) -> bytes:
+        return self._codec.encode(message)
+
+    def decode(self, data: bytes | bytearray, message_class: type[Any]) -> Any:
+        # Counting is quick even where there is much; looking closer is for the rare rest.
+        if data.count(b"[") + data.count(b"{") > _MAX_DEPTH and _depth_exceeds(data, _MAX_DEPTH):
+            raise ConnectError(
+                Code.INVALID_ARGUMENT, f"the JSON is nested deeper than {_MAX_DEPTH} levels"
+            )
+        return self._codec.decode(data, message_class)
+
+
+def _depth_exceeds(document: bytes | bytearray, limit: int) -> bool:
+    depth, in_string = 0, False
+    for match in _JSON_MARK.finditer(document):
+        mark = match[0]
+        if mark == b'"':
+            in_string = not in_string
+        elif not in_string and mark in b"[{":
+            depth += 1
+        elif not in_string and mark in b"]}":
+            depth -= 1
+        if depth > limit:
+            return True
+    return False
 
 
 def check_guest_path(path: str) -> str:
@@ -384,6 +430,7 @@ def application(host: Host) -> HostAgentServiceASGIApplication:
         HostAgent(host),
         interceptors=[ErrorInterceptor()],
         read_max_bytes=MAX_MESSAGE_BYTES,
+        codecs=[proto_binary_codec(), ShallowJson()],
     )
 
 

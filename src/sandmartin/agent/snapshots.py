@@ -84,6 +84,8 @@ class Manifest:
     created_at: float
     #: Access token in force in the guest; empty before its first introduction.
     token: str = field(default="", repr=False)
+    #: Environment of every command.
+    envs: dict[str, str] = field(default_factory=dict, repr=False)
     comment: str = ""
 
     @property

@@ -95,12 +95,16 @@ class Storage:
             self._pins.subtract(kept)
             self._pins += Counter()
 
+    def names(self) -> set[str]:
+        """All bases and sealed layers."""
+        return self.layers.names() | {path.stem for path in self.data.bases.glob("*.ram")}
+
     async def sweep(self, needed: Callable[[], set[str]]) -> None:
         """Remove the bases and layers that are not pinned and not `needed`."""
         async with self._sweeping:
-            found = self.layers.names() | {path.stem for path in self.data.bases.glob("*.ram")}
             # Asked after the listing: what is named meanwhile was not there to be removed.
-            unneeded = found - needed() - set(self._pins)
+            unneeded = self.names()
+            unneeded -= needed() | set(self._pins)
             unneeded -= {base.digest for base in self._empty.values()}
             for name in unneeded:
                 _log.info("removing %s: nothing needs it", name[:24])

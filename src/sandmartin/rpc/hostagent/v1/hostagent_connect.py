@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListSandboxesRequest, ListSandboxesResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ResumeSandboxRequest, ResumeSandboxResponse, SendSignalRequest, SendSignalResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse
+from .hostagent_pb import CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -128,6 +128,70 @@ class HostAgentService(Protocol):
     async def send_signal(self, request: SendSignalRequest, ctx: RequestContext[SendSignalRequest, SendSignalResponse], /) -> SendSignalResponse:
         """
         Sends a signal to a process started by ExecStream.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def resize_pty(self, request: ResizePtyRequest, ctx: RequestContext[ResizePtyRequest, ResizePtyResponse], /) -> ResizePtyResponse:
+        """
+        Resizes the terminal of a process started by ExecStream with `pty` set.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def list_processes(self, request: ListProcessesRequest, ctx: RequestContext[ListProcessesRequest, ListProcessesResponse], /) -> ListProcessesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def fork_sandbox(self, request: ForkSandboxRequest, ctx: RequestContext[ForkSandboxRequest, ForkSandboxResponse], /) -> ForkSandboxResponse:
+        """
+        Makes sandboxes that go on from where a running one is, which goes on too. A child that could
+        not be made is an error in its place.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def create_checkpoint(self, request: CreateCheckpointRequest, ctx: RequestContext[CreateCheckpointRequest, CreateCheckpointResponse], /) -> CreateCheckpointResponse:
+        """
+        A checkpoint is a snapshot that stays in its sandbox's own history; the sandbox goes on.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def list_checkpoints(self, request: ListCheckpointsRequest, ctx: RequestContext[ListCheckpointsRequest, ListCheckpointsResponse], /) -> ListCheckpointsResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def delete_checkpoint(self, request: DeleteCheckpointRequest, ctx: RequestContext[DeleteCheckpointRequest, DeleteCheckpointResponse], /) -> DeleteCheckpointResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def rollback_sandbox(self, request: RollbackSandboxRequest, ctx: RequestContext[RollbackSandboxRequest, RollbackSandboxResponse], /) -> RollbackSandboxResponse:
+        """
+        Returns to a checkpoint, in memory and on disk; what came after it is gone.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def list_templates(self, request: ListTemplatesRequest, ctx: RequestContext[ListTemplatesRequest, ListTemplatesResponse], /) -> ListTemplatesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def read_console(self, request: ReadConsoleRequest, ctx: RequestContext[ReadConsoleRequest, ReadConsoleResponse], /) -> ReadConsoleResponse:
+        """
+        The newest that the guest's console said, 64 KiB at most; what is read is forgotten.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def stat_file(self, request: StatFileRequest, ctx: RequestContext[StatFileRequest, StatFileResponse], /) -> StatFileResponse:
+        """
+        Directory operations, with the rights of `user`.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def list_files(self, request: ListFilesRequest, ctx: RequestContext[ListFilesRequest, ListFilesResponse], /) -> ListFilesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def make_directory(self, request: MakeDirectoryRequest, ctx: RequestContext[MakeDirectoryRequest, MakeDirectoryResponse], /) -> MakeDirectoryResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def move_file(self, request: MoveFileRequest, ctx: RequestContext[MoveFileRequest, MoveFileResponse], /) -> MoveFileResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def remove_file(self, request: RemoveFileRequest, ctx: RequestContext[RemoveFileRequest, RemoveFileResponse], /) -> RemoveFileResponse:
+        """
+        Removes a file or a whole tree; one that is not there is no error.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -368,6 +432,160 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.UNARY,
                     ),
                     function=svc.send_signal,
+                ),
+                "/hostagent.v1.HostAgentService/ResizePty": Endpoint.unary(
+                    method=MethodInfo(
+                        name="ResizePty",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ResizePtyRequest,
+                        output=ResizePtyResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.resize_pty,
+                ),
+                "/hostagent.v1.HostAgentService/ListProcesses": Endpoint.unary(
+                    method=MethodInfo(
+                        name="ListProcesses",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListProcessesRequest,
+                        output=ListProcessesResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.list_processes,
+                ),
+                "/hostagent.v1.HostAgentService/ForkSandbox": Endpoint.unary(
+                    method=MethodInfo(
+                        name="ForkSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ForkSandboxRequest,
+                        output=ForkSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.fork_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/CreateCheckpoint": Endpoint.unary(
+                    method=MethodInfo(
+                        name="CreateCheckpoint",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=CreateCheckpointRequest,
+                        output=CreateCheckpointResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.create_checkpoint,
+                ),
+                "/hostagent.v1.HostAgentService/ListCheckpoints": Endpoint.unary(
+                    method=MethodInfo(
+                        name="ListCheckpoints",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListCheckpointsRequest,
+                        output=ListCheckpointsResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.list_checkpoints,
+                ),
+                "/hostagent.v1.HostAgentService/DeleteCheckpoint": Endpoint.unary(
+                    method=MethodInfo(
+                        name="DeleteCheckpoint",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=DeleteCheckpointRequest,
+                        output=DeleteCheckpointResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.delete_checkpoint,
+                ),
+                "/hostagent.v1.HostAgentService/RollbackSandbox": Endpoint.unary(
+                    method=MethodInfo(
+                        name="RollbackSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=RollbackSandboxRequest,
+                        output=RollbackSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.rollback_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/ListTemplates": Endpoint.unary(
+                    method=MethodInfo(
+                        name="ListTemplates",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListTemplatesRequest,
+                        output=ListTemplatesResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.list_templates,
+                ),
+                "/hostagent.v1.HostAgentService/ReadConsole": Endpoint.unary(
+                    method=MethodInfo(
+                        name="ReadConsole",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadConsoleRequest,
+                        output=ReadConsoleResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.read_console,
+                ),
+                "/hostagent.v1.HostAgentService/StatFile": Endpoint.unary(
+                    method=MethodInfo(
+                        name="StatFile",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=StatFileRequest,
+                        output=StatFileResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.stat_file,
+                ),
+                "/hostagent.v1.HostAgentService/ListFiles": Endpoint.unary(
+                    method=MethodInfo(
+                        name="ListFiles",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListFilesRequest,
+                        output=ListFilesResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.list_files,
+                ),
+                "/hostagent.v1.HostAgentService/MakeDirectory": Endpoint.unary(
+                    method=MethodInfo(
+                        name="MakeDirectory",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=MakeDirectoryRequest,
+                        output=MakeDirectoryResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.make_directory,
+                ),
+                "/hostagent.v1.HostAgentService/MoveFile": Endpoint.unary(
+                    method=MethodInfo(
+                        name="MoveFile",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=MoveFileRequest,
+                        output=MoveFileResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.move_file,
+                ),
+                "/hostagent.v1.HostAgentService/RemoveFile": Endpoint.unary(
+                    method=MethodInfo(
+                        name="RemoveFile",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=RemoveFileRequest,
+                        output=RemoveFileResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.remove_file,
                 ),
             },
             interceptors=interceptors,
@@ -823,6 +1041,308 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    async def resize_pty(
+        self,
+        request: ResizePtyRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ResizePtyResponse:
+        """
+        Resizes the terminal of a process started by ExecStream with `pty` set.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ResizePty",
+                service_name="hostagent.v1.HostAgentService",
+                input=ResizePtyRequest,
+                output=ResizePtyResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def list_processes(
+        self,
+        request: ListProcessesRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListProcessesResponse:
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListProcesses",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListProcessesRequest,
+                output=ListProcessesResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def fork_sandbox(
+        self,
+        request: ForkSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ForkSandboxResponse:
+        """
+        Makes sandboxes that go on from where a running one is, which goes on too. A child that could
+        not be made is an error in its place.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ForkSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=ForkSandboxRequest,
+                output=ForkSandboxResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def create_checkpoint(
+        self,
+        request: CreateCheckpointRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> CreateCheckpointResponse:
+        """
+        A checkpoint is a snapshot that stays in its sandbox's own history; the sandbox goes on.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="CreateCheckpoint",
+                service_name="hostagent.v1.HostAgentService",
+                input=CreateCheckpointRequest,
+                output=CreateCheckpointResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def list_checkpoints(
+        self,
+        request: ListCheckpointsRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListCheckpointsResponse:
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListCheckpoints",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListCheckpointsRequest,
+                output=ListCheckpointsResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def delete_checkpoint(
+        self,
+        request: DeleteCheckpointRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> DeleteCheckpointResponse:
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="DeleteCheckpoint",
+                service_name="hostagent.v1.HostAgentService",
+                input=DeleteCheckpointRequest,
+                output=DeleteCheckpointResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def rollback_sandbox(
+        self,
+        request: RollbackSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> RollbackSandboxResponse:
+        """
+        Returns to a checkpoint, in memory and on disk; what came after it is gone.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="RollbackSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=RollbackSandboxRequest,
+                output=RollbackSandboxResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def list_templates(
+        self,
+        request: ListTemplatesRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListTemplatesResponse:
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListTemplates",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListTemplatesRequest,
+                output=ListTemplatesResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def read_console(
+        self,
+        request: ReadConsoleRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ReadConsoleResponse:
+        """
+        The newest that the guest's console said, 64 KiB at most; what is read is forgotten.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ReadConsole",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadConsoleRequest,
+                output=ReadConsoleResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def stat_file(
+        self,
+        request: StatFileRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> StatFileResponse:
+        """
+        Directory operations, with the rights of `user`.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="StatFile",
+                service_name="hostagent.v1.HostAgentService",
+                input=StatFileRequest,
+                output=StatFileResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def list_files(
+        self,
+        request: ListFilesRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListFilesResponse:
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListFiles",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListFilesRequest,
+                output=ListFilesResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def make_directory(
+        self,
+        request: MakeDirectoryRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> MakeDirectoryResponse:
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="MakeDirectory",
+                service_name="hostagent.v1.HostAgentService",
+                input=MakeDirectoryRequest,
+                output=MakeDirectoryResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def move_file(
+        self,
+        request: MoveFileRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> MoveFileResponse:
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="MoveFile",
+                service_name="hostagent.v1.HostAgentService",
+                input=MoveFileRequest,
+                output=MoveFileResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def remove_file(
+        self,
+        request: RemoveFileRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> RemoveFileResponse:
+        """
+        Removes a file or a whole tree; one that is not there is no error.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="RemoveFile",
+                service_name="hostagent.v1.HostAgentService",
+                input=RemoveFileRequest,
+                output=RemoveFileResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
 
 class HostAgentServiceSync(Protocol):
     """
@@ -922,6 +1442,70 @@ class HostAgentServiceSync(Protocol):
     def send_signal(self, request: SendSignalRequest, ctx: RequestContext[SendSignalRequest, SendSignalResponse], /) -> SendSignalResponse:
         """
         Sends a signal to a process started by ExecStream.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def resize_pty(self, request: ResizePtyRequest, ctx: RequestContext[ResizePtyRequest, ResizePtyResponse], /) -> ResizePtyResponse:
+        """
+        Resizes the terminal of a process started by ExecStream with `pty` set.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def list_processes(self, request: ListProcessesRequest, ctx: RequestContext[ListProcessesRequest, ListProcessesResponse], /) -> ListProcessesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def fork_sandbox(self, request: ForkSandboxRequest, ctx: RequestContext[ForkSandboxRequest, ForkSandboxResponse], /) -> ForkSandboxResponse:
+        """
+        Makes sandboxes that go on from where a running one is, which goes on too. A child that could
+        not be made is an error in its place.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def create_checkpoint(self, request: CreateCheckpointRequest, ctx: RequestContext[CreateCheckpointRequest, CreateCheckpointResponse], /) -> CreateCheckpointResponse:
+        """
+        A checkpoint is a snapshot that stays in its sandbox's own history; the sandbox goes on.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def list_checkpoints(self, request: ListCheckpointsRequest, ctx: RequestContext[ListCheckpointsRequest, ListCheckpointsResponse], /) -> ListCheckpointsResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def delete_checkpoint(self, request: DeleteCheckpointRequest, ctx: RequestContext[DeleteCheckpointRequest, DeleteCheckpointResponse], /) -> DeleteCheckpointResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def rollback_sandbox(self, request: RollbackSandboxRequest, ctx: RequestContext[RollbackSandboxRequest, RollbackSandboxResponse], /) -> RollbackSandboxResponse:
+        """
+        Returns to a checkpoint, in memory and on disk; what came after it is gone.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def list_templates(self, request: ListTemplatesRequest, ctx: RequestContext[ListTemplatesRequest, ListTemplatesResponse], /) -> ListTemplatesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def read_console(self, request: ReadConsoleRequest, ctx: RequestContext[ReadConsoleRequest, ReadConsoleResponse], /) -> ReadConsoleResponse:
+        """
+        The newest that the guest's console said, 64 KiB at most; what is read is forgotten.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def stat_file(self, request: StatFileRequest, ctx: RequestContext[StatFileRequest, StatFileResponse], /) -> StatFileResponse:
+        """
+        Directory operations, with the rights of `user`.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def list_files(self, request: ListFilesRequest, ctx: RequestContext[ListFilesRequest, ListFilesResponse], /) -> ListFilesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def make_directory(self, request: MakeDirectoryRequest, ctx: RequestContext[MakeDirectoryRequest, MakeDirectoryResponse], /) -> MakeDirectoryResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def move_file(self, request: MoveFileRequest, ctx: RequestContext[MoveFileRequest, MoveFileResponse], /) -> MoveFileResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def remove_file(self, request: RemoveFileRequest, ctx: RequestContext[RemoveFileRequest, RemoveFileResponse], /) -> RemoveFileResponse:
+        """
+        Removes a file or a whole tree; one that is not there is no error.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -1160,6 +1744,160 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.UNARY,
                     ),
                     function=service.send_signal,
+                ),
+                "/hostagent.v1.HostAgentService/ResizePty": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="ResizePty",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ResizePtyRequest,
+                        output=ResizePtyResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.resize_pty,
+                ),
+                "/hostagent.v1.HostAgentService/ListProcesses": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="ListProcesses",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListProcessesRequest,
+                        output=ListProcessesResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.list_processes,
+                ),
+                "/hostagent.v1.HostAgentService/ForkSandbox": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="ForkSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ForkSandboxRequest,
+                        output=ForkSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.fork_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/CreateCheckpoint": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="CreateCheckpoint",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=CreateCheckpointRequest,
+                        output=CreateCheckpointResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.create_checkpoint,
+                ),
+                "/hostagent.v1.HostAgentService/ListCheckpoints": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="ListCheckpoints",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListCheckpointsRequest,
+                        output=ListCheckpointsResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.list_checkpoints,
+                ),
+                "/hostagent.v1.HostAgentService/DeleteCheckpoint": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="DeleteCheckpoint",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=DeleteCheckpointRequest,
+                        output=DeleteCheckpointResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.delete_checkpoint,
+                ),
+                "/hostagent.v1.HostAgentService/RollbackSandbox": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="RollbackSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=RollbackSandboxRequest,
+                        output=RollbackSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.rollback_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/ListTemplates": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="ListTemplates",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListTemplatesRequest,
+                        output=ListTemplatesResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.list_templates,
+                ),
+                "/hostagent.v1.HostAgentService/ReadConsole": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="ReadConsole",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadConsoleRequest,
+                        output=ReadConsoleResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.read_console,
+                ),
+                "/hostagent.v1.HostAgentService/StatFile": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="StatFile",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=StatFileRequest,
+                        output=StatFileResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.stat_file,
+                ),
+                "/hostagent.v1.HostAgentService/ListFiles": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="ListFiles",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ListFilesRequest,
+                        output=ListFilesResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.list_files,
+                ),
+                "/hostagent.v1.HostAgentService/MakeDirectory": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="MakeDirectory",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=MakeDirectoryRequest,
+                        output=MakeDirectoryResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.make_directory,
+                ),
+                "/hostagent.v1.HostAgentService/MoveFile": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="MoveFile",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=MoveFileRequest,
+                        output=MoveFileResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.move_file,
+                ),
+                "/hostagent.v1.HostAgentService/RemoveFile": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="RemoveFile",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=RemoveFileRequest,
+                        output=RemoveFileResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.remove_file,
                 ),
             },
             interceptors=interceptors,
@@ -1609,6 +2347,308 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 service_name="hostagent.v1.HostAgentService",
                 input=SendSignalRequest,
                 output=SendSignalResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def resize_pty(
+        self,
+        request: ResizePtyRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ResizePtyResponse:
+        """
+        Resizes the terminal of a process started by ExecStream with `pty` set.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ResizePty",
+                service_name="hostagent.v1.HostAgentService",
+                input=ResizePtyRequest,
+                output=ResizePtyResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def list_processes(
+        self,
+        request: ListProcessesRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListProcessesResponse:
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListProcesses",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListProcessesRequest,
+                output=ListProcessesResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def fork_sandbox(
+        self,
+        request: ForkSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ForkSandboxResponse:
+        """
+        Makes sandboxes that go on from where a running one is, which goes on too. A child that could
+        not be made is an error in its place.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ForkSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=ForkSandboxRequest,
+                output=ForkSandboxResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def create_checkpoint(
+        self,
+        request: CreateCheckpointRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> CreateCheckpointResponse:
+        """
+        A checkpoint is a snapshot that stays in its sandbox's own history; the sandbox goes on.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="CreateCheckpoint",
+                service_name="hostagent.v1.HostAgentService",
+                input=CreateCheckpointRequest,
+                output=CreateCheckpointResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def list_checkpoints(
+        self,
+        request: ListCheckpointsRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListCheckpointsResponse:
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListCheckpoints",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListCheckpointsRequest,
+                output=ListCheckpointsResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def delete_checkpoint(
+        self,
+        request: DeleteCheckpointRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> DeleteCheckpointResponse:
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="DeleteCheckpoint",
+                service_name="hostagent.v1.HostAgentService",
+                input=DeleteCheckpointRequest,
+                output=DeleteCheckpointResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def rollback_sandbox(
+        self,
+        request: RollbackSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> RollbackSandboxResponse:
+        """
+        Returns to a checkpoint, in memory and on disk; what came after it is gone.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="RollbackSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=RollbackSandboxRequest,
+                output=RollbackSandboxResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def list_templates(
+        self,
+        request: ListTemplatesRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListTemplatesResponse:
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListTemplates",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListTemplatesRequest,
+                output=ListTemplatesResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def read_console(
+        self,
+        request: ReadConsoleRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ReadConsoleResponse:
+        """
+        The newest that the guest's console said, 64 KiB at most; what is read is forgotten.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ReadConsole",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadConsoleRequest,
+                output=ReadConsoleResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def stat_file(
+        self,
+        request: StatFileRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> StatFileResponse:
+        """
+        Directory operations, with the rights of `user`.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="StatFile",
+                service_name="hostagent.v1.HostAgentService",
+                input=StatFileRequest,
+                output=StatFileResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def list_files(
+        self,
+        request: ListFilesRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ListFilesResponse:
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="ListFiles",
+                service_name="hostagent.v1.HostAgentService",
+                input=ListFilesRequest,
+                output=ListFilesResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def make_directory(
+        self,
+        request: MakeDirectoryRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> MakeDirectoryResponse:
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="MakeDirectory",
+                service_name="hostagent.v1.HostAgentService",
+                input=MakeDirectoryRequest,
+                output=MakeDirectoryResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def move_file(
+        self,
+        request: MoveFileRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> MoveFileResponse:
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="MoveFile",
+                service_name="hostagent.v1.HostAgentService",
+                input=MoveFileRequest,
+                output=MoveFileResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def remove_file(
+        self,
+        request: RemoveFileRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> RemoveFileResponse:
+        """
+        Removes a file or a whole tree; one that is not there is no error.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="RemoveFile",
+                service_name="hostagent.v1.HostAgentService",
+                input=RemoveFileRequest,
+                output=RemoveFileResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
             ),

@@ -268,7 +268,7 @@ class PauseSandboxResponse(Message[_PauseSandboxResponseFields]):
         ) -> None:
             pass
 
-_ResumeSandboxRequestFields: TypeAlias = Literal["sandbox_id", "timeout_sec"]
+_ResumeSandboxRequestFields: TypeAlias = Literal["sandbox_id", "timeout_sec", "keep_timeout"]
 
 class ResumeSandboxRequest(Message[_ResumeSandboxRequestFields]):
     """
@@ -282,12 +282,20 @@ class ResumeSandboxRequest(Message[_ResumeSandboxRequestFields]):
             string sandbox_id = 1;
             ```
         timeout_sec:
+            The new idle limit; 0 is never.
+
             ```proto
             int32 timeout_sec = 2;
             ```
+        keep_timeout:
+            Keep the idle limit that it has.
+
+            ```proto
+            bool keep_timeout = 100;
+            ```
     """
 
-    __slots__ = ("sandbox_id", "timeout_sec")
+    __slots__ = ("sandbox_id", "timeout_sec", "keep_timeout")
 
     if TYPE_CHECKING:
 
@@ -296,11 +304,13 @@ class ResumeSandboxRequest(Message[_ResumeSandboxRequestFields]):
             *,
             sandbox_id: str = "",
             timeout_sec: int = 0,
+            keep_timeout: bool = False,
         ) -> None:
             pass
 
         sandbox_id: str
         timeout_sec: int
+        keep_timeout: bool
 
 _ResumeSandboxResponseFields: TypeAlias = Literal["sandbox_id", "status", "host_ip"]
 
@@ -342,7 +352,7 @@ class ResumeSandboxResponse(Message[_ResumeSandboxResponseFields]):
         status: str
         host_ip: str
 
-_CreateSnapshotRequestFields: TypeAlias = Literal["sandbox_id", "name"]
+_CreateSnapshotRequestFields: TypeAlias = Literal["sandbox_id", "name", "live"]
 
 class CreateSnapshotRequest(Message[_CreateSnapshotRequestFields]):
     """
@@ -359,9 +369,15 @@ class CreateSnapshotRequest(Message[_CreateSnapshotRequestFields]):
             ```proto
             string name = 2;
             ```
+        live:
+            Leave the sandbox running; otherwise it is paused.
+
+            ```proto
+            bool live = 100;
+            ```
     """
 
-    __slots__ = ("sandbox_id", "name")
+    __slots__ = ("sandbox_id", "name", "live")
 
     if TYPE_CHECKING:
 
@@ -370,11 +386,13 @@ class CreateSnapshotRequest(Message[_CreateSnapshotRequestFields]):
             *,
             sandbox_id: str = "",
             name: str = "",
+            live: bool = False,
         ) -> None:
             pass
 
         sandbox_id: str
         name: str
+        live: bool
 
 _CreateSnapshotResponseFields: TypeAlias = Literal["name", "size_bytes"]
 
@@ -848,7 +866,7 @@ class ReadFileResponse(Message[_ReadFileResponseFields]):
 
         content: bytes
 
-_ExecStreamRequestFields: TypeAlias = Literal["sandbox_id", "cmd", "args", "timeout_sec", "envs", "cwd", "user", "stdin"]
+_ExecStreamRequestFields: TypeAlias = Literal["sandbox_id", "cmd", "args", "timeout_sec", "envs", "cwd", "user", "stdin", "pty"]
 
 class ExecStreamRequest(Message[_ExecStreamRequestFields]):
     """
@@ -897,9 +915,15 @@ class ExecStreamRequest(Message[_ExecStreamRequestFields]):
             ```proto
             bool stdin = 103;
             ```
+        pty:
+            Run it on a terminal of this size; its output is then stdout alone, and its input is open.
+
+            ```proto
+            optional hostagent.v1.PtySize pty = 104;
+            ```
     """
 
-    __slots__ = ("sandbox_id", "cmd", "args", "timeout_sec", "envs", "cwd", "user", "stdin")
+    __slots__ = ("sandbox_id", "cmd", "args", "timeout_sec", "envs", "cwd", "user", "stdin", "pty")
 
     if TYPE_CHECKING:
 
@@ -914,6 +938,7 @@ class ExecStreamRequest(Message[_ExecStreamRequestFields]):
             cwd: str = "",
             user: str = "",
             stdin: bool = False,
+            pty: PtySize | None = None,
         ) -> None:
             pass
 
@@ -925,6 +950,41 @@ class ExecStreamRequest(Message[_ExecStreamRequestFields]):
         cwd: str
         user: str
         stdin: bool
+        pty: PtySize | None
+
+_PtySizeFields: TypeAlias = Literal["cols", "rows"]
+
+class PtySize(Message[_PtySizeFields]):
+    """
+    ```proto
+    message hostagent.v1.PtySize
+    ```
+
+    Attributes:
+        cols:
+            ```proto
+            uint32 cols = 1;
+            ```
+        rows:
+            ```proto
+            uint32 rows = 2;
+            ```
+    """
+
+    __slots__ = ("cols", "rows")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            cols: int = 0,
+            rows: int = 0,
+        ) -> None:
+            pass
+
+        cols: int
+        rows: int
 
 _ExecStreamResponseFields: TypeAlias = Literal["start", "data", "end"]
 
@@ -1674,9 +1734,1159 @@ class SendSignalResponse(Message[_SendSignalResponseFields]):
         ) -> None:
             pass
 
+_ResizePtyRequestFields: TypeAlias = Literal["sandbox_id", "pid", "pty"]
+
+class ResizePtyRequest(Message[_ResizePtyRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.ResizePtyRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        pid:
+            ```proto
+            uint32 pid = 2;
+            ```
+        pty:
+            ```proto
+            optional hostagent.v1.PtySize pty = 3;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "pid", "pty")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            pid: int = 0,
+            pty: PtySize | None = None,
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        pid: int
+        pty: PtySize | None
+
+_ResizePtyResponseFields: TypeAlias = NoReturn
+
+class ResizePtyResponse(Message[_ResizePtyResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.ResizePtyResponse
+    ```
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+        ) -> None:
+            pass
+
+_ListProcessesRequestFields: TypeAlias = Literal["sandbox_id"]
+
+class ListProcessesRequest(Message[_ListProcessesRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.ListProcessesRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+    """
+
+    __slots__ = ("sandbox_id",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+
+_ListProcessesResponseFields: TypeAlias = Literal["processes"]
+
+class ListProcessesResponse(Message[_ListProcessesResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.ListProcessesResponse
+    ```
+
+    Attributes:
+        processes:
+            ```proto
+            repeated hostagent.v1.ProcessInfo processes = 1;
+            ```
+    """
+
+    __slots__ = ("processes",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            processes: list[ProcessInfo] | None = None,
+        ) -> None:
+            pass
+
+        processes: list[ProcessInfo]
+
+_ProcessInfoFields: TypeAlias = Literal["pid", "cmd", "args", "cwd"]
+
+class ProcessInfo(Message[_ProcessInfoFields]):
+    """
+    A process that was started by a call and runs.
+
+    ```proto
+    message hostagent.v1.ProcessInfo
+    ```
+
+    Attributes:
+        pid:
+            ```proto
+            uint32 pid = 1;
+            ```
+        cmd:
+            ```proto
+            string cmd = 2;
+            ```
+        args:
+            ```proto
+            repeated string args = 3;
+            ```
+        cwd:
+            ```proto
+            string cwd = 4;
+            ```
+    """
+
+    __slots__ = ("pid", "cmd", "args", "cwd")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            pid: int = 0,
+            cmd: str = "",
+            args: list[str] | None = None,
+            cwd: str = "",
+        ) -> None:
+            pass
+
+        pid: int
+        cmd: str
+        args: list[str]
+        cwd: str
+
+_ForkSandboxRequestFields: TypeAlias = Literal["sandbox_id", "child_ids", "count", "timeout_sec"]
+
+class ForkSandboxRequest(Message[_ForkSandboxRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.ForkSandboxRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        child_ids:
+            Ids of the children; empty lets the agent make `count`.
+
+            ```proto
+            repeated string child_ids = 2;
+            ```
+        count:
+            How many children; 0 is 1.
+
+            ```proto
+            int32 count = 3;
+            ```
+        timeout_sec:
+            Idle limit of the children; 0 is that of the source.
+
+            ```proto
+            int32 timeout_sec = 4;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "child_ids", "count", "timeout_sec")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            child_ids: list[str] | None = None,
+            count: int = 0,
+            timeout_sec: int = 0,
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        child_ids: list[str]
+        count: int
+        timeout_sec: int
+
+_ForkSandboxResponseFields: TypeAlias = Literal["children"]
+
+class ForkSandboxResponse(Message[_ForkSandboxResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.ForkSandboxResponse
+    ```
+
+    Attributes:
+        children:
+            ```proto
+            repeated hostagent.v1.ForkedSandbox children = 1;
+            ```
+    """
+
+    __slots__ = ("children",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            children: list[ForkedSandbox] | None = None,
+        ) -> None:
+            pass
+
+        children: list[ForkedSandbox]
+
+_ForkedSandboxFields: TypeAlias = Literal["sandbox_id", "status", "host_ip", "error", "error_message"]
+
+class ForkedSandbox(Message[_ForkedSandboxFields]):
+    """
+    ```proto
+    message hostagent.v1.ForkedSandbox
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        status:
+            ```proto
+            string status = 2;
+            ```
+        host_ip:
+            ```proto
+            string host_ip = 3;
+            ```
+        error:
+            Why it could not be made; absent when it was.
+
+            ```proto
+            optional hostagent.v1.ErrorInfo error = 4;
+            ```
+        error_message:
+            ```proto
+            string error_message = 5;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "status", "host_ip", "error", "error_message")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            status: str = "",
+            host_ip: str = "",
+            error: ErrorInfo | None = None,
+            error_message: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        status: str
+        host_ip: str
+        error: ErrorInfo | None
+        error_message: str
+
+_CreateCheckpointRequestFields: TypeAlias = Literal["sandbox_id", "comment"]
+
+class CreateCheckpointRequest(Message[_CreateCheckpointRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.CreateCheckpointRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        comment:
+            ```proto
+            string comment = 2;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "comment")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            comment: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        comment: str
+
+_CreateCheckpointResponseFields: TypeAlias = Literal["checkpoint"]
+
+class CreateCheckpointResponse(Message[_CreateCheckpointResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.CreateCheckpointResponse
+    ```
+
+    Attributes:
+        checkpoint:
+            ```proto
+            optional hostagent.v1.CheckpointInfo checkpoint = 1;
+            ```
+    """
+
+    __slots__ = ("checkpoint",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            checkpoint: CheckpointInfo | None = None,
+        ) -> None:
+            pass
+
+        checkpoint: CheckpointInfo | None
+
+_CheckpointInfoFields: TypeAlias = Literal["checkpoint_id", "comment", "created_at_unix", "size_bytes"]
+
+class CheckpointInfo(Message[_CheckpointInfoFields]):
+    """
+    ```proto
+    message hostagent.v1.CheckpointInfo
+    ```
+
+    Attributes:
+        checkpoint_id:
+            ```proto
+            string checkpoint_id = 1;
+            ```
+        comment:
+            ```proto
+            string comment = 2;
+            ```
+        created_at_unix:
+            ```proto
+            int64 created_at_unix = 3;
+            ```
+        size_bytes:
+            ```proto
+            int64 size_bytes = 4;
+            ```
+    """
+
+    __slots__ = ("checkpoint_id", "comment", "created_at_unix", "size_bytes")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            checkpoint_id: str = "",
+            comment: str = "",
+            created_at_unix: int = 0,
+            size_bytes: int = 0,
+        ) -> None:
+            pass
+
+        checkpoint_id: str
+        comment: str
+        created_at_unix: int
+        size_bytes: int
+
+_ListCheckpointsRequestFields: TypeAlias = Literal["sandbox_id"]
+
+class ListCheckpointsRequest(Message[_ListCheckpointsRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.ListCheckpointsRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+    """
+
+    __slots__ = ("sandbox_id",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+
+_ListCheckpointsResponseFields: TypeAlias = Literal["checkpoints"]
+
+class ListCheckpointsResponse(Message[_ListCheckpointsResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.ListCheckpointsResponse
+    ```
+
+    Attributes:
+        checkpoints:
+            Oldest first.
+
+            ```proto
+            repeated hostagent.v1.CheckpointInfo checkpoints = 1;
+            ```
+    """
+
+    __slots__ = ("checkpoints",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            checkpoints: list[CheckpointInfo] | None = None,
+        ) -> None:
+            pass
+
+        checkpoints: list[CheckpointInfo]
+
+_DeleteCheckpointRequestFields: TypeAlias = Literal["sandbox_id", "checkpoint_id"]
+
+class DeleteCheckpointRequest(Message[_DeleteCheckpointRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.DeleteCheckpointRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        checkpoint_id:
+            ```proto
+            string checkpoint_id = 2;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "checkpoint_id")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            checkpoint_id: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        checkpoint_id: str
+
+_DeleteCheckpointResponseFields: TypeAlias = NoReturn
+
+class DeleteCheckpointResponse(Message[_DeleteCheckpointResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.DeleteCheckpointResponse
+    ```
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+        ) -> None:
+            pass
+
+_RollbackSandboxRequestFields: TypeAlias = Literal["sandbox_id", "checkpoint_id"]
+
+class RollbackSandboxRequest(Message[_RollbackSandboxRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.RollbackSandboxRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        checkpoint_id:
+            ```proto
+            string checkpoint_id = 2;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "checkpoint_id")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            checkpoint_id: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        checkpoint_id: str
+
+_RollbackSandboxResponseFields: TypeAlias = Literal["status", "host_ip"]
+
+class RollbackSandboxResponse(Message[_RollbackSandboxResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.RollbackSandboxResponse
+    ```
+
+    Attributes:
+        status:
+            ```proto
+            string status = 1;
+            ```
+        host_ip:
+            ```proto
+            string host_ip = 2;
+            ```
+    """
+
+    __slots__ = ("status", "host_ip")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            status: str = "",
+            host_ip: str = "",
+        ) -> None:
+            pass
+
+        status: str
+        host_ip: str
+
+_ListTemplatesRequestFields: TypeAlias = NoReturn
+
+class ListTemplatesRequest(Message[_ListTemplatesRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.ListTemplatesRequest
+    ```
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+        ) -> None:
+            pass
+
+_ListTemplatesResponseFields: TypeAlias = Literal["templates"]
+
+class ListTemplatesResponse(Message[_ListTemplatesResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.ListTemplatesResponse
+    ```
+
+    Attributes:
+        templates:
+            ```proto
+            repeated hostagent.v1.TemplateInfo templates = 1;
+            ```
+    """
+
+    __slots__ = ("templates",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            templates: list[TemplateInfo] | None = None,
+        ) -> None:
+            pass
+
+        templates: list[TemplateInfo]
+
+_TemplateInfoFields: TypeAlias = Literal["name", "kind", "vcpus", "memory_mb", "disk_size_mb", "size_bytes"]
+
+class TemplateInfo(Message[_TemplateInfoFields]):
+    """
+    ```proto
+    message hostagent.v1.TemplateInfo
+    ```
+
+    Attributes:
+        name:
+            ```proto
+            string name = 1;
+            ```
+        kind:
+            `image` (a disk) or `snapshot` (disk and memory).
+
+            ```proto
+            string kind = 2;
+            ```
+        vcpus:
+            Of a snapshot, which fixes them; 0 for an image.
+
+            ```proto
+            int32 vcpus = 3;
+            ```
+        memory_mb:
+            ```proto
+            int32 memory_mb = 4;
+            ```
+        disk_size_mb:
+            ```proto
+            int32 disk_size_mb = 5;
+            ```
+        size_bytes:
+            Blocks it takes on the host.
+
+            ```proto
+            int64 size_bytes = 6;
+            ```
+    """
+
+    __slots__ = ("name", "kind", "vcpus", "memory_mb", "disk_size_mb", "size_bytes")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            name: str = "",
+            kind: str = "",
+            vcpus: int = 0,
+            memory_mb: int = 0,
+            disk_size_mb: int = 0,
+            size_bytes: int = 0,
+        ) -> None:
+            pass
+
+        name: str
+        kind: str
+        vcpus: int
+        memory_mb: int
+        disk_size_mb: int
+        size_bytes: int
+
+_ReadConsoleRequestFields: TypeAlias = Literal["sandbox_id"]
+
+class ReadConsoleRequest(Message[_ReadConsoleRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.ReadConsoleRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+    """
+
+    __slots__ = ("sandbox_id",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+
+_ReadConsoleResponseFields: TypeAlias = Literal["content"]
+
+class ReadConsoleResponse(Message[_ReadConsoleResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.ReadConsoleResponse
+    ```
+
+    Attributes:
+        content:
+            ```proto
+            bytes content = 1;
+            ```
+    """
+
+    __slots__ = ("content",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            content: bytes = b"",
+        ) -> None:
+            pass
+
+        content: bytes
+
+_FileInfoFields: TypeAlias = Literal["name", "path", "type", "size_bytes", "mode", "owner", "group", "modified_at_unix", "symlink_target"]
+
+class FileInfo(Message[_FileInfoFields]):
+    """
+    ```proto
+    message hostagent.v1.FileInfo
+    ```
+
+    Attributes:
+        name:
+            ```proto
+            string name = 1;
+            ```
+        path:
+            ```proto
+            string path = 2;
+            ```
+        type:
+            `file`, `directory`, `symlink` or `other`; of a link, its target's.
+
+            ```proto
+            string type = 3;
+            ```
+        size_bytes:
+            ```proto
+            int64 size_bytes = 4;
+            ```
+        mode:
+            ```proto
+            uint32 mode = 5;
+            ```
+        owner:
+            ```proto
+            string owner = 6;
+            ```
+        group:
+            ```proto
+            string group = 7;
+            ```
+        modified_at_unix:
+            ```proto
+            int64 modified_at_unix = 8;
+            ```
+        symlink_target:
+            ```proto
+            string symlink_target = 9;
+            ```
+    """
+
+    __slots__ = ("name", "path", "type", "size_bytes", "mode", "owner", "group", "modified_at_unix", "symlink_target")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            name: str = "",
+            path: str = "",
+            type: str = "",
+            size_bytes: int = 0,
+            mode: int = 0,
+            owner: str = "",
+            group: str = "",
+            modified_at_unix: int = 0,
+            symlink_target: str = "",
+        ) -> None:
+            pass
+
+        name: str
+        path: str
+        type: str
+        size_bytes: int
+        mode: int
+        owner: str
+        group: str
+        modified_at_unix: int
+        symlink_target: str
+
+_StatFileRequestFields: TypeAlias = Literal["sandbox_id", "path", "user"]
+
+class StatFileRequest(Message[_StatFileRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.StatFileRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        path:
+            ```proto
+            string path = 2;
+            ```
+        user:
+            ```proto
+            string user = 3;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "path", "user")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            path: str = "",
+            user: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        path: str
+        user: str
+
+_StatFileResponseFields: TypeAlias = Literal["file"]
+
+class StatFileResponse(Message[_StatFileResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.StatFileResponse
+    ```
+
+    Attributes:
+        file:
+            ```proto
+            optional hostagent.v1.FileInfo file = 1;
+            ```
+    """
+
+    __slots__ = ("file",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            file: FileInfo | None = None,
+        ) -> None:
+            pass
+
+        file: FileInfo | None
+
+_ListFilesRequestFields: TypeAlias = Literal["sandbox_id", "path", "user", "depth"]
+
+class ListFilesRequest(Message[_ListFilesRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.ListFilesRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        path:
+            ```proto
+            string path = 2;
+            ```
+        user:
+            ```proto
+            string user = 3;
+            ```
+        depth:
+            How many levels; 0 is 1.
+
+            ```proto
+            uint32 depth = 4;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "path", "user", "depth")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            path: str = "",
+            user: str = "",
+            depth: int = 0,
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        path: str
+        user: str
+        depth: int
+
+_ListFilesResponseFields: TypeAlias = Literal["files"]
+
+class ListFilesResponse(Message[_ListFilesResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.ListFilesResponse
+    ```
+
+    Attributes:
+        files:
+            ```proto
+            repeated hostagent.v1.FileInfo files = 1;
+            ```
+    """
+
+    __slots__ = ("files",)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            files: list[FileInfo] | None = None,
+        ) -> None:
+            pass
+
+        files: list[FileInfo]
+
+_MakeDirectoryRequestFields: TypeAlias = Literal["sandbox_id", "path", "user"]
+
+class MakeDirectoryRequest(Message[_MakeDirectoryRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.MakeDirectoryRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        path:
+            ```proto
+            string path = 2;
+            ```
+        user:
+            ```proto
+            string user = 3;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "path", "user")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            path: str = "",
+            user: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        path: str
+        user: str
+
+_MakeDirectoryResponseFields: TypeAlias = NoReturn
+
+class MakeDirectoryResponse(Message[_MakeDirectoryResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.MakeDirectoryResponse
+    ```
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+        ) -> None:
+            pass
+
+_MoveFileRequestFields: TypeAlias = Literal["sandbox_id", "source", "destination", "user"]
+
+class MoveFileRequest(Message[_MoveFileRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.MoveFileRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        source:
+            ```proto
+            string source = 2;
+            ```
+        destination:
+            ```proto
+            string destination = 3;
+            ```
+        user:
+            ```proto
+            string user = 4;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "source", "destination", "user")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            source: str = "",
+            destination: str = "",
+            user: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        source: str
+        destination: str
+        user: str
+
+_MoveFileResponseFields: TypeAlias = NoReturn
+
+class MoveFileResponse(Message[_MoveFileResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.MoveFileResponse
+    ```
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+        ) -> None:
+            pass
+
+_RemoveFileRequestFields: TypeAlias = Literal["sandbox_id", "path", "user"]
+
+class RemoveFileRequest(Message[_RemoveFileRequestFields]):
+    """
+    ```proto
+    message hostagent.v1.RemoveFileRequest
+    ```
+
+    Attributes:
+        sandbox_id:
+            ```proto
+            string sandbox_id = 1;
+            ```
+        path:
+            ```proto
+            string path = 2;
+            ```
+        user:
+            ```proto
+            string user = 3;
+            ```
+    """
+
+    __slots__ = ("sandbox_id", "path", "user")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sandbox_id: str = "",
+            path: str = "",
+            user: str = "",
+        ) -> None:
+            pass
+
+        sandbox_id: str
+        path: str
+        user: str
+
+_RemoveFileResponseFields: TypeAlias = NoReturn
+
+class RemoveFileResponse(Message[_RemoveFileResponseFields]):
+    """
+    ```proto
+    message hostagent.v1.RemoveFileResponse
+    ```
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+        ) -> None:
+            pass
+
 
 _DESC = file_desc(
-    b'\n\x1chostagent/v1/hostagent.proto\x12\x0chostagent.v1"3\n\tErrorInfo\x12\x12\n\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n\x04hint\x18\x02 \x01(\tR\x04hint"\xc2\x02\n\x14CreateSandboxRequest\x12\x1d\n\nsandbox_id\x18\x05 \x01(\tR\tsandboxId\x12\x1a\n\x08template\x18\x01 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x03 \x01(\x05R\x08memoryMb\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18\x06 \x01(\x05R\ndiskSizeMb\x12@\n\x04envs\x18d \x03(\x0b2,.hostagent.v1.CreateSandboxRequest.EnvsEntryR\x04envs\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"g\n\x15CreateSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp"6\n\x15DestroySandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x18\n\x16DestroySandboxResponse"4\n\x13PauseSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x16\n\x14PauseSandboxResponse"V\n\x14ResumeSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n\x0btimeout_sec\x18\x02 \x01(\x05R\ntimeoutSec"g\n\x15ResumeSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp"J\n\x15CreateSnapshotRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name"K\n\x16CreateSnapshotResponse\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes"+\n\x15DeleteSnapshotRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"\x18\n\x16DeleteSnapshotResponse"\x8b\x02\n\x0bExecRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x127\n\x04envs\x18d \x03(\x0b2#.hostagent.v1.ExecRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"[\n\x0cExecResponse\x12\x16\n\x06stdout\x18\x01 \x01(\x0cR\x06stdout\x12\x16\n\x06stderr\x18\x02 \x01(\x0cR\x06stderr\x12\x1b\n\texit_code\x18\x03 \x01(\x05R\x08exitCode"\x16\n\x14ListSandboxesRequest"\x87\x01\n\x15ListSandboxesResponse\x127\n\tsandboxes\x18\x01 \x03(\x0b2\x19.hostagent.v1.SandboxInfoR\tsandboxes\x125\n\x17auto_paused_sandbox_ids\x18\x02 \x03(\tR\x14autoPausedSandboxIds"\xeb\x02\n\x0bSandboxInfo\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x1a\n\x08template\x18\x03 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x04 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x05 \x01(\x05R\x08memoryMb\x12\x17\n\x07host_ip\x18\x06 \x01(\tR\x06hostIp\x12&\n\x0fcreated_at_unix\x18\x07 \x01(\x03R\rcreatedAtUnix\x12-\n\x13last_active_at_unix\x18\x08 \x01(\x03R\x10lastActiveAtUnix\x12\x1f\n\x0btimeout_sec\x18\t \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18d \x01(\x05R\ndiskSizeMb\x12#\n\rstatus_reason\x18e \x01(\tR\x0cstatusReason"s\n\x10WriteFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n\x07content\x18\x03 \x01(\x0cR\x07content\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x13\n\x11WriteFileResponse"X\n\x0fReadFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user",\n\x10ReadFileResponse\x12\x18\n\x07content\x18\x01 \x01(\x0cR\x07content"\xad\x02\n\x11ExecStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12=\n\x04envs\x18d \x03(\x0b2).hostagent.v1.ExecStreamRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x12\x14\n\x05stdin\x18g \x01(\x08R\x05stdin\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"\xb9\x01\n\x12ExecStreamResponse\x125\n\x05start\x18\x01 \x01(\x0b2\x1d.hostagent.v1.ExecStreamStartH\x00R\x05start\x122\n\x04data\x18\x02 \x01(\x0b2\x1c.hostagent.v1.ExecStreamDataH\x00R\x04data\x12/\n\x03end\x18\x03 \x01(\x0b2\x1b.hostagent.v1.ExecStreamEndH\x00R\x03endB\x07\n\x05event"#\n\x0fExecStreamStart\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid"N\n\x0eExecStreamData\x12\x18\n\x06stdout\x18\x01 \x01(\x0cH\x00R\x06stdout\x12\x18\n\x06stderr\x18\x02 \x01(\x0cH\x00R\x06stderrB\x08\n\x06output"Z\n\rExecStreamEnd\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08exitCode\x12\x14\n\x05error\x18\x02 \x01(\tR\x05error\x12\x16\n\x06signal\x18d \x01(\x05R\x06signal"t\n\x16WriteFileStreamRequest\x127\n\x04meta\x18\x01 \x01(\x0b2!.hostagent.v1.WriteFileStreamMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\\\n\x13WriteFileStreamMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x19\n\x17WriteFileStreamResponse"^\n\x15ReadFileStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user".\n\x16ReadFileStreamResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"3\n\x12PingSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x15\n\x13PingSandboxResponse"\x12\n\x10TerminateRequest"\x13\n\x11TerminateResponse"\x89\x01\n\x0bMetricPoint\x12%\n\x0etimestamp_unix\x18\x01 \x01(\x03R\rtimestampUnix\x12\x17\n\x07cpu_pct\x18\x02 \x01(\x01R\x06cpuPct\x12\x1b\n\tmem_bytes\x18\x03 \x01(\x03R\x08memBytes\x12\x1d\n\ndisk_bytes\x18\x04 \x01(\x03R\tdiskBytes"O\n\x18GetSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n\x05range\x18\x02 \x01(\tR\x05range"N\n\x19GetSandboxMetricsResponse\x121\n\x06points\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x06points";\n\x1aFlushSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\xc9\x01\n\x1bFlushSandboxMetricsResponse\x128\n\npoints_10m\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints10m\x126\n\tpoints_2h\x18\x02 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x08points2h\x128\n\npoints_24h\x18\x03 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints24h"I\n\x14FlattenRootfsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name"6\n\x15FlattenRootfsResponse\x12\x1d\n\nsize_bytes\x18\x01 \x01(\x03R\tsizeBytes"l\n\x12StreamInputRequest\x123\n\x04meta\x18\x01 \x01(\x0b2\x1d.hostagent.v1.StreamInputMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"B\n\x0fStreamInputMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid"\x15\n\x13StreamInputResponse"\\\n\x11SendSignalRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n\x06signal\x18\x03 \x01(\x05R\x06signal"\x14\n\x12SendSignalResponse2\xef\r\n\x10HostAgentService\x12X\n\rCreateSandbox\x12".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n\x0eDestroySandbox\x12#.hostagent.v1.DestroySandboxRequest\x1a$.hostagent.v1.DestroySandboxResponse\x12U\n\x0cPauseSandbox\x12!.hostagent.v1.PauseSandboxRequest\x1a".hostagent.v1.PauseSandboxResponse\x12X\n\rResumeSandbox\x12".hostagent.v1.ResumeSandboxRequest\x1a#.hostagent.v1.ResumeSandboxResponse\x12=\n\x04Exec\x12\x19.hostagent.v1.ExecRequest\x1a\x1a.hostagent.v1.ExecResponse\x12X\n\rListSandboxes\x12".hostagent.v1.ListSandboxesRequest\x1a#.hostagent.v1.ListSandboxesResponse\x12L\n\tWriteFile\x12\x1e.hostagent.v1.WriteFileRequest\x1a\x1f.hostagent.v1.WriteFileResponse\x12I\n\x08ReadFile\x12\x1d.hostagent.v1.ReadFileRequest\x1a\x1e.hostagent.v1.ReadFileResponse\x12[\n\x0eCreateSnapshot\x12#.hostagent.v1.CreateSnapshotRequest\x1a$.hostagent.v1.CreateSnapshotResponse\x12[\n\x0eDeleteSnapshot\x12#.hostagent.v1.DeleteSnapshotRequest\x1a$.hostagent.v1.DeleteSnapshotResponse\x12Q\n\nExecStream\x12\x1f.hostagent.v1.ExecStreamRequest\x1a .hostagent.v1.ExecStreamResponse0\x01\x12`\n\x0fWriteFileStream\x12$.hostagent.v1.WriteFileStreamRequest\x1a%.hostagent.v1.WriteFileStreamResponse(\x01\x12]\n\x0eReadFileStream\x12#.hostagent.v1.ReadFileStreamRequest\x1a$.hostagent.v1.ReadFileStreamResponse0\x01\x12R\n\x0bPingSandbox\x12 .hostagent.v1.PingSandboxRequest\x1a!.hostagent.v1.PingSandboxResponse\x12L\n\tTerminate\x12\x1e.hostagent.v1.TerminateRequest\x1a\x1f.hostagent.v1.TerminateResponse\x12d\n\x11GetSandboxMetrics\x12&.hostagent.v1.GetSandboxMetricsRequest\x1a\'.hostagent.v1.GetSandboxMetricsResponse\x12j\n\x13FlushSandboxMetrics\x12(.hostagent.v1.FlushSandboxMetricsRequest\x1a).hostagent.v1.FlushSandboxMetricsResponse\x12X\n\rFlattenRootfs\x12".hostagent.v1.FlattenRootfsRequest\x1a#.hostagent.v1.FlattenRootfsResponse\x12T\n\x0bStreamInput\x12 .hostagent.v1.StreamInputRequest\x1a!.hostagent.v1.StreamInputResponse(\x01\x12O\n\nSendSignal\x12\x1f.hostagent.v1.SendSignalRequest\x1a .hostagent.v1.SendSignalResponseb\x06proto3',
+    b'\n\x1chostagent/v1/hostagent.proto\x12\x0chostagent.v1"3\n\tErrorInfo\x12\x12\n\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n\x04hint\x18\x02 \x01(\tR\x04hint"\xc2\x02\n\x14CreateSandboxRequest\x12\x1d\n\nsandbox_id\x18\x05 \x01(\tR\tsandboxId\x12\x1a\n\x08template\x18\x01 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x03 \x01(\x05R\x08memoryMb\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18\x06 \x01(\x05R\ndiskSizeMb\x12@\n\x04envs\x18d \x03(\x0b2,.hostagent.v1.CreateSandboxRequest.EnvsEntryR\x04envs\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"g\n\x15CreateSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp"6\n\x15DestroySandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x18\n\x16DestroySandboxResponse"4\n\x13PauseSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x16\n\x14PauseSandboxResponse"y\n\x14ResumeSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n\x0btimeout_sec\x18\x02 \x01(\x05R\ntimeoutSec\x12!\n\x0ckeep_timeout\x18d \x01(\x08R\x0bkeepTimeout"g\n\x15ResumeSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp"^\n\x15CreateSnapshotRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n\x04live\x18d \x01(\x08R\x04live"K\n\x16CreateSnapshotResponse\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes"+\n\x15DeleteSnapshotRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"\x18\n\x16DeleteSnapshotResponse"\x8b\x02\n\x0bExecRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x127\n\x04envs\x18d \x03(\x0b2#.hostagent.v1.ExecRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"[\n\x0cExecResponse\x12\x16\n\x06stdout\x18\x01 \x01(\x0cR\x06stdout\x12\x16\n\x06stderr\x18\x02 \x01(\x0cR\x06stderr\x12\x1b\n\texit_code\x18\x03 \x01(\x05R\x08exitCode"\x16\n\x14ListSandboxesRequest"\x87\x01\n\x15ListSandboxesResponse\x127\n\tsandboxes\x18\x01 \x03(\x0b2\x19.hostagent.v1.SandboxInfoR\tsandboxes\x125\n\x17auto_paused_sandbox_ids\x18\x02 \x03(\tR\x14autoPausedSandboxIds"\xeb\x02\n\x0bSandboxInfo\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x1a\n\x08template\x18\x03 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x04 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x05 \x01(\x05R\x08memoryMb\x12\x17\n\x07host_ip\x18\x06 \x01(\tR\x06hostIp\x12&\n\x0fcreated_at_unix\x18\x07 \x01(\x03R\rcreatedAtUnix\x12-\n\x13last_active_at_unix\x18\x08 \x01(\x03R\x10lastActiveAtUnix\x12\x1f\n\x0btimeout_sec\x18\t \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18d \x01(\x05R\ndiskSizeMb\x12#\n\rstatus_reason\x18e \x01(\tR\x0cstatusReason"s\n\x10WriteFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n\x07content\x18\x03 \x01(\x0cR\x07content\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x13\n\x11WriteFileResponse"X\n\x0fReadFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user",\n\x10ReadFileResponse\x12\x18\n\x07content\x18\x01 \x01(\x0cR\x07content"\xd6\x02\n\x11ExecStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12=\n\x04envs\x18d \x03(\x0b2).hostagent.v1.ExecStreamRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x12\x14\n\x05stdin\x18g \x01(\x08R\x05stdin\x12\'\n\x03pty\x18h \x01(\x0b2\x15.hostagent.v1.PtySizeR\x03pty\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"1\n\x07PtySize\x12\x12\n\x04cols\x18\x01 \x01(\rR\x04cols\x12\x12\n\x04rows\x18\x02 \x01(\rR\x04rows"\xb9\x01\n\x12ExecStreamResponse\x125\n\x05start\x18\x01 \x01(\x0b2\x1d.hostagent.v1.ExecStreamStartH\x00R\x05start\x122\n\x04data\x18\x02 \x01(\x0b2\x1c.hostagent.v1.ExecStreamDataH\x00R\x04data\x12/\n\x03end\x18\x03 \x01(\x0b2\x1b.hostagent.v1.ExecStreamEndH\x00R\x03endB\x07\n\x05event"#\n\x0fExecStreamStart\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid"N\n\x0eExecStreamData\x12\x18\n\x06stdout\x18\x01 \x01(\x0cH\x00R\x06stdout\x12\x18\n\x06stderr\x18\x02 \x01(\x0cH\x00R\x06stderrB\x08\n\x06output"Z\n\rExecStreamEnd\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08exitCode\x12\x14\n\x05error\x18\x02 \x01(\tR\x05error\x12\x16\n\x06signal\x18d \x01(\x05R\x06signal"t\n\x16WriteFileStreamRequest\x127\n\x04meta\x18\x01 \x01(\x0b2!.hostagent.v1.WriteFileStreamMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\\\n\x13WriteFileStreamMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x19\n\x17WriteFileStreamResponse"^\n\x15ReadFileStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user".\n\x16ReadFileStreamResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"3\n\x12PingSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x15\n\x13PingSandboxResponse"\x12\n\x10TerminateRequest"\x13\n\x11TerminateResponse"\x89\x01\n\x0bMetricPoint\x12%\n\x0etimestamp_unix\x18\x01 \x01(\x03R\rtimestampUnix\x12\x17\n\x07cpu_pct\x18\x02 \x01(\x01R\x06cpuPct\x12\x1b\n\tmem_bytes\x18\x03 \x01(\x03R\x08memBytes\x12\x1d\n\ndisk_bytes\x18\x04 \x01(\x03R\tdiskBytes"O\n\x18GetSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n\x05range\x18\x02 \x01(\tR\x05range"N\n\x19GetSandboxMetricsResponse\x121\n\x06points\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x06points";\n\x1aFlushSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\xc9\x01\n\x1bFlushSandboxMetricsResponse\x128\n\npoints_10m\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints10m\x126\n\tpoints_2h\x18\x02 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x08points2h\x128\n\npoints_24h\x18\x03 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints24h"I\n\x14FlattenRootfsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name"6\n\x15FlattenRootfsResponse\x12\x1d\n\nsize_bytes\x18\x01 \x01(\x03R\tsizeBytes"l\n\x12StreamInputRequest\x123\n\x04meta\x18\x01 \x01(\x0b2\x1d.hostagent.v1.StreamInputMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"B\n\x0fStreamInputMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid"\x15\n\x13StreamInputResponse"\\\n\x11SendSignalRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n\x06signal\x18\x03 \x01(\x05R\x06signal"\x14\n\x12SendSignalResponse"l\n\x10ResizePtyRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\'\n\x03pty\x18\x03 \x01(\x0b2\x15.hostagent.v1.PtySizeR\x03pty"\x13\n\x11ResizePtyResponse"5\n\x14ListProcessesRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"P\n\x15ListProcessesResponse\x127\n\tprocesses\x18\x01 \x03(\x0b2\x19.hostagent.v1.ProcessInfoR\tprocesses"W\n\x0bProcessInfo\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x10\n\x03cwd\x18\x04 \x01(\tR\x03cwd"\x87\x01\n\x12ForkSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1b\n\tchild_ids\x18\x02 \x03(\tR\x08childIds\x12\x14\n\x05count\x18\x03 \x01(\x05R\x05count\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec"N\n\x13ForkSandboxResponse\x127\n\x08children\x18\x01 \x03(\x0b2\x1b.hostagent.v1.ForkedSandboxR\x08children"\xb3\x01\n\rForkedSandbox\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp\x12-\n\x05error\x18\x04 \x01(\x0b2\x17.hostagent.v1.ErrorInfoR\x05error\x12#\n\rerror_message\x18\x05 \x01(\tR\x0cerrorMessage"R\n\x17CreateCheckpointRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x18\n\x07comment\x18\x02 \x01(\tR\x07comment"X\n\x18CreateCheckpointResponse\x12<\n\ncheckpoint\x18\x01 \x01(\x0b2\x1c.hostagent.v1.CheckpointInfoR\ncheckpoint"\x96\x01\n\x0eCheckpointInfo\x12#\n\rcheckpoint_id\x18\x01 \x01(\tR\x0ccheckpointId\x12\x18\n\x07comment\x18\x02 \x01(\tR\x07comment\x12&\n\x0fcreated_at_unix\x18\x03 \x01(\x03R\rcreatedAtUnix\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes"7\n\x16ListCheckpointsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"Y\n\x17ListCheckpointsResponse\x12>\n\x0bcheckpoints\x18\x01 \x03(\x0b2\x1c.hostagent.v1.CheckpointInfoR\x0bcheckpoints"]\n\x17DeleteCheckpointRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12#\n\rcheckpoint_id\x18\x02 \x01(\tR\x0ccheckpointId"\x1a\n\x18DeleteCheckpointResponse"\\\n\x16RollbackSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12#\n\rcheckpoint_id\x18\x02 \x01(\tR\x0ccheckpointId"J\n\x17RollbackSandboxResponse\x12\x16\n\x06status\x18\x01 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x02 \x01(\tR\x06hostIp"\x16\n\x14ListTemplatesRequest"Q\n\x15ListTemplatesResponse\x128\n\ttemplates\x18\x01 \x03(\x0b2\x1a.hostagent.v1.TemplateInfoR\ttemplates"\xaa\x01\n\x0cTemplateInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n\x05vcpus\x18\x03 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x04 \x01(\x05R\x08memoryMb\x12 \n\x0cdisk_size_mb\x18\x05 \x01(\x05R\ndiskSizeMb\x12\x1d\n\nsize_bytes\x18\x06 \x01(\x03R\tsizeBytes"3\n\x12ReadConsoleRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"/\n\x13ReadConsoleResponse\x12\x18\n\x07content\x18\x01 \x01(\x0cR\x07content"\xf6\x01\n\x08FileInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04type\x18\x03 \x01(\tR\x04type\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x12\n\x04mode\x18\x05 \x01(\rR\x04mode\x12\x14\n\x05owner\x18\x06 \x01(\tR\x05owner\x12\x14\n\x05group\x18\x07 \x01(\tR\x05group\x12(\n\x10modified_at_unix\x18\x08 \x01(\x03R\x0emodifiedAtUnix\x12%\n\x0esymlink_target\x18\t \x01(\tR\rsymlinkTarget"X\n\x0fStatFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user">\n\x10StatFileResponse\x12*\n\x04file\x18\x01 \x01(\x0b2\x16.hostagent.v1.FileInfoR\x04file"o\n\x10ListFilesRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user\x12\x14\n\x05depth\x18\x04 \x01(\rR\x05depth"A\n\x11ListFilesResponse\x12,\n\x05files\x18\x01 \x03(\x0b2\x16.hostagent.v1.FileInfoR\x05files"]\n\x14MakeDirectoryRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user"\x17\n\x15MakeDirectoryResponse"~\n\x0fMoveFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12 \n\x0bdestination\x18\x03 \x01(\tR\x0bdestination\x12\x12\n\x04user\x18\x04 \x01(\tR\x04user"\x12\n\x10MoveFileResponse"Z\n\x11RemoveFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user"\x14\n\x12RemoveFileResponse2\xae\x17\n\x10HostAgentService\x12X\n\rCreateSandbox\x12".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n\x0eDestroySandbox\x12#.hostagent.v1.DestroySandboxRequest\x1a$.hostagent.v1.DestroySandboxResponse\x12U\n\x0cPauseSandbox\x12!.hostagent.v1.PauseSandboxRequest\x1a".hostagent.v1.PauseSandboxResponse\x12X\n\rResumeSandbox\x12".hostagent.v1.ResumeSandboxRequest\x1a#.hostagent.v1.ResumeSandboxResponse\x12=\n\x04Exec\x12\x19.hostagent.v1.ExecRequest\x1a\x1a.hostagent.v1.ExecResponse\x12X\n\rListSandboxes\x12".hostagent.v1.ListSandboxesRequest\x1a#.hostagent.v1.ListSandboxesResponse\x12L\n\tWriteFile\x12\x1e.hostagent.v1.WriteFileRequest\x1a\x1f.hostagent.v1.WriteFileResponse\x12I\n\x08ReadFile\x12\x1d.hostagent.v1.ReadFileRequest\x1a\x1e.hostagent.v1.ReadFileResponse\x12[\n\x0eCreateSnapshot\x12#.hostagent.v1.CreateSnapshotRequest\x1a$.hostagent.v1.CreateSnapshotResponse\x12[\n\x0eDeleteSnapshot\x12#.hostagent.v1.DeleteSnapshotRequest\x1a$.hostagent.v1.DeleteSnapshotResponse\x12Q\n\nExecStream\x12\x1f.hostagent.v1.ExecStreamRequest\x1a .hostagent.v1.ExecStreamResponse0\x01\x12`\n\x0fWriteFileStream\x12$.hostagent.v1.WriteFileStreamRequest\x1a%.hostagent.v1.WriteFileStreamResponse(\x01\x12]\n\x0eReadFileStream\x12#.hostagent.v1.ReadFileStreamRequest\x1a$.hostagent.v1.ReadFileStreamResponse0\x01\x12R\n\x0bPingSandbox\x12 .hostagent.v1.PingSandboxRequest\x1a!.hostagent.v1.PingSandboxResponse\x12L\n\tTerminate\x12\x1e.hostagent.v1.TerminateRequest\x1a\x1f.hostagent.v1.TerminateResponse\x12d\n\x11GetSandboxMetrics\x12&.hostagent.v1.GetSandboxMetricsRequest\x1a\'.hostagent.v1.GetSandboxMetricsResponse\x12j\n\x13FlushSandboxMetrics\x12(.hostagent.v1.FlushSandboxMetricsRequest\x1a).hostagent.v1.FlushSandboxMetricsResponse\x12X\n\rFlattenRootfs\x12".hostagent.v1.FlattenRootfsRequest\x1a#.hostagent.v1.FlattenRootfsResponse\x12T\n\x0bStreamInput\x12 .hostagent.v1.StreamInputRequest\x1a!.hostagent.v1.StreamInputResponse(\x01\x12O\n\nSendSignal\x12\x1f.hostagent.v1.SendSignalRequest\x1a .hostagent.v1.SendSignalResponse\x12L\n\tResizePty\x12\x1e.hostagent.v1.ResizePtyRequest\x1a\x1f.hostagent.v1.ResizePtyResponse\x12X\n\rListProcesses\x12".hostagent.v1.ListProcessesRequest\x1a#.hostagent.v1.ListProcessesResponse\x12R\n\x0bForkSandbox\x12 .hostagent.v1.ForkSandboxRequest\x1a!.hostagent.v1.ForkSandboxResponse\x12a\n\x10CreateCheckpoint\x12%.hostagent.v1.CreateCheckpointRequest\x1a&.hostagent.v1.CreateCheckpointResponse\x12^\n\x0fListCheckpoints\x12$.hostagent.v1.ListCheckpointsRequest\x1a%.hostagent.v1.ListCheckpointsResponse\x12a\n\x10DeleteCheckpoint\x12%.hostagent.v1.DeleteCheckpointRequest\x1a&.hostagent.v1.DeleteCheckpointResponse\x12^\n\x0fRollbackSandbox\x12$.hostagent.v1.RollbackSandboxRequest\x1a%.hostagent.v1.RollbackSandboxResponse\x12X\n\rListTemplates\x12".hostagent.v1.ListTemplatesRequest\x1a#.hostagent.v1.ListTemplatesResponse\x12R\n\x0bReadConsole\x12 .hostagent.v1.ReadConsoleRequest\x1a!.hostagent.v1.ReadConsoleResponse\x12I\n\x08StatFile\x12\x1d.hostagent.v1.StatFileRequest\x1a\x1e.hostagent.v1.StatFileResponse\x12L\n\tListFiles\x12\x1e.hostagent.v1.ListFilesRequest\x1a\x1f.hostagent.v1.ListFilesResponse\x12X\n\rMakeDirectory\x12".hostagent.v1.MakeDirectoryRequest\x1a#.hostagent.v1.MakeDirectoryResponse\x12I\n\x08MoveFile\x12\x1d.hostagent.v1.MoveFileRequest\x1a\x1e.hostagent.v1.MoveFileResponse\x12O\n\nRemoveFile\x12\x1f.hostagent.v1.RemoveFileRequest\x1a .hostagent.v1.RemoveFileResponseb\x06proto3',
     [],
     {
         "ErrorInfo": ErrorInfo,
@@ -1702,6 +2912,7 @@ _DESC = file_desc(
         "ReadFileRequest": ReadFileRequest,
         "ReadFileResponse": ReadFileResponse,
         "ExecStreamRequest": ExecStreamRequest,
+        "PtySize": PtySize,
         "ExecStreamResponse": ExecStreamResponse,
         "ExecStreamStart": ExecStreamStart,
         "ExecStreamData": ExecStreamData,
@@ -1727,6 +2938,39 @@ _DESC = file_desc(
         "StreamInputResponse": StreamInputResponse,
         "SendSignalRequest": SendSignalRequest,
         "SendSignalResponse": SendSignalResponse,
+        "ResizePtyRequest": ResizePtyRequest,
+        "ResizePtyResponse": ResizePtyResponse,
+        "ListProcessesRequest": ListProcessesRequest,
+        "ListProcessesResponse": ListProcessesResponse,
+        "ProcessInfo": ProcessInfo,
+        "ForkSandboxRequest": ForkSandboxRequest,
+        "ForkSandboxResponse": ForkSandboxResponse,
+        "ForkedSandbox": ForkedSandbox,
+        "CreateCheckpointRequest": CreateCheckpointRequest,
+        "CreateCheckpointResponse": CreateCheckpointResponse,
+        "CheckpointInfo": CheckpointInfo,
+        "ListCheckpointsRequest": ListCheckpointsRequest,
+        "ListCheckpointsResponse": ListCheckpointsResponse,
+        "DeleteCheckpointRequest": DeleteCheckpointRequest,
+        "DeleteCheckpointResponse": DeleteCheckpointResponse,
+        "RollbackSandboxRequest": RollbackSandboxRequest,
+        "RollbackSandboxResponse": RollbackSandboxResponse,
+        "ListTemplatesRequest": ListTemplatesRequest,
+        "ListTemplatesResponse": ListTemplatesResponse,
+        "TemplateInfo": TemplateInfo,
+        "ReadConsoleRequest": ReadConsoleRequest,
+        "ReadConsoleResponse": ReadConsoleResponse,
+        "FileInfo": FileInfo,
+        "StatFileRequest": StatFileRequest,
+        "StatFileResponse": StatFileResponse,
+        "ListFilesRequest": ListFilesRequest,
+        "ListFilesResponse": ListFilesResponse,
+        "MakeDirectoryRequest": MakeDirectoryRequest,
+        "MakeDirectoryResponse": MakeDirectoryResponse,
+        "MoveFileRequest": MoveFileRequest,
+        "MoveFileResponse": MoveFileResponse,
+        "RemoveFileRequest": RemoveFileRequest,
+        "RemoveFileResponse": RemoveFileResponse,
     },
 )
 
