@@ -23,9 +23,6 @@ from sandmartin.model import SandboxSpec, State
 
 _log = logging.getLogger(__name__)
 
-#: How often a sandbox that stands still for want of disk space is tried again.
-_DISK_RETRY_S = 2.0
-
 
 class Host:
     """All sandboxes of one machine's agent."""
@@ -34,46 +31,95 @@ class Host:
         self._machine = machine
         self._sandboxes: dict[str, Sandbox] = {}
         self._closing = False
+        self._termination: asyncio.Task[None] | None = None
+        #: Set once `terminate` is through and the agent has nothing left to do.
+        self.terminated = asyncio.Event()
 
     async def open(self) -> None:
         """Adopt what runs, finish or undo what was half done, remove what nobody owns."""
         machine = self._machine
         machine.groups.open()
-        strays = machine.groups.list()
-        for sandbox_id, entry in machine.data.read_all():
-            strays.discard(sandbox_id)
-            if entry is None:
-                # Killed before the first entry was whole: only the directory can be there.
-                machine.data.remove_directory(sandbox_id)
-            else:
-                self._sandboxes[sandbox_id] = Sandbox(machine, entry)
-        for sandbox_id in strays:
-            machine.groups.kill(sandbox_id)
-            await asyncio.to_thread(machine.groups.remove, sandbox_id)
+        await self._read_journal()
         slots = [s.entry.slot for s in self._sandboxes.values() if s.entry.slot is not None]
         await machine.network.start(slots)
         await asyncio.gather(*(sandbox.adopt() for sandbox in self._sandboxes.values()))
         self._forget_stopped()
-        machine.tasks.watch("disk space", self._retry_full_disks())
+        machine.tasks.watch("disk space", self._check_disk_space())
+        machine.tasks.watch("activity", self._save_activity())
+
+    async def _read_journal(self) -> None:
+        """Fill the table, and end what no entry speaks for."""
+        data, groups = self._machine.data, self._machine.groups
+        strays = groups.list()
+        for sandbox_id, entry in data.read_all():
+            if entry is None:
+                # Killed before the first entry was whole, or damaged since.
+                strays.add(sandbox_id)
+            else:
+                strays.discard(sandbox_id)
+                self._sandboxes[sandbox_id] = Sandbox(self._machine, entry)
+        for sandbox_id in strays:
+            groups.kill(sandbox_id)
+            try:
+                await asyncio.to_thread(groups.remove, sandbox_id)
+                await asyncio.to_thread(data.remove, sandbox_id)
+            except SandmartinError as error:
+                _log.error("what is left of sandbox %s stays: %s", sandbox_id, error)
 
     async def close(self) -> None:
         """End the agent; the VMs run on and the next agent adopts them."""
         self._closing = True
+        if self._termination is not None:
+            await asyncio.wait({self._termination})
         await self._machine.tasks.close()
-        for sandbox in self._sandboxes.values():
+        for sandbox in self.list():
             await sandbox.release()
         await self._machine.network.close()
 
     async def terminate(self) -> None:
-        """Destroy every sandbox and give back all the agent made on this machine."""
-        self._closing = True
+        """Destroy every sandbox and give back all the agent made on this machine.
+
+        Raises when a sandbox cannot be destroyed; the agent then goes on, to be told again.
+        """
+        if self._termination is None or self._termination.done():
+            self._closing = True
+            # Not one of `tasks`: it waits for those to end.
+            self._termination = asyncio.create_task(self._terminate(), name="terminate")
+        await asyncio.shield(self._termination)
+
+    async def _terminate(self) -> None:
+        if self.terminated.is_set():
+            return
         # A create in flight ends first, so that nothing is born behind the last destroy.
         await self._machine.tasks.settle()
-        await asyncio.gather(*(sandbox.destroy() for sandbox in self._sandboxes.values()))
+        try:
+            await self._destroy_all()
+        except BaseException:
+            self._closing = False
+            raise
+        try:
+            await self._machine.tasks.close()
+            await self._machine.network.destroy_all()
+            self._machine.groups.close()
+        except SandmartinError as error:
+            _log.error("the agent leaves something behind: %s", error)
+            raise
+        finally:
+            # Without its watches the agent must end, whatever is left.
+            self.terminated.set()
+
+    async def _destroy_all(self) -> None:
+        """Destroy every sandbox that can be; raises the first error of those that cannot."""
+        sandboxes = self.list()
+        results = await asyncio.gather(*(s.destroy() for s in sandboxes), return_exceptions=True)
         self._forget_stopped()
-        await self._machine.tasks.close()
-        await self._machine.network.destroy_all()
-        self._machine.groups.close()
+        failures = []
+        for sandbox, error in zip(sandboxes, results, strict=True):
+            if error is not None:
+                _log.error("sandbox %s is not destroyed: %s", sandbox.sandbox_id, error)
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _forget_stopped(self) -> None:
         stopped = [i for i, sandbox in self._sandboxes.items() if sandbox.state is State.STOPPED]
@@ -155,18 +201,26 @@ class Host:
             )
         disk.check_free(self._machine.data.path, settings.disk_floor_mb)
 
-    # Disk space.
+    # What is looked after all the time.
 
-    async def _retry_full_disks(self) -> None:
+    async def _check_disk_space(self) -> None:
         """Let sandboxes that stopped for want of host disk space go on once there is some."""
-        floor_mb = self._machine.settings.disk_floor_mb // 2
+        enough_mb = self._machine.settings.disk_floor_mb // 2
         while True:
-            await asyncio.sleep(_DISK_RETRY_S)
-            if disk.free_mb(self._machine.data.path) < floor_mb:
-                continue
+            await asyncio.sleep(self._machine.patience.disk_check_s)
+            has_space = disk.free_mb(self._machine.data.path) >= enough_mb
             for sandbox in self.list():
                 try:
-                    await sandbox.continue_after_full_disk()
+                    await sandbox.check_disk_space(has_space=has_space)
+                except SandmartinError as error:
+                    _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
+
+    async def _save_activity(self) -> None:
+        while True:
+            await asyncio.sleep(self._machine.patience.activity_save_s)
+            for sandbox in self.list():
+                try:
+                    sandbox.save_activity()
                 except SandmartinError as error:
                     _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 
 from sandmartin.agent.assets import Assets
 from sandmartin.agent.claims import Claims
 from sandmartin.agent.disk import ImageStore
+from sandmartin.agent.guest import Deadlines, Guest
 from sandmartin.agent.journal import DataDir
 from sandmartin.agent.limits import ControlGroups
 from sandmartin.agent.network import Network
@@ -48,4 +50,5 @@ async def open_machine(settings: Settings) -> AsyncIterator[Machine]:
             kernel=assets.kernel,
             initramfs=assets.initramfs,
             tasks=tasks,
+            guest=partial(Guest, deadlines=Deadlines(stream_s=settings.guest_silence_s)),
         )

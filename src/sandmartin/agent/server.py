@@ -11,14 +11,16 @@ import contextlib
 import grp
 import logging
 import os
+import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import uvicorn
 from connectrpc.code import Code
+from connectrpc.codec import proto_binary_codec, proto_json_codec
 from connectrpc.errors import ConnectError
 from connectrpc.request import RequestContext
 from protobuf import Oneof
@@ -27,7 +29,7 @@ from sandmartin import errors, model
 from sandmartin.agent.guest import Command, Ended, Output, ProcessEvent, Started
 from sandmartin.agent.host import Host
 from sandmartin.agent.machine import open_machine
-from sandmartin.agent.sandbox import Sandbox
+from sandmartin.agent.sandbox import Machine, Sandbox
 from sandmartin.errors import Exhausted, Invalid, SandmartinError, TimedOut
 from sandmartin.model import SandboxSpec, Settings
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
@@ -40,6 +42,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Req = TypeVar("_Req")
 _Res = TypeVar("_Res")
+_Context = RequestContext[Any, Any]
 
 CODES: dict[str, Code] = {
     errors.SandmartinError.code: Code.INTERNAL,
@@ -63,6 +66,10 @@ CODES: dict[str, Code] = {
 MAX_MESSAGE_BYTES = 32 * 2**20
 _MAX_MESSAGE_HINT = "use the streaming call for content of any size"
 _SHUTDOWN_GRACE_S = 10
+#: Levels of nested JSON; our messages have four.
+_MAX_DEPTH = 64
+#: What changes the depth of a JSON document, and what may hide it: strings and escapes in them.
+_JSON_MARK = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
 
 
 # Errors.
@@ -71,12 +78,30 @@ _SHUTDOWN_GRACE_S = 10
 def to_connect_error(error: Exception) -> ConnectError:
     """What leaves the agent for `error`."""
     if isinstance(error, ConnectError):
-        return error
+        return _with_info(error)
     if isinstance(error, SandmartinError):
         detail = pb.ErrorInfo(code=error.code, hint=error.hint)
         return ConnectError(CODES[error.code], error.message, [detail])
     _log.error("internal error", exc_info=error)
-    return ConnectError(Code.INTERNAL, "internal error; the agent's log says more")
+    return _with_info(ConnectError(Code.INTERNAL, "internal error; the agent's log says more"))
+
+
+def _with_info(error: ConnectError) -> ConnectError:
+    """The library's own error, which says what was wrong with a request, in our form."""
+    code = next((code for code, wire in CODES.items() if wire is error.code), None)
+    if code is None or error.details:
+        return error
+    return ConnectError(error.code, error.message, [pb.ErrorInfo(code=code)])
+
+
+@contextlib.asynccontextmanager
+async def _closing(messages: AsyncIterator[_Res]) -> AsyncIterator[AsyncIterator[_Res]]:
+    """A handler's messages; it is closed at once, not whenever memory is collected."""
+    try:
+        yield messages
+    finally:
+        if isinstance(messages, AsyncGenerator):
+            await messages.aclose()
 
 
 class ErrorInterceptor:
@@ -84,40 +109,81 @@ class ErrorInterceptor:
 
     async def intercept_unary(
         self,
-        call_next: Callable[[_Req, RequestContext[Any, Any]], Awaitable[_Res]],
+        call_next: Callable[[_Req, _Context], Awaitable[_Res]],
         request: _Req,
-        ctx: RequestContext[Any, Any],
+        ctx: _Context,
     ) -> _Res:
         try:
             return await call_next(request, ctx)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise to_connect_error(error) from error
 
     async def intercept_client_stream(
         self,
-        call_next: Callable[[AsyncIterator[_Req], RequestContext[Any, Any]], Awaitable[_Res]],
+        call_next: Callable[[AsyncIterator[_Req], _Context], Awaitable[_Res]],
         request: AsyncIterator[_Req],
-        ctx: RequestContext[Any, Any],
+        ctx: _Context,
     ) -> _Res:
         try:
             return await call_next(request, ctx)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise to_connect_error(error) from error
 
     async def intercept_server_stream(
         self,
-        call_next: Callable[[_Req, RequestContext[Any, Any]], AsyncIterator[_Res]],
+        call_next: Callable[[_Req, _Context], AsyncIterator[_Res]],
         request: _Req,
-        ctx: RequestContext[Any, Any],
+        ctx: _Context,
     ) -> AsyncIterator[_Res]:
         try:
-            async for message in call_next(request, ctx):
-                yield message
-        except Exception as error:  # noqa: BLE001
+            async with _closing(call_next(request, ctx)) as messages:
+                async for message in messages:
+                    yield message
+        except Exception as error:
             raise to_connect_error(error) from error
 
 
 # Requests.
+
+
+class ShallowJson:
+    """The JSON codec, for messages as deep as ours can be.
+
+    The library's parser recurses without a limit, and a document that is deep enough ends the
+    whole process.
+    """
+
+    def __init__(self) -> None:
+        self._codec = proto_json_codec()
+
+    def name(self) -> str:
+        return self._codec.name()
+
+    def encode(self, message: Any) -> bytes:
+        return self._codec.encode(message)
+
+    def decode(self, data: bytes | bytearray, message_class: type[Any]) -> Any:
+        # Counting is quick even where there is much; looking closer is for the rare rest.
+        if data.count(b"[") + data.count(b"{") > _MAX_DEPTH and _depth_exceeds(data, _MAX_DEPTH):
+            raise ConnectError(
+                Code.INVALID_ARGUMENT, f"the JSON is nested deeper than {_MAX_DEPTH} levels"
+            )
+        return self._codec.decode(data, message_class)
+
+
+def _depth_exceeds(document: bytes | bytearray, limit: int) -> bool:
+    depth, in_string = 0, False
+    for match in _JSON_MARK.finditer(document):
+        mark = match[0]
+        if mark == b'"':
+            in_string = not in_string
+        elif not in_string and mark in b"[{":
+            depth += 1
+        elif not in_string and mark in b"]}":
+            depth -= 1
+        if depth > limit:
+            return True
+    return False
 
 
 def check_guest_path(path: str) -> str:
@@ -213,12 +279,11 @@ async def _once(content: bytes) -> AsyncIterator[bytes]:
 class HostAgent(HostAgentService):
     """`hostagent.v1` on one host."""
 
-    def __init__(self, host: Host, on_terminate: Callable[[], None]) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = host
-        self._on_terminate = on_terminate
 
     async def create_sandbox(
-        self, request: pb.CreateSandboxRequest, ctx: RequestContext[Any, Any]
+        self, request: pb.CreateSandboxRequest, _ctx: _Context
     ) -> pb.CreateSandboxResponse:
         sandbox = await self._host.create(spec_of(request), dict(request.envs))
         return pb.CreateSandboxResponse(
@@ -226,23 +291,23 @@ class HostAgent(HostAgentService):
         )
 
     async def destroy_sandbox(
-        self, request: pb.DestroySandboxRequest, ctx: RequestContext[Any, Any]
+        self, request: pb.DestroySandboxRequest, _ctx: _Context
     ) -> pb.DestroySandboxResponse:
         await self._host.destroy(request.sandbox_id)
         return pb.DestroySandboxResponse()
 
     async def list_sandboxes(
-        self, request: pb.ListSandboxesRequest, ctx: RequestContext[Any, Any]
+        self, _request: pb.ListSandboxesRequest, _ctx: _Context
     ) -> pb.ListSandboxesResponse:
         return pb.ListSandboxesResponse(sandboxes=[_info(s) for s in self._host.list()])
 
     async def ping_sandbox(
-        self, request: pb.PingSandboxRequest, ctx: RequestContext[Any, Any]
+        self, request: pb.PingSandboxRequest, _ctx: _Context
     ) -> pb.PingSandboxResponse:
         self._host.get(request.sandbox_id).touch()
         return pb.PingSandboxResponse()
 
-    async def exec(self, request: pb.ExecRequest, ctx: RequestContext[Any, Any]) -> pb.ExecResponse:
+    async def exec(self, request: pb.ExecRequest, _ctx: _Context) -> pb.ExecResponse:
         command = command_of(request)
         sandbox = self._host.get(request.sandbox_id)
         stdout, stderr, end = bytearray(), bytearray(), None
@@ -266,7 +331,7 @@ class HostAgent(HostAgentService):
         return pb.ExecResponse(stdout=bytes(stdout), stderr=bytes(stderr), exit_code=end.exit_code)
 
     async def exec_stream(
-        self, request: pb.ExecStreamRequest, ctx: RequestContext[Any, Any]
+        self, request: pb.ExecStreamRequest, _ctx: _Context
     ) -> AsyncIterator[pb.ExecStreamResponse]:
         sandbox = self._host.get(request.sandbox_id)
         async with contextlib.aclosing(sandbox.exec(command_of(request))) as events:
@@ -274,7 +339,7 @@ class HostAgent(HostAgentService):
                 yield _event_message(event)
 
     async def stream_input(
-        self, request: AsyncIterator[pb.StreamInputRequest], ctx: RequestContext[Any, Any]
+        self, request: AsyncIterator[pb.StreamInputRequest], _ctx: _Context
     ) -> pb.StreamInputResponse:
         content = (await _first(request, "the meta data")).content
         if content is None or content.field != "meta":
@@ -285,7 +350,7 @@ class HostAgent(HostAgentService):
         return pb.StreamInputResponse()
 
     async def send_signal(
-        self, request: pb.SendSignalRequest, ctx: RequestContext[Any, Any]
+        self, request: pb.SendSignalRequest, _ctx: _Context
     ) -> pb.SendSignalResponse:
         if not 1 <= request.signal <= 64:
             raise Invalid(f"signal is {request.signal}", hint="use 1 to 64")
@@ -293,16 +358,14 @@ class HostAgent(HostAgentService):
         return pb.SendSignalResponse()
 
     async def write_file(
-        self, request: pb.WriteFileRequest, ctx: RequestContext[Any, Any]
+        self, request: pb.WriteFileRequest, _ctx: _Context
     ) -> pb.WriteFileResponse:
         sandbox = self._host.get(request.sandbox_id)
         path = check_guest_path(request.path)
         await sandbox.write_file(path, request.user or "root", _once(request.content))
         return pb.WriteFileResponse()
 
-    async def read_file(
-        self, request: pb.ReadFileRequest, ctx: RequestContext[Any, Any]
-    ) -> pb.ReadFileResponse:
+    async def read_file(self, request: pb.ReadFileRequest, _ctx: _Context) -> pb.ReadFileResponse:
         sandbox = self._host.get(request.sandbox_id)
         content = bytearray()
         reading = sandbox.read_file(check_guest_path(request.path), request.user or "root")
@@ -317,7 +380,7 @@ class HostAgent(HostAgentService):
         return pb.ReadFileResponse(content=bytes(content))
 
     async def write_file_stream(
-        self, request: AsyncIterator[pb.WriteFileStreamRequest], ctx: RequestContext[Any, Any]
+        self, request: AsyncIterator[pb.WriteFileStreamRequest], _ctx: _Context
     ) -> pb.WriteFileStreamResponse:
         content = (await _first(request, "the meta data")).content
         if content is None or content.field != "meta":
@@ -329,7 +392,7 @@ class HostAgent(HostAgentService):
         return pb.WriteFileStreamResponse()
 
     async def read_file_stream(
-        self, request: pb.ReadFileStreamRequest, ctx: RequestContext[Any, Any]
+        self, request: pb.ReadFileStreamRequest, _ctx: _Context
     ) -> AsyncIterator[pb.ReadFileStreamResponse]:
         sandbox = self._host.get(request.sandbox_id)
         reading = sandbox.read_file(check_guest_path(request.path), request.user or "root")
@@ -338,10 +401,9 @@ class HostAgent(HostAgentService):
                 yield pb.ReadFileStreamResponse(chunk=chunk)
 
     async def terminate(
-        self, request: pb.TerminateRequest, ctx: RequestContext[Any, Any]
+        self, _request: pb.TerminateRequest, _ctx: _Context
     ) -> pb.TerminateResponse:
         await self._host.terminate()
-        self._on_terminate()
         return pb.TerminateResponse()
 
 
@@ -358,16 +420,17 @@ def _info(sandbox: Sandbox) -> pb.SandboxInfo:
         last_active_at_unix=int(entry.last_active_at),
         timeout_sec=entry.spec.timeout_s,
         disk_size_mb=entry.spec.disk_size_mb,
-        status_reason=entry.reason,
+        status_reason=sandbox.reason,
     )
 
 
-def application(host: Host, on_terminate: Callable[[], None]) -> HostAgentServiceASGIApplication:
+def application(host: Host) -> HostAgentServiceASGIApplication:
     """The ASGI application of the agent."""
     return HostAgentServiceASGIApplication(
-        HostAgent(host, on_terminate),
+        HostAgent(host),
         interceptors=[ErrorInterceptor()],
         read_max_bytes=MAX_MESSAGE_BYTES,
+        codecs=[proto_binary_codec(), ShallowJson()],
     )
 
 
@@ -376,6 +439,14 @@ def application(host: Host, on_terminate: Callable[[], None]) -> HostAgentServic
 
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handling: the agent decides what a signal means."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -395,6 +466,7 @@ def bind_socket(settings: Settings) -> socket.socket:
     try:
         listener.bind(os.fspath(path))
     except OSError as error:
+        listener.close()
         raise Invalid(
             f"the socket {path} cannot be made: {error}", hint="use a shorter --data-dir"
         ) from error
@@ -411,7 +483,7 @@ async def serve(
     settings: Settings,
     *,
     until_stdin_closes: bool = False,
-    announce: Callable[[dict[str, Any]], None] = lambda ready: None,
+    announce: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> None:
     """Run the agent until SIGTERM or SIGINT (VMs run on), Terminate, or the end of stdin.
 
@@ -419,33 +491,48 @@ async def serve(
     destroys every sandbox, as Terminate does.
     """
     _forget_proxies()
-    leave, terminate = asyncio.Event(), asyncio.Event()
+    async with open_machine(settings) as machine:
+        await serve_machine(machine, until_stdin_closes=until_stdin_closes, announce=announce)
+
+
+async def serve_machine(
+    machine: Machine,
+    *,
+    until_stdin_closes: bool = False,
+    announce: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> None:
+    """Serve the sandboxes of `machine`, as `serve` has it."""
+    path = machine.settings.socket
+    leave, stdin_ended = asyncio.Event(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        machine = await stack.enter_async_context(open_machine(settings))
         host = Host(machine)
-        await host.open()
         stack.push_async_callback(host.close)
-        listener = stack.enter_context(contextlib.closing(bind_socket(settings)))
-        stack.callback(settings.socket.unlink, missing_ok=True)
-        app = application(host, leave.set)
-        server = _Server(_uvicorn_config(app))
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, leave.set)
-            stack.callback(loop.remove_signal_handler, number)
+        await host.open()
+        listener = stack.enter_context(contextlib.closing(bind_socket(machine.settings)))
+        stack.callback(path.unlink, missing_ok=True)
+        stack.enter_context(_signals(leave.set))
         if until_stdin_closes:
-            await stack.enter_async_context(_stdin_watch(terminate.set))
-        serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
-        try:
-            while not server.started and not serving.done():
-                await asyncio.sleep(0.002)
-            announce({"socket": os.fspath(settings.socket), "pid": os.getpid()})
-            await _first_of(leave.wait(), terminate.wait(), machine.tasks.failed(), serving)
-            if terminate.is_set():
-                await host.terminate()
-        finally:
-            server.should_exit = True
-            await serving
+            stack.enter_context(_stdin_watch(stdin_ended.set))
+        serving = await stack.enter_async_context(_serving(application(host), listener))
+        if not serving.done():
+            announce({"socket": os.fspath(path), "pid": os.getpid()})
+        ends = (leave.wait(), stdin_ended.wait(), host.terminated.wait(), machine.tasks.failed())
+        await _first_of(serving, *ends)
+        if stdin_ended.is_set():
+            await host.terminate()
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: Any, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+    """The server's task, for as long as requests are served."""
+    server = _Server(_uvicorn_config(app))
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+    try:
+        await _first_of(task, server.ready.wait())
+        yield task
+    finally:
+        server.should_exit = True
+        await task
 
 
 def _uvicorn_config(app: Any) -> uvicorn.Config:
@@ -462,18 +549,32 @@ def _uvicorn_config(app: Any) -> uvicorn.Config:
 
 
 async def _first_of(*waits: Awaitable[Any]) -> None:
-    """Wait for the first of `waits`, cancel the others, raise what it raised."""
+    """Wait for the first of `waits` and raise what it raised; what was a task before goes on."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        if not isinstance(task, asyncio.Task) or task.get_name() != "server":
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task, wait in zip(tasks, waits, strict=True):
+        if task is not wait:
             task.cancel()
     for task in done:
         task.result()
 
 
-@contextlib.asynccontextmanager
-async def _stdin_watch(on_end: Callable[[], None]) -> AsyncIterator[None]:
+@contextlib.contextmanager
+def _signals(on_signal: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `on_signal`."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _stdin_watch(on_end: Callable[[], None]) -> Iterator[None]:
     """Call `on_end` once when our standard input has been closed."""
     loop = asyncio.get_running_loop()
     fd = sys.stdin.fileno()
