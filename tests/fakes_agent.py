@@ -26,7 +26,7 @@ from pathlib import Path
 from sandmartin.agent.disk import ImageStore
 from sandmartin.agent.guest import Command, Ended, Guest, Identity, Output, ProcessEvent, Started
 from sandmartin.agent.host import Host
-from sandmartin.agent.journal import DataDir
+from sandmartin.agent.journal import DataDir, Entry
 from sandmartin.agent.limits import Allowance, ControlGroups
 from sandmartin.agent.network import Network, Slot
 from sandmartin.agent.proc import ProcessId, spawn_detached
@@ -186,7 +186,18 @@ def _entered(process: ProcessId, groups: tuple[Path, ...]) -> bool:
     return name == "sleep" and all(str(process.pid) in file.read_text() for file in files)
 
 
-# Network and groups.
+# Data directory, network and groups.
+
+
+class FillableDataDir(DataDir):
+    """A real data directory on a disk that can be full."""
+
+    full = False
+
+    def write(self, entry: Entry, *, sync: bool = False) -> None:
+        if self.full:
+            raise DiskFull("the host's disk is full")
+        super().write(entry, sync=sync)
 
 
 class FakeNetwork(Network):
@@ -387,6 +398,7 @@ class Fakes:
     """A machine of fakes, and its fakes by their own types."""
 
     machine: Machine
+    data: FillableDataDir
     vmm: FakeVmm
     network: FakeNetwork
     groups: FakeGroups
@@ -419,13 +431,9 @@ def make_machine(
         memory_reserve_mb=0,
         cpu_overcommit=1000.0,
     )
-    data = DataDir(made.data_dir)
+    data = FillableDataDir(made.data_dir)
     data.open()
-    image = data.images / IMAGE / "rootfs.ext4"
-    if not image.exists():
-        image.parent.mkdir()
-        image.touch()
-        os.truncate(image, IMAGE_MB * 2**20)
+    _make_image(data.images / IMAGE / "rootfs.ext4")
     vmm = FakeVmm(directory, step)
     network = FakeNetwork(directory / "slots", step)
     groups = FakeGroups(directory / "groups", step)
@@ -445,7 +453,14 @@ def make_machine(
         patience=patience,
         step=step,
     )
-    return Fakes(machine, vmm, network, groups, guests)
+    return Fakes(machine, data, vmm, network, groups, guests)
+
+
+def _make_image(path: Path) -> None:
+    if not path.exists():
+        path.parent.mkdir()
+        path.touch()
+        os.truncate(path, IMAGE_MB * 2**20)
 
 
 def make_spec(sandbox_id: str = "sb1", **shape: int) -> SandboxSpec:

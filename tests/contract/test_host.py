@@ -42,6 +42,8 @@ from tests.fakes_agent import (
     until,
 )
 
+pytestmark = pytest.mark.qemu_img
+
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
@@ -348,6 +350,29 @@ async def test_nothing_goes_on_below_the_disk_floor(directory: Path) -> None:
             await run(sandbox)
         assert vm.condition is VmStatus.DISK_FULL
         await host.destroy("sb1")
+    assert not find_leaks(directory)
+
+
+async def test_full_disk_under_the_journal(fakes: Fakes, host: Host, directory: Path) -> None:
+    async def fill(_: Identity) -> None:
+        fakes.data.full = True
+
+    ended, sandbox = [await host.create(make_spec(each), {}) for each in ("sb1", "sb2")]
+    fakes.guests.introducing = fill
+    with pytest.raises(DiskFull):
+        await host.create(make_spec("sb3"), {})
+    with pytest.raises(DiskFull):
+        await host.create(make_spec("sb4"), {})
+    # What happens meanwhile is true none the less, and room can be made.
+    fakes.vmm.vms["sb1"].record.process.kill()
+    await until(lambda: ended.state is State.ERROR, "the end to be noticed")
+    assert await run(sandbox, "goes", "on") == b"goes on"
+    await host.destroy("sb1")
+    assert [each.sandbox_id for each in host.list()] == ["sb2"]
+    fakes.data.full = False
+    active_at = sandbox.entry.last_active_at
+    await until(lambda: entry_of(directory, "sb2").last_active_at == active_at, "the save")
+    await host.destroy("sb2")
     assert not find_leaks(directory)
 
 

@@ -29,6 +29,8 @@ from sandmartin.model import State
 from tests import fakes_agent
 from tests.fakes_agent import find_leaks, find_vms, machine_directory, make_machine, make_spec
 
+pytestmark = pytest.mark.qemu_img
+
 ONE, OTHER = "sb1", "sb2"
 _DEADLINE_S = 60
 

@@ -15,6 +15,7 @@ from sandmartin.agent.server import (
     ShallowJson,
     check_guest_path,
     command_of,
+    envs_of,
     spec_of,
     to_connect_error,
 )
@@ -60,6 +61,13 @@ def test_defaults_of_a_sandbox() -> None:
 def test_sandboxes_that_can_never_be(fields: dict[str, object]) -> None:
     with pytest.raises(Invalid):
         spec_of(pb.CreateSandboxRequest(**fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("envs", [{"": "b"}, {"B=C": "d"}, {"B": "\0"}, {"B\0": ""}])
+def test_environments_that_can_never_be(envs: dict[str, str]) -> None:
+    with pytest.raises(Invalid, match="envs") as caught:
+        envs_of(pb.CreateSandboxRequest(template="base", envs={"SECRET": "hunter2", **envs}))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_command() -> None:

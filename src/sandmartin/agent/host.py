@@ -8,6 +8,7 @@ be passed twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -18,7 +19,14 @@ from sandmartin.agent import disk
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.limits import OVERHEAD_MB
 from sandmartin.agent.sandbox import Machine, Sandbox
-from sandmartin.errors import AlreadyExists, Exhausted, NotFound, SandmartinError, Unavailable
+from sandmartin.errors import (
+    AlreadyExists,
+    DiskFull,
+    Exhausted,
+    NotFound,
+    SandmartinError,
+    Unavailable,
+)
 from sandmartin.model import SandboxSpec, State
 
 _log = logging.getLogger(__name__)
@@ -209,20 +217,23 @@ class Host:
         while True:
             await asyncio.sleep(self._machine.patience.disk_check_s)
             has_space = disk.free_mb(self._machine.data.path) >= enough_mb
-            for sandbox in self.list():
-                try:
-                    await sandbox.check_disk_space(has_space=has_space)
-                except SandmartinError as error:
-                    _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
+            # At once: a monitor that does not answer must not keep the others waiting.
+            await asyncio.gather(*(_check_disk_space(each, has_space) for each in self.list()))
 
     async def _save_activity(self) -> None:
         while True:
             await asyncio.sleep(self._machine.patience.activity_save_s)
             for sandbox in self.list():
-                try:
+                # It is tried again soon, and who needs the space hears of it.
+                with contextlib.suppress(DiskFull):
                     sandbox.save_activity()
-                except SandmartinError as error:
-                    _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
+
+
+async def _check_disk_space(sandbox: Sandbox, has_space: bool) -> None:
+    try:
+        await sandbox.check_disk_space(has_space=has_space)
+    except SandmartinError as error:
+        _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
 
 
 def memory_total_mb() -> int:
