@@ -279,7 +279,8 @@ async def test_a_process_left_in_the_background_does_not_keep_the_stream(guest: 
 
 
 async def test_a_client_that_leaves_ends_nothing_and_misses_nothing(guest: Guest) -> None:
-    script = "echo before; read go; echo after; echo error >&2; exit 5"
+    # Until it hears that the connection is gone, an agent cannot know that nobody listens.
+    script = "echo before; read go; sleep 1; echo after; echo error >&2; exit 5"
     events = guest.start(shell(script, stdin=True))
     pid = await started(events)
     assert await anext(events) == Output(b"before\n")
