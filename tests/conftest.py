@@ -1,8 +1,9 @@
-"""What all tests share: one event loop, one private host, and honest words about what is left out."""
+"""What all tests share: an event loop, a private host, and honest words about what is left out."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
         return "need a VM, which tier quick does not boot"
     if item.get_closest_marker("root") and os.geteuid() != 0:
         return "need root"
+    if item.get_closest_marker("qemu_img") and shutil.which("qemu-img") is None:
+        return "need qemu-img"
     if item.get_closest_marker("full") and tier != "full":
         return "run in tier full alone"
     return ""
@@ -61,9 +64,16 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session")
-def private_host() -> Iterator[None]:
-    """This process, and what it starts, in a network of its own: see `tests.world`."""
+@pytest.fixture(scope="session", autouse=True)
+def private_host(request: pytest.FixtureRequest) -> Iterator[None]:
+    """This process, and what it starts, in a network of its own: see `tests.world`.
+
+    For all tests of a session that has some on VMs, and before the first of them: a thread stays
+    in the network in which it was started, and libraries keep threads for life.
+    """
+    if not any(item.get_closest_marker("vm") for item in request.session.items):
+        yield
+        return
     from tests import world
 
     with world.private_host():

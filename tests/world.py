@@ -23,7 +23,8 @@ from pyroute2 import IPRoute, netns
 
 from sandmartin.agent import namespace
 
-INTERNET = "smtest-internet"
+#: With our number: several runs may share the machine.
+INTERNET = f"smtest-internet-{os.getpid()}"
 _PATH = namespace.DIRECTORY / INTERNET
 _CLONE_NEWNET = 0x40000000
 
@@ -47,8 +48,6 @@ def private_host() -> Iterator[None]:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    with suppress(FileNotFoundError):
-        netns.remove(INTERNET)
     try:
         assert libc.unshare(_CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
         try:

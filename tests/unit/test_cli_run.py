@@ -86,7 +86,7 @@ async def say_ready(child: Process) -> None:
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(_DEADLINE_S):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.01)
 
 

@@ -8,6 +8,7 @@ be passed twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time

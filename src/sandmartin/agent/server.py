@@ -213,21 +213,29 @@ def spec_of(request: pb.CreateSandboxRequest) -> SandboxSpec:
     )
 
 
+def envs_of(
+    request: pb.CreateSandboxRequest | pb.ExecRequest | pb.ExecStreamRequest,
+) -> dict[str, str]:
+    """The environment variables that a request sets. Raises Invalid."""
+    for name, value in request.envs.items():
+        if not name or "=" in name:
+            raise Invalid("a name in envs is empty or contains '='")
+        if "\0" in name + value:
+            raise Invalid(f"variable {name[:80]!r} in envs contains a NUL character")
+    return dict(request.envs)
+
+
 def command_of(request: pb.ExecRequest | pb.ExecStreamRequest) -> Command:
     """The command a request asks for. Raises Invalid."""
     if not request.cmd:
         raise Invalid("no command is given")
-    words = [request.cmd, *request.args, request.cwd, request.user]
-    words += [text for pair in request.envs.items() for text in pair]
-    if any("\0" in word for word in words):
+    if any("\0" in word for word in (request.cmd, *request.args, request.cwd, request.user)):
         raise Invalid("the command contains a NUL character")
-    if any(not name or "=" in name for name in request.envs):
-        raise Invalid("a name in envs is empty or contains '='")
     timeout_s = request.timeout_sec or model.DEFAULT_EXEC_TIMEOUT_S
     return Command(
         cmd=request.cmd,
         args=tuple(request.args),
-        envs=dict(request.envs),
+        envs=envs_of(request),
         cwd=request.cwd,
         user=request.user or "root",
         stdin=isinstance(request, pb.ExecStreamRequest) and request.stdin,
@@ -285,7 +293,7 @@ class HostAgent(HostAgentService):
     async def create_sandbox(
         self, request: pb.CreateSandboxRequest, _ctx: _Context
     ) -> pb.CreateSandboxResponse:
-        sandbox = await self._host.create(spec_of(request), dict(request.envs))
+        sandbox = await self._host.create(spec_of(request), envs_of(request))
         return pb.CreateSandboxResponse(
             sandbox_id=sandbox.sandbox_id, status=sandbox.state, host_ip=sandbox.host_ip
         )

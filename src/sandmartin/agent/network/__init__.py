@@ -37,6 +37,8 @@ class Network:
         self._tasks = tasks
         self._upstream = Upstream(settings.resolv_conf)
         self._ready: deque[Slot] = deque()
+        #: Numbers of the slots that sandboxes have.
+        self._given: set[int] = set()
         self._gateways: dict[int, tuple[Gateway, asyncio.Task[None]]] = {}
         self._guarded: frozenset[str] | None = None
         self._wanted = asyncio.Event()
@@ -46,7 +48,7 @@ class Network:
 
     async def start(self, in_use: Iterable[int]) -> None:
         """Win back the slots `in_use`, remove our other leftovers, and begin to make some ahead."""
-        kept = {number for number in in_use if self._claims.keep_slot(number)}
+        kept = self._given = {number for number in in_use if self._claims.keep_slot(number)}
         await self._load_host_rules()
         leftovers = await asyncio.to_thread(list_own, self._claims.instance_id)
         for number in (leftovers | set(self._claims.list_slots())) - kept:
@@ -80,6 +82,7 @@ class Network:
         """A clean slot for one sandbox. Raises Exhausted, ToolFailed."""
         await self._load_host_rules()
         slot = self._ready.popleft() if self._ready else await self._make()
+        self._given.add(slot.number)
         self._wanted.set()
         return slot
 
@@ -90,15 +93,24 @@ class Network:
 
     async def release(self, number: int) -> None:
         """Take a slot back. Idempotent."""
-        slot = self._slot(number)
-        if number not in self._claims.list_slots():
+        if number not in self._given:
             return
-        if len(self._ready) < self._settings.slot_pool_size and number in self._gateways:
+        self._given.discard(number)
+        try:
+            await self._take_back(self._slot(number))
+        except BaseException:
+            self._given.add(number)
+            raise
+
+    async def _take_back(self, slot: Slot) -> None:
+        # More than are made ahead may wait: cleaning one costs less than making one.
+        room = len(self._ready) < 2 * self._settings.slot_pool_size
+        if room and slot.number in self._gateways:
             try:
                 await rules.load(rules.slot_rules(slot), slot.netns_path)
                 await rules.forget_flows(slot)
             except SandmartinError as error:
-                _log.warning("network slot %d is not used again: %s", number, error)
+                _log.warning("network slot %d is not used again: %s", slot.number, error)
             else:
                 self._ready.append(slot)
                 return

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sandmartin.agent import proc
 from sandmartin.agent.network.slot import LINK_PREFIX, TAP, UPLINK, Slot, link_prefix
+from sandmartin.errors import ToolFailed
 
 #: What is not the Internet: private, shared, link-local (metadata services are there), loopback,
 #: protocol assignments, benchmarking, multicast and reserved ranges (RFC 6890).
@@ -35,6 +36,7 @@ NOT_INTERNET = tuple(
 )
 _SLOT_TABLE = "sandmartin"
 _DEADLINE_S = 15.0
+_FLOW_TRIES = 10
 
 
 def host_table(instance_id: str) -> str:
@@ -146,9 +148,19 @@ async def forget_flows(slot: Slot) -> None:
     inside = [*_entering(slot.netns_path), "conntrack"]
     await proc.run([*inside, "-F"], deadline_s=_DEADLINE_S)
     for side in ("--orig-src", "--orig-dst", "--reply-src"):
-        # Exits 1 when there was none.
-        forget = ["conntrack", "-D", side, str(slot.host_ip)]
-        await proc.run(forget, deadline_s=_DEADLINE_S, check=False)
+        await _delete_flows([side, str(slot.host_ip)])
+
+
+async def _delete_flows(which: list[str]) -> None:
+    said = b""
+    # The listing it works from fails when others change the table meanwhile.
+    for _ in range(_FLOW_TRIES):
+        done = await proc.run(["conntrack", "-D", *which], deadline_s=_DEADLINE_S, check=False)
+        said = done.stderr
+        # It exits 1 when there was none.
+        if b"have been deleted" in said:
+            return
+    raise ToolFailed(f"connections cannot be forgotten: {said.decode(errors='replace').strip()}")
 
 
 def _entering(netns: Path | None) -> list[str]:
