@@ -1,16 +1,20 @@
 """Fakes of what a host agent stands on: VMs, network, control groups, guests.
 
-Everything else of the machine is real: data directory, images, layers, tasks. A fake keeps what
-it holds where the real part does, outside the agent: a VM is a process that outlives it, a slot
-and a group are files. So what a killed agent leaves can be seen, and a next one finds it.
+Everything else of the machine is real: data directory, images, layers, memory, tasks. A fake keeps
+what it holds where the real part does, outside the agent: a VM is a process that outlives it and
+maps its RAM, a guest's knowledge of itself lies in that RAM, a slot and a group are files. So what
+a killed agent leaves can be seen, a next one finds it, and a snapshot that lost a page is noticed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import (
     AsyncGenerator,
@@ -22,15 +26,19 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from sandmartin.agent.disk import ImageStore
 from sandmartin.agent.guest import Command, Ended, Guest, Identity, Output, ProcessEvent, Started
 from sandmartin.agent.host import Host
-from sandmartin.agent.journal import DataDir, Entry
+from sandmartin.agent.journal import DataDir, Entry, write_whole
 from sandmartin.agent.limits import Allowance, ControlGroups
+from sandmartin.agent.machine import Machine, Patience
+from sandmartin.agent.memory import PAGE, BaseStore
 from sandmartin.agent.network import Network, Slot
 from sandmartin.agent.proc import ProcessId, spawn_detached
-from sandmartin.agent.sandbox import Machine, Patience
+from sandmartin.agent.snapshots import Platform, Signer, Snapshots
+from sandmartin.agent.storage import Storage
 from sandmartin.agent.tasks import Tasks
 from sandmartin.agent.vmm import Vm, VmRecord, VmSpec, VmStatus
 from sandmartin.errors import (
@@ -45,6 +53,7 @@ from sandmartin.errors import (
 from sandmartin.model import Accel, SandboxSpec, Settings
 
 Step = Callable[[str], None]
+_T = TypeVar("_T")
 
 IMAGE = "base"
 IMAGE_MB = 8
@@ -52,9 +61,19 @@ DEADLINE_S = 20.0
 #: In the environment of each fake VM: the directory of its machine.
 _MARK = "SANDMARTIN_FAKE_VM"
 _PROCESSES = "cgroup.procs"
+#: What the monitor of a fake VM knows, beside its process.
+_MONITOR = "monitor.json"
+_USED_BYTES = 48 << 20
+#: Owner of sealed layers where there are other users than one; far from those of any agent.
+_LAYERS_UID = 2_980_000
+PLATFORM = Platform(vmm_version="fake 1", machine="fake", accel=Accel.TCG, tsc_khz=2_000_000)
 #: Of a test's machine: nothing waits for longer than a moment.
 HASTE = Patience(
-    health_deadline_s=0.05, health_pause_s=0.002, disk_check_s=0.005, activity_save_s=0.005
+    health_deadline_s=0.05,
+    health_pause_s=0.002,
+    disk_check_s=0.005,
+    activity_save_s=0.005,
+    reap_s=0.005,
 )
 
 
@@ -74,19 +93,98 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 # VMs.
 
+#: Maps its RAM as a monitor does; a boot dirties some of it, the last page too. It enters its
+#: groups itself once that is done, so that one which runs is in them.
+_MACHINE = """
+import mmap, os, signal, sys
+fd, size, incoming, *groups = sys.argv[1:]
+if os.geteuid():
+    # Where only a parent may look into a process, the next agent must be able to.
+    import ctypes
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+ram = mmap.mmap(int(fd), int(size), flags=mmap.MAP_PRIVATE)
+if incoming == "False":
+    for at in (0, PAGE * BOOTED, len(ram) - PAGE):
+        ram[at:at + PAGE] = b"B" * PAGE
+for group in groups:
+    with open(group, "w") as file:
+        file.write(str(os.getpid()))
+while True:
+    signal.pause()
+""".replace("PAGE", str(PAGE))
+#: Pages of a guest's RAM: what its boot left, who it is, and one for a test to write to.
+BOOTED, IDENTITY, SCRATCH = 3, 5, 7
+_WATCHED = range(SCRATCH + 1)
 
-@dataclass
+
 class FakeVm:
-    """A VM whose process sleeps. What its monitor would say is set by the test."""
+    """A VM whose process sleeps on a RAM that it maps. What its monitor knows outlives the agent.
 
-    record: VmRecord
-    condition: VmStatus = VmStatus.RUNNING
-    #: Whether the host's disk has room for what the VM wants to write.
-    has_space: bool = True
-    console: bytes = b""
-    #: Raised by `kill`: a process that does not end.
-    stuck: Exception | None = None
-    closed: bool = False
+    A test sets what the monitor would say, and reads and writes the guest's memory.
+    """
+
+    def __init__(self, record: VmRecord, step: Step) -> None:
+        self.record = record
+        self._step = step
+        self._file = record.run_dir / _MONITOR
+        #: Whether the host's disk has room for what the VM wants to write.
+        self.has_space = True
+        self.console = b""
+        #: Raised by `kill`: a process that does not end.
+        self.stuck: Exception | None = None
+        #: Raised by `freeze` while the VM stands still, and by `load`.
+        self.freeze_failure: Exception | None = None
+        self.load_failure: Exception | None = None
+        self.closed = False
+
+    # What the monitor knows.
+
+    def _know(self) -> dict[str, Any]:
+        known: dict[str, Any] = json.loads(self._file.read_bytes())
+        return known
+
+    def learn(self, **facts: object) -> None:
+        known = self._know() if self._file.exists() else {}
+        write_whole(self._file, json.dumps(known | facts).encode())
+
+    @property
+    def condition(self) -> VmStatus:
+        return VmStatus(self._know()["condition"])
+
+    @condition.setter
+    def condition(self, condition: VmStatus) -> None:
+        self.learn(condition=condition)
+
+    @property
+    def netns(self) -> str:
+        return str(self._know()["netns"])
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size to which the disk was grown; 0 when it was not."""
+        return int(self._know()["disk_bytes"])
+
+    # The guest's memory.
+
+    def _address(self, page: int) -> int:
+        maps = Path(f"/proc/{self.record.process.pid}/maps").read_text().splitlines()
+        (line,) = (line for line in maps if "sandmartin-base-" in line)
+        return int(line.partition("-")[0], 16) + page * PAGE
+
+    def read(self, page: int, size: int = PAGE) -> bytes:
+        with Path(f"/proc/{self.record.process.pid}/mem").open("rb", buffering=0) as memory:
+            return os.pread(memory.fileno(), size, self._address(page))
+
+    def write(self, page: int, data: bytes) -> None:
+        with Path(f"/proc/{self.record.process.pid}/mem").open("rb+", buffering=0) as memory:
+            os.pwrite(memory.fileno(), data, self._address(page))
+
+    def _rings(self) -> str:
+        """What devices look for in RAM when their state is loaded."""
+        pages = self.read(0, PAGE * len(_WATCHED))
+        return hashlib.sha256(pages).hexdigest()
+
+    # The monitor.
 
     async def status(self) -> VmStatus:
         return self.condition if self.record.process.alive() else VmStatus.GONE
@@ -103,10 +201,60 @@ class FakeVm:
         self._require()
         if self.condition is VmStatus.DISK_FULL and not self.has_space:
             raise DiskFull("the host's disk still has no space for what the VM wants to write")
+        if self._know()["incoming"]:
+            raise ToolFailed("it has no device state yet")
         self.condition = VmStatus.RUNNING
 
     async def resize_disk(self, size_bytes: int) -> None:
         self._require()
+        self.learn(disk_bytes=size_bytes)
+
+    async def top_layer(self) -> str:
+        self._require()
+        return str(self._know()["top"])
+
+    async def freeze(
+        self, while_stopped: Callable[[], _T], *, top: Path | None = None, cont: bool = True
+    ) -> tuple[bytes, _T]:
+        work = asyncio.to_thread(self._freeze, while_stopped, top, cont)
+        return await asyncio.shield(asyncio.ensure_future(work))
+
+    def _freeze(
+        self, while_stopped: Callable[[], _T], top: Path | None, cont: bool
+    ) -> tuple[bytes, _T]:
+        self._require()
+        if top is not None:
+            assert top.stat().st_size > 0
+        self.condition = VmStatus.STOPPED
+        self._step("vmm:stopped")
+        try:
+            if self.freeze_failure is not None:
+                raise self.freeze_failure
+            done = while_stopped()
+            if top is not None:
+                self.learn(top=top.stem)
+                self._step("vmm:switched")
+        except BaseException:
+            self.condition = VmStatus.RUNNING
+            raise
+        state = json.dumps({"memory_mb": self.record.memory_mb, "rings": self._rings()})
+        if cont:
+            self.condition = VmStatus.RUNNING
+        return state.encode(), done
+
+    async def load(self, state: bytes) -> None:
+        self._require()
+        if self.load_failure is not None:
+            raise self.load_failure
+        if not self._know()["incoming"]:
+            raise ToolFailed("it waits for no device state")
+        if json.loads(state) != {"memory_mb": self.record.memory_mb, "rings": self._rings()}:
+            raise ToolFailed("the device state does not fit what is in RAM")
+        self.learn(incoming=False)
+
+    async def memory_used(self) -> int | None:
+        self._require()
+        return _USED_BYTES
 
     async def read_console(self) -> bytes:
         self._require()
@@ -137,20 +285,31 @@ class FakeVmm:
         #: By the name of the sandbox's directory, newest first.
         self.vms: dict[str, FakeVm] = {}
         self.specs: dict[str, VmSpec] = {}
+        #: Starts, by whether the VM waited for a device state.
+        self.booted = self.restored = 0
         #: Raised by `start`, once the process runs or before it is made.
         self.failure: Exception | None = None
         self.failure_before: Exception | None = None
+        #: Raised by the `load` of each VM that is started.
+        self.load_failure: Exception | None = None
         self.console = b""
 
     async def start(self, spec: VmSpec) -> Vm:
-        assert spec.disk is not None and spec.disk.exists()
+        disk = spec.disk
+        assert disk is not None and spec.ram_fd is not None
+        for file in (disk.image, *disk.sealed, disk.top):
+            assert file.exists(), file
+        # What is sealed is written no more.
+        assert not any(file.stat().st_mode & 0o222 for file in disk.sealed)
         if self.failure_before is not None:
             raise self.failure_before
+        self.booted, self.restored = self.booted + (not spec.incoming), self.restored + spec.incoming
+        words = [spec.ram_fd, spec.memory_mb << 20, spec.incoming]
         process = spawn_detached(
-            # It enters its groups itself, so that one which runs is in them.
-            ["sh", "-c", 'for g; do echo $$ >"$g"; done; exec sleep 600', "sh"]
+            [sys.executable, "-IS", "-c", _MACHINE, *map(str, words)]
             + [str(group / _PROCESSES) for group in spec.cgroups],
             output=spec.run_dir / "vmm.log",
+            pass_fds=[spec.ram_fd],
             env={_MARK: os.fspath(self._mark)},
         )
         await until(lambda: _entered(process, spec.cgroups), "the VM's process in its group")
@@ -163,27 +322,41 @@ class FakeVmm:
         record = VmRecord(
             process=process,
             run_dir=spec.run_dir,
-            vmm_version="fake 1",
-            machine="fake",
+            vmm_version=PLATFORM.vmm_version,
+            machine=PLATFORM.machine,
             accel=spec.accel,
+            memory_mb=spec.memory_mb,
         )
         name = spec.run_dir.parent.name
         self.specs[name] = spec
-        self.vms[name] = FakeVm(record, console=self.console)
-        return self.vms[name]
+        vm = self.vms[name] = FakeVm(record, self._step)
+        vm.learn(
+            condition=VmStatus.STOPPED if spec.incoming else VmStatus.RUNNING,
+            incoming=spec.incoming,
+            top=disk.top.stem,
+            netns=os.fspath(spec.netns or ""),
+            disk_bytes=0,
+        )
+        vm.console, vm.load_failure = self.console, self.load_failure
+        return vm
 
     async def adopt(self, record: VmRecord) -> Vm | None:
         if not record.process.alive():
             record.process.reap()
             return None
-        return self.vms.setdefault(record.run_dir.parent.name, FakeVm(record))
+        return self.vms.setdefault(record.run_dir.parent.name, FakeVm(record, self._step))
+
+    def at(self, netns: Path) -> FakeVm | None:
+        """The VM that runs in a network namespace."""
+        for vm in self.vms.values():
+            if vm.record.process.alive() and vm.netns == os.fspath(netns):
+                return vm
+        return None
 
 
 def _entered(process: ProcessId, groups: tuple[Path, ...]) -> bool:
-    files = [group / _PROCESSES for group in groups]
-    # Of `sleep`, and no more of the shell: a signal then finds what the test will look for.
-    name = Path(f"/proc/{process.pid}/comm").read_text().strip()
-    return name == "sleep" and all(str(process.pid) in file.read_text() for file in files)
+    assert process.alive(), "the VM's process ended at once"
+    return all(str(process.pid) in (group / _PROCESSES).read_text() for group in groups)
 
 
 # Data directory, network and groups.
@@ -239,6 +412,11 @@ class FakeNetwork(Network):
         (self._directory / str(number)).unlink(missing_ok=True)
         self._step("network:released")
 
+    def namespace(self, address: str) -> Path:
+        """Where the guest at `address` lives."""
+        slots = (self._slot(number) for number in range(1, self.limit + 1))
+        return next(slot.netns_path for slot in slots if str(slot.host_ip) == address)
+
     def _slot(self, number: int) -> Slot:
         settings = self._settings
         # A user that we may give files to without being root.
@@ -262,6 +440,9 @@ class FakeGroups(ControlGroups):
         self._step("groups:made")
         (group / _PROCESSES).touch()
         return (group,)
+
+    def paths(self, sandbox_id: str) -> tuple[Path, ...]:
+        return (self._directory / sandbox_id,)
 
     def list(self) -> set[str]:
         return {path.name for path in self._directory.iterdir()}
@@ -307,27 +488,40 @@ async def echo(command: Command) -> AsyncGenerator[ProcessEvent, None]:
 
 @dataclass
 class Guests:
-    """What all guests of a machine do; the token each was told outlives the agent in a file."""
+    """What all guests of a machine do. Who each is lies in its RAM, as a real one's would."""
 
-    directory: Path
+    vmm: FakeVmm
+    network: FakeNetwork
     introducing: Callable[[Identity], Awaitable[None]] = no_wait
     running: Callable[[Command], AsyncGenerator[ProcessEvent, None]] = echo
     #: Guests at these addresses do not answer.
     silent: set[str] = field(default_factory=set)
     #: How often a guest was asked whether it is there.
     checks: int = 0
+    #: What each address was told last.
     identities: dict[str, Identity] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     inputs: dict[int, bytes] = field(default_factory=dict)
     signals: list[tuple[int, int]] = field(default_factory=list)
 
-    def tell(self, address: str, identity: Identity) -> None:
-        self.directory.mkdir(exist_ok=True)
-        (self.directory / address).write_text(identity.token)
-        self.identities[address] = identity
+    def vm(self, address: str) -> FakeVm:
+        """The VM of the guest at `address`. Raises GuestSilent when it does not run."""
+        vm = self.vmm.at(self.network.namespace(address))
+        if vm is None or address in self.silent or vm.condition is not VmStatus.RUNNING:
+            raise GuestSilent("the guest agent does not answer: nobody there")
+        return vm
 
-    def token(self, address: str) -> str:
-        return (self.directory / address).read_text()
+    def memory(self, address: str) -> dict[str, Any]:
+        """What the guest at `address` knows of itself; nothing before it was told."""
+        known: dict[str, Any] = json.loads(self.vm(address).read(IDENTITY).rstrip(b"\0") or b"{}")
+        return known
+
+    def tell(self, address: str, identity: Identity) -> None:
+        known = self.memory(address) | {"token": identity.token, "id": identity.sandbox_id}
+        if identity.envs is not None:
+            known["envs"] = dict(identity.envs)
+        self.vm(address).write(IDENTITY, json.dumps(known).encode().ljust(PAGE, b"\0"))
+        self.identities[address] = identity
 
     def __call__(self, address: str, token: str) -> Guest:
         return FakeGuest(self, address, token)
@@ -346,16 +540,20 @@ class FakeGuest(Guest):
 
     async def introduce(self, identity: Identity, deadline_s: float) -> None:
         await self._guests.introducing(identity)
+        if self._guests.memory(self._address).get("token", self._token) != self._token:
+            raise ToolFailed("the guest did not take its identity: the token is another's")
         self._guests.tell(self._address, identity)
+        self._token = identity.token
+
+    async def awake(self, deadline_s: float) -> None:
+        self._guests.vm(self._address)
 
     async def healthy(self, deadline_s: float) -> bool:
         self._guests.checks += 1
         return self._address not in self._guests.silent
 
     def _check(self) -> None:
-        if self._address in self._guests.silent:
-            raise GuestSilent("the guest agent does not answer: nobody there")
-        if self._guests.token(self._address) != self._token:
+        if self._guests.memory(self._address)["token"] != self._token:
             raise Invalid("the token is not this guest's")
 
     async def start(self, command: Command) -> AsyncGenerator[ProcessEvent, None]:
@@ -413,6 +611,7 @@ class Fakes:
             yield host
         finally:
             await host.close()
+            await self.machine.bases.close()
             self.machine.data.close()
 
 
@@ -421,23 +620,31 @@ def make_machine(
     *,
     step: Step = no_step,
     patience: Patience = HASTE,
+    platform: Platform = PLATFORM,
     **settings: object,
 ) -> Fakes:
-    """A machine in `directory`; a second one on the same finds what the first one left."""
+    """A machine in `directory`; a second one on the same finds what the first one left.
+
+    It boots what it creates, unless `warm` is set.
+    """
     made = Settings(
         data_dir=directory / "data",
+        assets_dir=directory / "assets",
         run_dir=directory / "run",
         disk_floor_mb=0,
         memory_reserve_mb=0,
         cpu_overcommit=1000.0,
+        warm=False,
     )
     data = FillableDataDir(made.data_dir)
     data.open()
+    made.assets_dir.mkdir(exist_ok=True)
     _make_image(data.images / IMAGE / "rootfs.ext4")
+    signer = Signer.open(made.assets_dir / "platform.key")
     vmm = FakeVmm(directory, step)
     network = FakeNetwork(directory / "slots", step)
     groups = FakeGroups(directory / "groups", step)
-    guests = Guests(directory / "guests")
+    guests = Guests(vmm, network)
     machine = Machine(
         settings=replace(made, **settings),  # type: ignore[arg-type]
         data=data,
@@ -449,6 +656,9 @@ def make_machine(
         kernel=directory / "kernel",
         initramfs=directory / "initramfs",
         tasks=Tasks(),
+        storage=Storage(data, Snapshots(signer), _LAYERS_UID if os.geteuid() == 0 else os.geteuid()),
+        bases=BaseStore(in_memory=True),
+        platform=platform,
         guest=guests,
         patience=patience,
         step=step,
@@ -459,8 +669,9 @@ def make_machine(
 def _make_image(path: Path) -> None:
     if not path.exists():
         path.parent.mkdir()
-        path.touch()
+        path.write_bytes(b"an image")
         os.truncate(path, IMAGE_MB * 2**20)
+        path.chmod(0o444)
 
 
 def make_spec(sandbox_id: str = "sb1", **shape: int) -> SandboxSpec:
@@ -502,10 +713,23 @@ def find_vms(directory: Path) -> list[ProcessId]:
     return [process for process in found if process is not None]
 
 
+#: What an agent keeps beside its sandboxes; the empty bases among it take no room.
+_KEPT = ("data/layers", "data/bases", "data/templates", "data/forks", "data/images", "assets/warm")
+
+
 def find_leaks(directory: Path) -> set[str]:
-    """All that sandboxes hold in `directory`: processes, slots, groups, files."""
+    """All that sandboxes hold in `directory`, and templates: processes, slots, groups, files."""
     found = {f"process {process.pid}" for process in find_vms(directory)}
-    for place in ("slots", "groups", "data/sandboxes"):
+    for place in ("slots", "groups", "data/sandboxes", *_KEPT):
         with contextlib.suppress(FileNotFoundError):
             found |= {f"{place}/{path.name}" for path in (directory / place).iterdir()}
-    return found
+    found -= {f"data/images/{IMAGE}"}
+    empty = (path.name for path in (directory / "data/bases").glob("*.ram") if not _blocks(path))
+    found -= {f"data/bases/{name}" for name in empty}
+    # Drafts and what was to be renamed lie beside the whole, wherever it is; a lock stays.
+    hidden = (path for path in directory.rglob(".*") if path.suffix != ".lock")
+    return found | {os.fspath(path.relative_to(directory)) for path in hidden}
+
+
+def _blocks(path: Path) -> int:
+    return path.stat().st_blocks

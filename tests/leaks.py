@@ -46,7 +46,9 @@ def _processes(data_dir: Path) -> Iterator[str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         if mark in words:
-            yield f"process {process.name}: {words[:80]!r}"
+            # By what it names and not by its number: a sandbox that was paused has another one.
+            where = next(word for word in words.split(b"\0") if mark in word)
+            yield f"process of {os.fsdecode(where)}"
 
 
 def _groups(instance_id: str) -> list[Path]:

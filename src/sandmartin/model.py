@@ -151,6 +151,8 @@ class Settings:
     uid_base: int = 2_000_000
     #: Names the host's resolvers, which answer the guests' queries.
     resolv_conf: Path = Path("/etc/resolv.conf")
+    #: User id that owns sealed disk layers; no VM's, and one for all agents of a machine.
+    layers_uid: int = 1_999_999
     #: Network places made ahead.
     slot_pool_size: int = 4
     #: Free disk below which nothing new starts.

@@ -93,16 +93,17 @@ class Gate:
 
 async def test_create_use_destroy(fakes: Fakes, host: Host, directory: Path) -> None:
     sandbox = await host.create(make_spec(disk_size_mb=IMAGE_MB + 8), {"A": "1"})
-    assert (sandbox.state, host.list(), host.get("sb1")) == (State.RUNNING, [sandbox], sandbox)
+    assert (sandbox.state, host.sandboxes(), host.get("sb1")) == (State.RUNNING, [sandbox], sandbox)
     assert await run(sandbox, "a", "b") == b"a b"
     identity = fakes.guests.identities[sandbox.host_ip]
-    assert (identity.sandbox_id, identity.envs, identity.grow_root) == ("sb1", {"A": "1"}, True)
+    assert (identity.sandbox_id, identity.envs) == ("sb1", {"A": "1"})
+    assert identity.root_bytes == (IMAGE_MB + 8) << 20
     assert entry_of(directory, "sb1").token == identity.token
     spec = fakes.vmm.specs["sb1"]
     assert (spec.vcpus, spec.memory_mb, spec.uid) == (1, 128, os.geteuid())
     assert identity.token not in repr((sandbox.entry, identity, spec))
     await host.destroy("sb1")
-    assert (sandbox.state, host.list()) == (State.STOPPED, [])
+    assert (sandbox.state, host.sandboxes()) == (State.STOPPED, [])
     assert not find_leaks(directory)
     await host.destroy("sb1")
     with pytest.raises(NotFound, match="there is no sandbox 'sb1'"):
@@ -150,7 +151,7 @@ async def test_caller_that_hangs_up_ends_only_its_waiting(
     destroying = asyncio.create_task(host.destroy("sb1"))
     await until(lambda: sandbox.state is State.STOPPING, "the begin of the destroy")
     destroying.cancel()
-    await until(lambda: not host.list(), "the end of the destroy")
+    await until(lambda: not host.sandboxes(), "the end of the destroy")
     assert not find_leaks(directory)
 
 
@@ -163,7 +164,7 @@ async def test_destroy_waits_for_the_create(fakes: Fakes, host: Host, directory:
         await run(host.get("sb1"))
     gate.opened.set()
     await asyncio.gather(creating, destroying)
-    assert (host.list(), find_leaks(directory)) == ([], set())
+    assert (host.sandboxes(), find_leaks(directory)) == ([], set())
     await host.create(make_spec(), {})
 
 
@@ -212,7 +213,7 @@ def _no_slots(fakes: Fakes) -> None:
         (_monitor_is_missing, ToolFailed, "the monitor refused"),
         (_monitor_fails, ToolFailed, "the monitor refused"),
         (_guest_is_silent, TimedOut, "did not answer; its console ends with: 'Kernel panic'"),
-        (_guest_crashes, ToolFailed, "the VM ended while it booted"),
+        (_guest_crashes, ToolFailed, "the VM ended while it started"),
         (_guest_has_a_bug, RuntimeError, "a bug of ours"),
     ],
 )
@@ -227,13 +228,13 @@ async def test_failed_create_leaves_nothing(
     arrange(fakes)
     with pytest.raises(kind, match=message):
         await host.create(make_spec(), {})
-    assert (host.list(), find_leaks(directory)) == ([], set())
+    assert (host.sandboxes(), find_leaks(directory)) == ([], set())
 
 
 async def test_disk_smaller_than_the_image(host: Host, directory: Path) -> None:
     with pytest.raises(Invalid, match=f"template 'base' is {IMAGE_MB} MB"):
         await host.create(make_spec(disk_size_mb=IMAGE_MB - 1), {})
-    assert (host.list(), find_leaks(directory)) == ([], set())
+    assert (host.sandboxes(), find_leaks(directory)) == ([], set())
 
 
 async def test_create_whose_undoing_fails_tells_its_own_error(
@@ -368,7 +369,7 @@ async def test_full_disk_under_the_journal(fakes: Fakes, host: Host, directory: 
     await until(lambda: ended.state is State.ERROR, "the end to be noticed")
     assert await run(sandbox, "goes", "on") == b"goes on"
     await host.destroy("sb1")
-    assert [each.sandbox_id for each in host.list()] == ["sb2"]
+    assert [each.sandbox_id for each in host.sandboxes()] == ["sb2"]
     fakes.data.full = False
     active_at = sandbox.entry.last_active_at
     await until(lambda: entry_of(directory, "sb2").last_active_at == active_at, "the save")
@@ -481,7 +482,7 @@ async def test_what_cannot_be_removed_does_not_keep_the_next_agent_from_starting
     assert vm is second.vmm.vms["sb1"]
     second.vmm.vms["sb1"].stuck = TimedOut("the process does not end")
     async with second.host() as host:
-        assert {s.sandbox_id: s.state for s in host.list()} == {
+        assert {s.sandbox_id: s.state for s in host.sandboxes()} == {
             "sb1": State.ERROR,
             "sb2": State.RUNNING,
         }
@@ -543,7 +544,7 @@ async def test_terminate_that_fails_can_be_tried_again(
     with caplog.at_level(logging.ERROR), pytest.raises(TimedOut):
         await host.terminate()
     assert ["sb1" in record.getMessage() for record in caplog.records] == [True]
-    assert [sandbox.sandbox_id for sandbox in host.list()] == ["sb1"]
+    assert [sandbox.sandbox_id for sandbox in host.sandboxes()] == ["sb1"]
     assert not host.terminated.is_set()
     fakes.vmm.vms["sb1"].stuck = None
     assert (await host.create(make_spec("sb3"), {})).state is State.RUNNING

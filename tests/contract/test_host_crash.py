@@ -119,10 +119,10 @@ def _kill_agents(cases: list[tuple[str, str, Path]]) -> None:
 async def _survivors(directory: Path) -> dict[str, State]:
     """What the next agent has after it started; it leaves nothing that belongs to nobody."""
     async with make_machine(directory).host() as host:
-        for sandbox in host.list():
+        for sandbox in host.sandboxes():
             if sandbox.state is State.RUNNING:
                 await _assert_usable(sandbox)
-        states = {sandbox.sandbox_id: sandbox.state for sandbox in host.list()}
+        states = {sandbox.sandbox_id: sandbox.state for sandbox in host.sandboxes()}
         _assert_exact(directory, host)
     return states
 
@@ -135,7 +135,7 @@ async def _assert_usable(sandbox: Sandbox) -> None:
 def _assert_exact(directory: Path, host: Host) -> None:
     """There is all that the host's sandboxes hold, and nothing else."""
     expected = set()
-    for sandbox in host.list():
+    for sandbox in host.sandboxes():
         entry = sandbox.entry
         assert sandbox.state is State.RUNNING, f"{sandbox.sandbox_id} is {sandbox.state}"
         assert entry.vm is not None

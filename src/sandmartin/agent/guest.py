@@ -36,6 +36,7 @@ from sandmartin.errors import (
     TimedOut,
     ToolFailed,
 )
+from sandmartin.rpc.envd.filesystem import filesystem_pb as fs
 from sandmartin.rpc.envd.process import process_pb as pb
 
 PORT = 49983
@@ -87,6 +88,40 @@ class Identity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Terminal:
+    """The size of a terminal, in characters."""
+
+    cols: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A process that runs."""
+
+    pid: int
+    cmd: str
+    args: tuple[str, ...]
+    cwd: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """A file in the guest. `type` is file, directory, symlink or other; of a link, its target's."""
+
+    name: str
+    path: str
+    type: str
+    size_bytes: int
+    #: Permission bits.
+    mode: int
+    owner: str
+    group: str
+    modified_at_unix: int
+    symlink_target: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Command:
     """A command to run. An empty `cwd` is the user's home; `timeout_s` None is no limit."""
 
@@ -97,6 +132,8 @@ class Command:
     user: str = "root"
     stdin: bool = False
     timeout_s: float | None = None
+    #: Run on a terminal; its output is then standard output alone.
+    terminal: Terminal | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +271,7 @@ class Guest:
                 cwd=command.cwd or None,
             ),
             stdin=command.stdin,
+            pty=_pty(command.terminal),
         )
         try:
             async with contextlib.aclosing(self._listen("Start", request, headers)) as events:
@@ -275,7 +313,7 @@ class Guest:
         raise GuestSilent("the guest agent broke off before the command's end")
 
     async def send_input(self, pid: int, data: bytes) -> None:
-        """Write to a command's standard input; waits while the command does not read."""
+        """Write to a command's standard input, or its terminal; waits while it does not read."""
         stdin: Oneof[Literal["stdin"], bytes] = Oneof("stdin", data)
         request = pb.SendInputRequest(process=_selector(pid), input=pb.ProcessInput(input=stdin))
         sending = asyncio.ensure_future(self._call("SendInput", request, patient=True))
@@ -298,22 +336,74 @@ class Guest:
         request = pb.SendSignalRequest(process=_selector(pid), signal=pb.Signal(number))
         await self._call("SendSignal", request)
 
-    async def _call(self, method: str, request: Message[Any], *, patient: bool = False) -> None:
-        headers = self._headers() | {"content-type": "application/proto"}
+    async def resize(self, pid: int, size: Terminal) -> None:
+        """Resize a command's terminal. Raises NotFound, Conflict when it has none."""
+        await self._call("Update", pb.UpdateRequest(process=_selector(pid), pty=_pty(size)))
+
+    async def processes(self) -> list[Running]:
+        """What was started by a call and runs."""
+        listed = pb.ListResponse.from_binary(await self._call("List", pb.ListRequest()))
+        found = []
+        for each in listed.processes:
+            config = each.config or pb.ProcessConfig()
+            running = Running(
+                pid=each.pid, cmd=config.cmd, args=tuple(config.args), cwd=config.cwd or ""
+            )
+            found.append(running)
+        return found
+
+    async def _call(
+        self,
+        method: str,
+        request: Message[Any],
+        *,
+        user: str | None = None,
+        patient: bool = False,
+    ) -> bytes:
+        headers = self._headers(user) | {"content-type": "application/proto"}
         asking = self._http.stream("POST", self._procedure(method), headers, request.to_binary())
         limit = asyncio.timeout(None if patient else self._deadlines.call_s)
         with _translated():
             async with _opened(asking, limit) as response:
-                reply = await self._reply(response)
+                async with asyncio.timeout(self._deadlines.call_s):
+                    reply = await _read_bounded(response)
                 if response.status != 200:
-                    raise _call_error(reply)
+                    raise _call_error(_parse(reply))
+                return reply
 
     def _procedure(self, method: str) -> str:
-        return f"{self._url}/process.Process/{method}"
+        """The address of a method of the process service, or of `filesystem.` and a method."""
+        service, _, name = method.rpartition(".")
+        package = "filesystem.Filesystem" if service else "process.Process"
+        return f"{self._url}/{package}/{name}"
 
     async def _reply(self, response: pyqwest.Response) -> dict[str, Any]:
         async with asyncio.timeout(self._deadlines.call_s):
             return _parse(await _read_bounded(response))
+
+    # Directories. All raise NotFound, Denied, Invalid, GuestSilent.
+
+    async def stat(self, path: str, user: str) -> FileInfo:
+        reply = await self._call("filesystem.Stat", fs.StatRequest(path=path), user=user)
+        return _file_info(fs.StatResponse.from_binary(reply).entry or fs.EntryInfo())
+
+    async def list_files(self, path: str, user: str, depth: int) -> list[FileInfo]:
+        """What is below a directory, so many levels down."""
+        request = fs.ListDirRequest(path=path, depth=depth)
+        reply = await self._call("filesystem.ListDir", request, user=user)
+        return [_file_info(each) for each in fs.ListDirResponse.from_binary(reply).entries]
+
+    async def make_directory(self, path: str, user: str) -> None:
+        """Make a directory and its missing parents. Raises AlreadyExists."""
+        await self._call("filesystem.MakeDir", fs.MakeDirRequest(path=path), user=user)
+
+    async def move_file(self, source: str, destination: str, user: str) -> None:
+        request = fs.MoveRequest(source=source, destination=destination)
+        await self._call("filesystem.Move", request, user=user)
+
+    async def remove_file(self, path: str, user: str) -> None:
+        """Remove a file or a whole tree; one that is not there is no error."""
+        await self._call("filesystem.Remove", fs.RemoveRequest(path=path), user=user)
 
     # Files.
 
@@ -371,6 +461,34 @@ def _introduction(identity: Identity) -> dict[str, Any]:
         "rootBytes": identity.root_bytes,
         "moved": identity.moved,
     }
+
+
+def _pty(terminal: Terminal | None) -> pb.PTY | None:
+    if terminal is None:
+        return None
+    return pb.PTY(size=pb.PTY.Size(cols=terminal.cols, rows=terminal.rows))
+
+
+_TYPES = {
+    fs.FileType.FILE: "file",
+    fs.FileType.DIRECTORY: "directory",
+    fs.FileType.SYMLINK: "symlink",
+}
+
+
+def _file_info(entry: fs.EntryInfo) -> FileInfo:
+    modified = entry.modified_time
+    return FileInfo(
+        name=entry.name,
+        path=entry.path,
+        type=_TYPES.get(entry.type, "other"),
+        size_bytes=entry.size,
+        mode=entry.mode,
+        owner=entry.owner,
+        group=entry.group,
+        modified_at_unix=modified.seconds if modified else 0,
+        symlink_target=entry.symlink_target or "",
+    )
 
 
 def _selector(pid: int) -> pb.ProcessSelector:

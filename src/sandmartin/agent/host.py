@@ -29,7 +29,14 @@ from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.storage import names_in
 from sandmartin.agent.templates import Templates
 from sandmartin.agent.warm import WarmSnapshots
-from sandmartin.errors import AlreadyExists, Exhausted, NotFound, SandmartinError, Unavailable
+from sandmartin.errors import (
+    AlreadyExists,
+    DiskFull,
+    Exhausted,
+    NotFound,
+    SandmartinError,
+    Unavailable,
+)
 from sandmartin.model import SandboxSpec, State, random_id
 
 _T = TypeVar("_T")
@@ -344,6 +351,10 @@ class Host:
 
     # What is told.
 
+    def templates(self) -> list[Image | Snapshot]:
+        """All that sandboxes can start from."""
+        return self._templates.all()
+
     def drain_auto_paused(self) -> list[str]:
         """Sandboxes that the reaper has paused since the last call."""
         return [each.sandbox_id for each in self.sandboxes() if each.drain_auto_paused()]
@@ -394,11 +405,9 @@ class Host:
         while True:
             await asyncio.sleep(self._machine.patience.disk_check_s)
             has_space = disk.free_mb(self._machine.data.path) >= enough_mb
-            for sandbox in self.sandboxes():
-                try:
-                    await sandbox.check_disk_space(has_space=has_space)
-                except SandmartinError as error:
-                    _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
+            # At once: a monitor that does not answer must not keep the others waiting.
+            checks = (_check_disk_space(each, has_space) for each in self.sandboxes())
+            await asyncio.gather(*checks)
 
     async def _reap(self) -> None:
         """Pause what has idled past its time, all at once."""
@@ -419,10 +428,16 @@ class Host:
         while True:
             await asyncio.sleep(self._machine.patience.activity_save_s)
             for sandbox in self.sandboxes():
-                try:
+                # It is tried again soon, and who needs the space hears of it.
+                with contextlib.suppress(DiskFull):
                     sandbox.save_activity()
-                except SandmartinError as error:
-                    _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
+
+
+async def _check_disk_space(sandbox: Sandbox, has_space: bool) -> None:
+    try:
+        await sandbox.check_disk_space(has_space=has_space)
+    except SandmartinError as error:
+        _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
 
 
 def memory_total_mb() -> int:

@@ -118,8 +118,7 @@ async def open_machine(settings: Settings) -> AsyncIterator[Machine]:
             kernel=assets.kernel,
             initramfs=assets.initramfs,
             tasks=tasks,
-            # No slot has the number 0, so no VM has this user.
-            storage=Storage(data, Snapshots(signer), settings.uid_base),
+            storage=Storage(data, Snapshots(signer), settings.layers_uid),
             bases=bases,
             platform=Platform(
                 vmm_version=installation.version.text,

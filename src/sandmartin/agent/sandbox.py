@@ -22,7 +22,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from sandmartin.agent import disk
-from sandmartin.agent.guest import Command, Guest, Identity, ProcessEvent
+from sandmartin.agent.guest import (
+    Command,
+    FileInfo,
+    Guest,
+    Identity,
+    ProcessEvent,
+    Running,
+    Terminal,
+)
 from sandmartin.agent.journal import Entry, SandboxDir
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Written, write_diff
@@ -851,3 +859,38 @@ class Sandbox:
             async for chunk in chunks:
                 self.touch()
                 yield chunk
+
+    async def resize(self, pid: int, size: Terminal) -> None:
+        async with self._talking() as guest:
+            await guest.resize(pid, size)
+
+    async def processes(self) -> list[Running]:
+        """What was started by a call and runs."""
+        async with self._talking() as guest:
+            return await guest.processes()
+
+    async def read_console(self) -> bytes:
+        """The newest that the guest's console said; what is read is forgotten."""
+        if self._microvm.vm is None:
+            raise self._unusable()
+        return await self._microvm.vm.read_console()
+
+    async def stat(self, path: str, user: str) -> FileInfo:
+        async with self._talking() as guest:
+            return await guest.stat(path, user)
+
+    async def list_files(self, path: str, user: str, depth: int) -> list[FileInfo]:
+        async with self._talking() as guest:
+            return await guest.list_files(path, user, depth)
+
+    async def make_directory(self, path: str, user: str) -> None:
+        async with self._talking() as guest:
+            await guest.make_directory(path, user)
+
+    async def move_file(self, source: str, destination: str, user: str) -> None:
+        async with self._talking() as guest:
+            await guest.move_file(source, destination, user)
+
+    async def remove_file(self, path: str, user: str) -> None:
+        async with self._talking() as guest:
+            await guest.remove_file(path, user)

@@ -1,7 +1,7 @@
-"""The agent's door: `hostagent.v1` over the Connect protocol, and the process that serves it.
+"""The agent's door: the Connect protocol on its socket, and the process that serves it.
 
-This is the only module that knows both the wire messages and the host. Errors of ours leave with
-their code and hint as a detail; anything else is a bug, logged once and sent out without detail.
+Errors of ours leave with their code and hint as a detail; anything else is a bug, logged once and
+sent out without detail.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import uvicorn
 from connectrpc.code import Code
 from connectrpc.codec import proto_binary_codec, proto_json_codec
 from connectrpc.errors import ConnectError
 from connectrpc.request import RequestContext
-from protobuf import Oneof
 
-from sandmartin import errors, model
-from sandmartin.agent.guest import Command, Ended, Output, ProcessEvent, Started
+from sandmartin import errors
 from sandmartin.agent.host import Host
-from sandmartin.agent.machine import open_machine
-from sandmartin.agent.sandbox import Machine, Sandbox
-from sandmartin.errors import Exhausted, Invalid, SandmartinError, TimedOut
-from sandmartin.model import SandboxSpec, Settings
+from sandmartin.agent.machine import Machine, open_machine
+from sandmartin.agent.service import MAX_MESSAGE_BYTES, HostAgent
+from sandmartin.errors import Invalid, SandmartinError
+from sandmartin.model import Settings
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.rpc.hostagent.v1.hostagent_connect import (
-    HostAgentService,
     HostAgentServiceASGIApplication,
 )
 
@@ -62,9 +59,6 @@ CODES: dict[str, Code] = {
     errors.ToolFailed.code: Code.INTERNAL,
 }
 
-#: Largest message taken or sent in one piece; longer content goes through the streams.
-MAX_MESSAGE_BYTES = 32 * 2**20
-_MAX_MESSAGE_HINT = "use the streaming call for content of any size"
 _SHUTDOWN_GRACE_S = 10
 #: Levels of nested JSON; our messages have four.
 _MAX_DEPTH = 64
@@ -184,252 +178,6 @@ def _depth_exceeds(document: bytes | bytearray, limit: int) -> bool:
         if depth > limit:
             return True
     return False
-
-
-def check_guest_path(path: str) -> str:
-    """Return a path in the guest if it is plain. Raises Invalid."""
-    if not path:
-        raise Invalid("the path is empty")
-    if "\0" in path:
-        raise Invalid("the path contains a NUL character")
-    if ".." in path.split("/"):
-        raise Invalid(f"path {path[:200]!r} contains '..'", hint="give the path it leads to")
-    if len(path) > 4096:
-        raise Invalid("the path is longer than 4096 characters")
-    return path
-
-
-def spec_of(request: pb.CreateSandboxRequest) -> SandboxSpec:
-    """The specification a request asks for, defaults filled in. Raises Invalid."""
-    if not request.template:
-        raise Invalid("no template is named", hint="`base` is there after setup")
-    return SandboxSpec(
-        sandbox_id=request.sandbox_id or model.new_sandbox_id(),
-        template=request.template,
-        vcpus=request.vcpus or model.DEFAULT_VCPUS,
-        memory_mb=request.memory_mb or model.DEFAULT_MEMORY_MB,
-        disk_size_mb=request.disk_size_mb or model.DEFAULT_DISK_SIZE_MB,
-        timeout_s=request.timeout_sec,
-    )
-
-
-def envs_of(
-    request: pb.CreateSandboxRequest | pb.ExecRequest | pb.ExecStreamRequest,
-) -> dict[str, str]:
-    """The environment variables that a request sets. Raises Invalid."""
-    for name, value in request.envs.items():
-        if not name or "=" in name:
-            raise Invalid("a name in envs is empty or contains '='")
-        if "\0" in name + value:
-            raise Invalid(f"variable {name[:80]!r} in envs contains a NUL character")
-    return dict(request.envs)
-
-
-def command_of(request: pb.ExecRequest | pb.ExecStreamRequest) -> Command:
-    """The command a request asks for. Raises Invalid."""
-    if not request.cmd:
-        raise Invalid("no command is given")
-    if any("\0" in word for word in (request.cmd, *request.args, request.cwd, request.user)):
-        raise Invalid("the command contains a NUL character")
-    timeout_s = request.timeout_sec or model.DEFAULT_EXEC_TIMEOUT_S
-    return Command(
-        cmd=request.cmd,
-        args=tuple(request.args),
-        envs=envs_of(request),
-        cwd=request.cwd,
-        user=request.user or "root",
-        stdin=isinstance(request, pb.ExecStreamRequest) and request.stdin,
-        timeout_s=timeout_s if timeout_s > 0 else None,
-    )
-
-
-_StartOf = Oneof[Literal["start"], pb.ExecStreamStart]
-_DataOf = Oneof[Literal["data"], pb.ExecStreamData]
-_EndOf = Oneof[Literal["end"], pb.ExecStreamEnd]
-_StdoutOf = Oneof[Literal["stdout"], bytes]
-_StderrOf = Oneof[Literal["stderr"], bytes]
-
-
-def _event_message(event: ProcessEvent) -> pb.ExecStreamResponse:
-    match event:
-        case Started(pid):
-            return pb.ExecStreamResponse(event=_StartOf("start", pb.ExecStreamStart(pid=pid)))
-        case Output(data, stdout=True):
-            output = pb.ExecStreamData(output=_StdoutOf("stdout", data))
-        case Output(data):
-            output = pb.ExecStreamData(output=_StderrOf("stderr", data))
-        case Ended(exit_code=code, error=error, signal=number):
-            end = pb.ExecStreamEnd(exit_code=code, error=error, signal=number)
-            return pb.ExecStreamResponse(event=_EndOf("end", end))
-    return pb.ExecStreamResponse(event=_DataOf("data", output))
-
-
-async def _first(messages: AsyncIterator[_T], what: str) -> _T:
-    async for message in messages:
-        return message
-    raise Invalid(f"the stream ended before {what} came")
-
-
-async def _chunks(messages: AsyncIterator[Any]) -> AsyncIterator[bytes]:
-    async for message in messages:
-        if message.content is None or message.content.field != "chunk":
-            raise Invalid("only the first message of the stream may carry meta data")
-        yield message.content.value
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
-
-
-# The service.
-
-
-class HostAgent(HostAgentService):
-    """`hostagent.v1` on one host."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-
-    async def create_sandbox(
-        self, request: pb.CreateSandboxRequest, _ctx: _Context
-    ) -> pb.CreateSandboxResponse:
-        sandbox = await self._host.create(spec_of(request), envs_of(request))
-        return pb.CreateSandboxResponse(
-            sandbox_id=sandbox.sandbox_id, status=sandbox.state, host_ip=sandbox.host_ip
-        )
-
-    async def destroy_sandbox(
-        self, request: pb.DestroySandboxRequest, _ctx: _Context
-    ) -> pb.DestroySandboxResponse:
-        await self._host.destroy(request.sandbox_id)
-        return pb.DestroySandboxResponse()
-
-    async def list_sandboxes(
-        self, _request: pb.ListSandboxesRequest, _ctx: _Context
-    ) -> pb.ListSandboxesResponse:
-        return pb.ListSandboxesResponse(sandboxes=[_info(s) for s in self._host.list()])
-
-    async def ping_sandbox(
-        self, request: pb.PingSandboxRequest, _ctx: _Context
-    ) -> pb.PingSandboxResponse:
-        self._host.get(request.sandbox_id).touch()
-        return pb.PingSandboxResponse()
-
-    async def exec(self, request: pb.ExecRequest, _ctx: _Context) -> pb.ExecResponse:
-        command = command_of(request)
-        sandbox = self._host.get(request.sandbox_id)
-        stdout, stderr, end = bytearray(), bytearray(), None
-        async with contextlib.aclosing(sandbox.exec(command)) as events:
-            async for event in events:
-                if isinstance(event, Output):
-                    (stdout if event.stdout else stderr).extend(event.data)
-                elif isinstance(event, Ended):
-                    end = event
-                if len(stdout) + len(stderr) > MAX_MESSAGE_BYTES:
-                    raise Exhausted(
-                        f"the command's output is larger than {MAX_MESSAGE_BYTES} bytes",
-                        hint=_MAX_MESSAGE_HINT,
-                    )
-        assert end is not None
-        if end.timed_out:
-            raise TimedOut(
-                f"the command did not end within {command.timeout_s} s and was killed",
-                hint="set timeout_sec, or use ExecStream",
-            )
-        return pb.ExecResponse(stdout=bytes(stdout), stderr=bytes(stderr), exit_code=end.exit_code)
-
-    async def exec_stream(
-        self, request: pb.ExecStreamRequest, _ctx: _Context
-    ) -> AsyncIterator[pb.ExecStreamResponse]:
-        sandbox = self._host.get(request.sandbox_id)
-        async with contextlib.aclosing(sandbox.exec(command_of(request))) as events:
-            async for event in events:
-                yield _event_message(event)
-
-    async def stream_input(
-        self, request: AsyncIterator[pb.StreamInputRequest], _ctx: _Context
-    ) -> pb.StreamInputResponse:
-        content = (await _first(request, "the meta data")).content
-        if content is None or content.field != "meta":
-            raise Invalid("the first message of the stream must carry meta data")
-        meta = content.value
-        sandbox = self._host.get(meta.sandbox_id)
-        await sandbox.send_input(meta.pid, _chunks(request))
-        return pb.StreamInputResponse()
-
-    async def send_signal(
-        self, request: pb.SendSignalRequest, _ctx: _Context
-    ) -> pb.SendSignalResponse:
-        if not 1 <= request.signal <= 64:
-            raise Invalid(f"signal is {request.signal}", hint="use 1 to 64")
-        await self._host.get(request.sandbox_id).signal(request.pid, request.signal)
-        return pb.SendSignalResponse()
-
-    async def write_file(
-        self, request: pb.WriteFileRequest, _ctx: _Context
-    ) -> pb.WriteFileResponse:
-        sandbox = self._host.get(request.sandbox_id)
-        path = check_guest_path(request.path)
-        await sandbox.write_file(path, request.user or "root", _once(request.content))
-        return pb.WriteFileResponse()
-
-    async def read_file(self, request: pb.ReadFileRequest, _ctx: _Context) -> pb.ReadFileResponse:
-        sandbox = self._host.get(request.sandbox_id)
-        content = bytearray()
-        reading = sandbox.read_file(check_guest_path(request.path), request.user or "root")
-        async with contextlib.aclosing(reading) as chunks:
-            async for chunk in chunks:
-                content += chunk
-                if len(content) > MAX_MESSAGE_BYTES:
-                    raise Exhausted(
-                        f"the file is larger than {MAX_MESSAGE_BYTES} bytes",
-                        hint=_MAX_MESSAGE_HINT,
-                    )
-        return pb.ReadFileResponse(content=bytes(content))
-
-    async def write_file_stream(
-        self, request: AsyncIterator[pb.WriteFileStreamRequest], _ctx: _Context
-    ) -> pb.WriteFileStreamResponse:
-        content = (await _first(request, "the meta data")).content
-        if content is None or content.field != "meta":
-            raise Invalid("the first message of the stream must carry meta data")
-        meta = content.value
-        sandbox = self._host.get(meta.sandbox_id)
-        path = check_guest_path(meta.path)
-        await sandbox.write_file(path, meta.user or "root", _chunks(request))
-        return pb.WriteFileStreamResponse()
-
-    async def read_file_stream(
-        self, request: pb.ReadFileStreamRequest, _ctx: _Context
-    ) -> AsyncIterator[pb.ReadFileStreamResponse]:
-        sandbox = self._host.get(request.sandbox_id)
-        reading = sandbox.read_file(check_guest_path(request.path), request.user or "root")
-        async with contextlib.aclosing(reading) as chunks:
-            async for chunk in chunks:
-                yield pb.ReadFileStreamResponse(chunk=chunk)
-
-    async def terminate(
-        self, _request: pb.TerminateRequest, _ctx: _Context
-    ) -> pb.TerminateResponse:
-        await self._host.terminate()
-        return pb.TerminateResponse()
-
-
-def _info(sandbox: Sandbox) -> pb.SandboxInfo:
-    entry = sandbox.entry
-    return pb.SandboxInfo(
-        sandbox_id=sandbox.sandbox_id,
-        status=entry.state,
-        template=entry.spec.template,
-        vcpus=entry.spec.vcpus,
-        memory_mb=entry.spec.memory_mb,
-        host_ip=sandbox.host_ip,
-        created_at_unix=int(entry.created_at),
-        last_active_at_unix=int(entry.last_active_at),
-        timeout_sec=entry.spec.timeout_s,
-        disk_size_mb=entry.spec.disk_size_mb,
-        status_reason=sandbox.reason,
-    )
 
 
 def application(host: Host) -> HostAgentServiceASGIApplication:

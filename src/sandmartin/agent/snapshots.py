@@ -232,7 +232,7 @@ class Snapshots:
         found = []
         with contextlib.suppress(FileNotFoundError):
             for path in sorted(directory.iterdir()):
-                if not path.name.startswith("."):
+                if not path.name.startswith(".") and path.is_dir():
                     with contextlib.suppress(NotFound, Invalid):
                         found.append(self.read(path))
         return found

@@ -44,6 +44,11 @@ class Templates:
         """All snapshots that are templates."""
         return self._storage.snapshots.list(self._data.templates)
 
+    def all(self) -> list[Image | Snapshot]:
+        """Images and snapshots, by name."""
+        images = [self._images.get(name) for name in self._images.names()]
+        return [*images, *self.snapshots()]
+
     def needed(self) -> set[str]:
         """Bases and layers that templates need."""
         return {name for each in self.snapshots() for name in names_in(each.manifest)}
@@ -55,7 +60,9 @@ class Templates:
         try:
             return self._images.get(name)
         except NotFound as error:
-            names = sorted({each.path.name for each in self.snapshots()} | set(self._images.names()))
+            names = sorted(
+                {each.path.name for each in self.snapshots()} | set(self._images.names())
+            )
             hint = "the templates here are: " + (", ".join(names) or "none")
             raise NotFound(error.message, hint=hint) from None
 
