@@ -231,8 +231,11 @@ class MicroVm:
 
     # Ending.
 
-    async def end(self, record: VmRecord | None, slot: int | None) -> None:
-        """End it and give back what it took, also what only the records know of. Idempotent."""
+    async def end(self, record: VmRecord | None, slot: int | None, during: str) -> None:
+        """End it and give back what it took, also what only the records know of. Idempotent.
+
+        `during` is the operation that ends it, for the names of the steps.
+        """
         machine = self._machine
         if self.vm is None and record is not None:
             self.vm = await machine.vmm.adopt(record)
@@ -241,9 +244,9 @@ class MicroVm:
             self.vm = None
         # A VM that was started but not yet recorded is found by its group.
         machine.groups.kill(self._name)
-        self._records.step("killed")
+        machine.step(f"{during}:killed")
         await asyncio.to_thread(machine.groups.remove, self._name)
-        self._records.step("group removed")
+        machine.step(f"{during}:group")
         self.let_go()
         number = self.slot.number if self.slot is not None else slot
         self.slot = None

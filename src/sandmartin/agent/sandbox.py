@@ -421,7 +421,7 @@ class Sandbox:
     async def _leave_host(self, operation: str) -> None:
         """Give back processor, RAM and network place; the files stay."""
         await self._let_go()
-        await self._microvm.end(self._entry.vm, self._entry.slot)
+        await self._microvm.end(self._entry.vm, self._entry.slot, operation)
         if self._entry.vm is not None or self._entry.slot is not None:
             self._record(vm=None, ram=None, slot=None)
         self._microvm = self._new_microvm(operation)
@@ -705,7 +705,7 @@ class Sandbox:
         """The VM first, the files last."""
         machine = self._machine
         await self._let_go()
-        await self._microvm.end(self._entry.vm, self._entry.slot)
+        await self._microvm.end(self._entry.vm, self._entry.slot, "destroy")
         machine.step("destroy:ended")
         # Before anything else runs: the slot may be another sandbox's in a moment, and must
         # not be taken from it by whoever reads this entry.

@@ -110,7 +110,7 @@ class WarmSnapshots:
             try:
                 manifest, state = await self._boot_and_freeze(vm, draft, image, shape)
             finally:
-                await asyncio.shield(vm.end(None, None))
+                await asyncio.shield(vm.end(None, None, "warm"))
             snapshot = await snapshots.finish(draft, path, manifest, state)
         _log.info("warm snapshot %s made in %.1f s", path.name, time.monotonic() - began)
         return snapshot
