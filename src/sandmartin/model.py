@@ -160,7 +160,7 @@ class Settings:
     #: Memory of the host that sandboxes never get.
     memory_reserve_mb: int = 512
     #: Virtual CPUs granted for each CPU of the host.
-    cpu_overcommit: float = 8.0
+    cpu_overcommit: float = 32.0
     #: Host memory for RAM bases that nobody uses just now, where the VMM needs copies of them.
     base_budget_mb: int = 2048
     #: Create by restoring a warm snapshot; otherwise every create boots.
