@@ -249,6 +249,8 @@ func runAgent(args []string) {
 	agent := exec.Command(ownBinary, args...)
 	agent.Stdout, agent.Stderr = os.Stdout, os.Stderr
 	agent.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// Nothing in it runs for long without a call, and every signal to interrupt it costs thousands
+	// of instructions that nothing else needs.
 	agent.Env = []string{"GODEBUG=asyncpreemptoff=1", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	if err := agent.Start(); err != nil {
 		say("agent: %v", err)

@@ -26,7 +26,7 @@ const (
 	// How long an ended process can still be asked for its end.
 	keepEnded = 30 * time.Second
 	// How long what is left of an ended process waits to be cleared away.
-	tidyPause = 20 * time.Millisecond
+	tidyPause = 100 * time.Millisecond
 )
 
 var errStdinClosed = errors.New("standard input is not open")

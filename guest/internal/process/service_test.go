@@ -335,12 +335,11 @@ func TestAGroupThatWasRemovedMeanwhileIsMadeAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	output := ""
-	for p.ended == nil || len(listener.queue) > 0 {
+	for ended := false; !ended; {
 		<-listener.wake
-		event := p.take(listener)
-		output += string(event.GetData().GetStdout())
-		if event.GetEnd() != nil {
-			break
+		if event := p.take(listener); event != nil {
+			output += string(event.GetData().GetStdout())
+			ended = event.GetEnd() != nil
 		}
 	}
 	if !strings.Contains(output, filepath.Base(p.cgroup)) {

@@ -132,17 +132,8 @@ func (s *Service) begin(user *users.User, request *processpb.StartRequest, limit
 		return nil, nil, err
 	}
 	p := &Process{feed: newFeed(), config: config, tag: request.Tag, program: program, turn: make(chan struct{}, 1)}
-	group := s.groups.take()
-	outputs, pumps, err := p.launch(request, user, group)
-	if err != nil && group.removed() {
-		// It was made ahead, and somebody has not left it alone.
-		group.close()
-		group = s.groups.create()
-		outputs, pumps, err = p.launch(request, user, group)
-	}
-	group.close()
+	outputs, pumps, err := s.launch(p, request, user)
 	if err != nil {
-		s.groups.release(p.cgroup)
 		return nil, nil, startError(config.GetCmd(), err)
 	}
 	listener := p.subscribe()
@@ -165,6 +156,23 @@ func (s *Service) begin(user *users.User, request *processpb.StartRequest, limit
 		time.AfterFunc(keepEnded, func() { s.remove(p) })
 	}()
 	return p, listener, nil
+}
+
+// launch starts a process in a control group of its own.
+func (s *Service) launch(p *Process, request *processpb.StartRequest, user *users.User) ([]*os.File, []func(), error) {
+	group := s.groups.take()
+	outputs, pumps, err := p.launch(request, user, group)
+	if err != nil && group.removed() {
+		// It was made ahead, and somebody has not left it alone.
+		group.close()
+		group = s.groups.create()
+		outputs, pumps, err = p.launch(request, user, group)
+	}
+	group.close()
+	if err != nil {
+		s.groups.release(group.path)
+	}
+	return outputs, pumps, err
 }
 
 // program is what the kernel is told of a process.

@@ -1,13 +1,15 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"strings"
+	"strconv"
 	"sync"
 	"time"
 
@@ -20,40 +22,40 @@ import (
 )
 
 const (
-	rehearsalDeadline = 5 * time.Second
-	rehearsed         = "/bin/true"
-	rehearsalToken    = "rehearsal"
-	threads           = 6
-	threadNap         = 5 * time.Millisecond
+	rehearsed      = "/bin/true"
+	rehearsalLimit = 2 * time.Second
+	rehearsalToken = "rehearsal"
+	threads        = 6
+	threadNap      = 5 * time.Millisecond
 )
 
 // rehearse does once what the host will ask for first, before anybody may ask for anything.
 //
 // A VM is frozen after this and restored many times: what is read from the disk, allocated or
-// worked out on first use is there then, and is not done again by every one of them. It works on
-// an agent of its own, of which nothing is left. That an image has no such program, or that it
-// never ends, changes nothing.
-func (a *agent) rehearse() error {
+// worked out on first use is there then, and is not done again by every one of them. An understudy
+// of this agent serves it, of which nothing is left. That an image has no such command, or that it
+// does not end within the limit, changes nothing.
+func (a *agent) rehearse(command string, limit time.Duration) error {
 	a.processes.Prepare()
 	startThreads()
-	if err := a.identity.Rehearse(); err != nil {
-		return err
-	}
+	return errors.Join(a.identity.Rehearse(), rehearseCalls(command, limit))
+}
+
+func rehearseCalls(command string, limit time.Duration) error {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
-	understudy := newAgent(identity.New(true), "127.0.0.1", cgroupRoot)
-	server := understudy.server(true)
+	server := newAgent(identity.New(true), "127.0.0.1", cgroupRoot).server(true)
 	defer server.Close()
 	go func() { _ = server.Serve(listener) }()
-	ctx, cancel := context.WithTimeout(context.Background(), rehearsalDeadline)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*limit)
 	defer cancel()
 	introduction := fmt.Sprintf(`{"accessToken":%q,"envVars":null,"moved":true}`, rehearsalToken)
-	if err := call(ctx, listener.Addr(), "/init", "application/json", []byte(introduction)); err != nil {
+	if err := call(ctx, listener.Addr(), "/init", "application/json", []byte(introduction), limit); err != nil {
 		return err
 	}
-	return call(ctx, listener.Addr(), processconnect.ProcessStartProcedure, "application/connect+proto", startRequest(rehearsed))
+	return call(ctx, listener.Addr(), processconnect.ProcessStartProcedure, "application/connect+proto", startRequest(command), limit)
 }
 
 // startThreads leaves the runtime with threads at rest: each system call that lasts takes one.
@@ -74,13 +76,14 @@ func startRequest(command string) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message))), message...)
 }
 
-func call(ctx context.Context, address net.Addr, path, kind string, body []byte) error {
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+address.String()+path, strings.NewReader(string(body)))
+func call(ctx context.Context, address net.Addr, path, kind string, body []byte, limit time.Duration) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+address.String()+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
 	request.Header.Set("Content-Type", kind)
 	request.Header.Set("X-Access-Token", rehearsalToken)
+	request.Header.Set("Connect-Timeout-Ms", strconv.FormatInt(limit.Milliseconds(), 10))
 	request.SetBasicAuth("root", "")
 	answer, err := http.DefaultTransport.RoundTrip(request)
 	if err != nil {

@@ -73,7 +73,7 @@ func Main(args []string) error {
 	}
 	agent := newAgent(identity.New(false), *gateway, cgroupRoot)
 	if *rehearse {
-		if err := agent.rehearse(); err != nil {
+		if err := agent.rehearse(rehearsed, rehearsalLimit); err != nil {
 			log.Printf("sandmartin: agent: rehearsal: %v", err)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -66,6 +67,41 @@ func TestNothingIsServedBeforeTheIntroduction(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestARehearsalLeavesNothing(t *testing.T) {
+	mark := strconv.Itoa(os.Getpid()) + ".25"
+	script := filepath.Join(t.TempDir(), "endless")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nsleep "+mark+" &\nexec sleep "+mark+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	a := newAgent(identity.New(true), "127.0.0.1", "")
+	for _, command := range []string{rehearsed, "/no/such/command", script} {
+		begun := time.Now()
+		if err := a.rehearse(command, 300*time.Millisecond); err != nil {
+			t.Errorf("%s: %v", command, err)
+		}
+		if took := time.Since(begun); took > 5*time.Second {
+			t.Errorf("%s took %v", command, took)
+		}
+	}
+	if status, body := ask(t, http.MethodGet, listen(t, a, true)+"/health", rehearsalToken, ""); status != http.StatusServiceUnavailable {
+		t.Errorf("%d %s", status, body)
+	}
+	for until := time.Now().Add(10 * time.Second); running("sleep\x00" + mark); time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("what the rehearsal started still runs")
+		}
+	}
+}
+
+// running tells whether any process has such a command line.
+func running(command string) bool {
+	found, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	return slices.ContainsFunc(found, func(path string) bool {
+		content, _ := os.ReadFile(path)
+		return strings.HasPrefix(string(content), command)
+	})
 }
 
 func TestOnlyTheGatewayMayIntroduceAndOnlyOnTheTap(t *testing.T) {
