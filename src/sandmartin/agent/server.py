@@ -12,6 +12,7 @@ import grp
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -247,6 +248,7 @@ async def serve(
     destroys every sandbox, as Terminate does.
     """
     _forget_proxies()
+    _raise_descriptor_limit()
     async with open_machine(settings) as machine:
         await serve_machine(machine, until_stdin_closes=until_stdin_closes, announce=announce)
 
@@ -345,6 +347,12 @@ def _stdin_watch(on_end: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         loop.remove_reader(fd)
+
+
+def _raise_descriptor_limit() -> None:
+    # A sandbox takes about a dozen; the soft limit is for programs that use `select`.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _forget_proxies() -> None:
