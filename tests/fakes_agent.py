@@ -93,6 +93,9 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 # VMs.
 
+#: Pages of a guest's RAM: what its boot left, who it is, and one for a test to write to.
+BOOTED, IDENTITY, SCRATCH = 3, 5, 7
+_WATCHED = range(SCRATCH + 1)
 #: Maps its RAM as a monitor does; a boot dirties some of it, the last page too. It enters its
 #: groups itself once that is done, so that one which runs is in them.
 _MACHINE = """
@@ -104,17 +107,14 @@ if os.geteuid():
     ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
 ram = mmap.mmap(int(fd), int(size), flags=mmap.MAP_PRIVATE)
 if incoming == "False":
-    for at in (0, PAGE * BOOTED, len(ram) - PAGE):
+    for at in (0, BOOTED, len(ram) - PAGE):
         ram[at:at + PAGE] = b"B" * PAGE
 for group in groups:
     with open(group, "w") as file:
         file.write(str(os.getpid()))
 while True:
     signal.pause()
-""".replace("PAGE", str(PAGE))
-#: Pages of a guest's RAM: what its boot left, who it is, and one for a test to write to.
-BOOTED, IDENTITY, SCRATCH = 3, 5, 7
-_WATCHED = range(SCRATCH + 1)
+""".replace("PAGE", str(PAGE)).replace("BOOTED", str(BOOTED * PAGE))
 
 
 class FakeVm:
@@ -303,7 +303,10 @@ class FakeVmm:
         assert not any(file.stat().st_mode & 0o222 for file in disk.sealed)
         if self.failure_before is not None:
             raise self.failure_before
-        self.booted, self.restored = self.booted + (not spec.incoming), self.restored + spec.incoming
+        self.booted, self.restored = (
+            self.booted + (not spec.incoming),
+            self.restored + spec.incoming,
+        )
         words = [spec.ram_fd, spec.memory_mb << 20, spec.incoming]
         process = spawn_detached(
             [sys.executable, "-IS", "-c", _MACHINE, *map(str, words)]
@@ -656,7 +659,9 @@ def make_machine(
         kernel=directory / "kernel",
         initramfs=directory / "initramfs",
         tasks=Tasks(),
-        storage=Storage(data, Snapshots(signer), _LAYERS_UID if os.geteuid() == 0 else os.geteuid()),
+        storage=Storage(
+            data, Snapshots(signer), _LAYERS_UID if os.geteuid() == 0 else os.geteuid()
+        ),
         bases=BaseStore(in_memory=True),
         platform=platform,
         guest=guests,
@@ -726,9 +731,9 @@ def find_leaks(directory: Path) -> set[str]:
     found -= {f"data/images/{IMAGE}"}
     empty = (path.name for path in (directory / "data/bases").glob("*.ram") if not _blocks(path))
     found -= {f"data/bases/{name}" for name in empty}
-    # Drafts and what was to be renamed lie beside the whole, wherever it is; a lock stays.
-    hidden = (path for path in directory.rglob(".*") if path.suffix != ".lock")
-    return found | {os.fspath(path.relative_to(directory)) for path in hidden}
+    # Drafts and what was to be renamed lie beside the whole, wherever it is.
+    found |= {os.fspath(path.relative_to(directory)) for path in directory.rglob(".*")}
+    return {name for name in found if not name.endswith(".lock")}
 
 
 def _blocks(path: Path) -> int:

@@ -7,6 +7,7 @@ everything. The steps are those that a whole run comes by, and must be all that 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -15,24 +16,42 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sandmartin.agent import host as host_module
+from sandmartin.agent import microvm as microvm_module
 from sandmartin.agent import sandbox as sandbox_module
 from sandmartin.agent.guest import Command, Output
 from sandmartin.agent.host import Host
 from sandmartin.agent.journal import DataDir
 from sandmartin.agent.sandbox import Sandbox
+from sandmartin.agent.snapshots import Snapshot
+from sandmartin.errors import NotFound
 from sandmartin.model import State
 from tests import fakes_agent
-from tests.fakes_agent import find_leaks, find_vms, machine_directory, make_machine, make_spec
+from tests.fakes_agent import (
+    IMAGE,
+    SCRATCH,
+    Fakes,
+    find_leaks,
+    find_vms,
+    machine_directory,
+    make_machine,
+    make_spec,
+)
 
 pytestmark = pytest.mark.qemu_img
 
-ONE, OTHER = "sb1", "sb2"
+ONE, OTHER, BORN = "sb1", "sb2", "sb3"
+CHILDREN = ("sbchild1", "sbchild2")
+TEMPLATE = "frozen"
+#: What a test leaves in a sandbox's memory, before a checkpoint and after it.
+THEN, NOW = b"as it was then", b"as it is today"
 _DEADLINE_S = 60
+_AT_ONCE = 6
 
 
 class Killer:
@@ -55,39 +74,73 @@ class Killer:
 
 async def _operate(operation: str, directory: Path, killer: Killer) -> None:
     """Run `operation` on a new host in `directory`, with the killer armed when it begins."""
-    fakes = make_machine(directory, step=killer)
+    fakes = make_machine(directory, step=killer, warm=operation == "warm")
     if operation == "recover":
         killer.arm()
     async with fakes.host() as host:
-        if operation in {"destroy", "terminate"}:
-            await host.create(make_spec(ONE), {})
-            await host.create(make_spec(OTHER), {})
+        await _prepare(operation, host, fakes)
         killer.arm()
         match operation:
-            case "create":
+            case "create" | "warm":
                 await host.create(make_spec(ONE), {})
             case "destroy":
                 await host.destroy(ONE)
             case "terminate":
                 await host.terminate()
+            case "pause":
+                await host.pause(ONE)
+            case "resume":
+                await host.resume(ONE, None)
+            case "checkpoint":
+                await host.checkpoint(ONE, "")
+            case "rollback":
+                await host.rollback(ONE, host.get(ONE).checkpoints()[0].path.name)
+            case "fork":
+                await host.fork(ONE, CHILDREN, None)
+            case "snapshot" | "template":
+                await host.create_snapshot(ONE, TEMPLATE, live=operation == "snapshot")
+            case "flatten":
+                await host.flatten(ONE, TEMPLATE)
 
 
-def _die(operation: str, step: str, directory: Path) -> int:
-    """Fork an agent that runs `operation` up to `step`; how it ended, as waitpid tells it."""
+async def _prepare(operation: str, host: Host, fakes: Fakes) -> None:
+    """What there is before the operation: a sandbox with something in its memory."""
+    if operation in {"create", "warm", "recover"}:
+        return
+    await host.create(make_spec(ONE), {})
+    if operation in {"destroy", "terminate"}:
+        await host.create(make_spec(OTHER), {})
+    fakes.vmm.vms[ONE].write(SCRATCH, THEN)
+    match operation:
+        case "resume":
+            await host.pause(ONE)
+        case "rollback":
+            await host.checkpoint(ONE, "")
+            fakes.vmm.vms[ONE].write(SCRATCH, NOW)
+
+
+def _start_agent(operation: str, step: str, directory: Path) -> int:
+    """Fork an agent that runs `operation` up to `step`; its pid."""
     child = os.fork()
     if child == 0:
-        asyncio.run(_operate(operation, directory, Killer(step)))
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
+        try:
+            asyncio.run(_operate(operation, directory, Killer(step)))
+        finally:
+            os._exit(0)
+    return child
 
 
 def main() -> None:
-    """Play the agents of the cases in argv; how each ended, as JSON."""
-    ends = []
-    for operation, step, directory in json.loads(sys.argv[1]):
-        if operation == "recover":
-            _die("create", "create:vm", Path(directory))
-        ends.append(_die(operation, step, Path(directory)))
+    """Play the agents of the cases in argv, some at a time; how each ended, as JSON."""
+    ends: list[int] = []
+    cases = json.loads(sys.argv[1])
+    for at in range(0, len(cases), _AT_ONCE):
+        agents = []
+        for operation, step, directory in cases[at : at + _AT_ONCE]:
+            if operation == "recover":
+                os.waitpid(_start_agent("create", "create:vm", Path(directory)), 0)
+            agents.append(_start_agent(operation, step, Path(directory)))
+        ends += [os.waitpid(agent, 0)[1] for agent in agents]
     print(json.dumps(ends))
 
 
@@ -133,19 +186,66 @@ async def _assert_usable(sandbox: Sandbox) -> None:
 
 
 def _assert_exact(directory: Path, host: Host) -> None:
-    """There is all that the host's sandboxes hold, and nothing else."""
-    expected = set()
+    """There is all that the host's sandboxes and templates hold, and nothing else."""
+    expected, layers, bases = set(), set(), set()
     for sandbox in host.sandboxes():
         entry = sandbox.entry
-        assert sandbox.state is State.RUNNING, f"{sandbox.sandbox_id} is {sandbox.state}"
-        assert entry.vm is not None
-        expected |= {
-            f"process {entry.vm.process.pid}",
-            f"slots/{entry.slot}",
-            f"groups/{sandbox.sandbox_id}",
-            f"data/sandboxes/{sandbox.sandbox_id}",
-        }
-    assert find_leaks(directory) == expected
+        layers |= {*entry.layers, *_layers_of(sandbox.checkpoints())}
+        expected.add(f"data/sandboxes/{sandbox.sandbox_id}")
+        assert not entry.next_top
+        if sandbox.state is State.RUNNING:
+            assert entry.vm is not None and entry.slot is not None and entry.ram is not None
+            bases.add(entry.ram.base)
+            expected |= {f"slots/{entry.slot}", f"groups/{sandbox.sandbox_id}"}
+            expected.add(f"process {entry.vm.process.pid}")
+        else:
+            assert sandbox.state is State.PAUSED, f"{sandbox.sandbox_id} is {sandbox.state}"
+            assert (entry.vm, entry.slot) == (None, None)
+        own = {path.stem for path in (directory / "data/sandboxes").glob("*/layer-*")}
+        assert entry.top in own | {""}
+    for template in host.templates():
+        if isinstance(template, Snapshot):
+            layers |= _layers_of([template])
+            expected.add(f"data/templates/{template.path.name}")
+        elif template.name != IMAGE:
+            expected.add(f"data/images/{template.name}")
+    expected |= {f"data/layers/{name}.qcow2" for name in layers}
+    # Those that VMs boot from take no room.
+    there = (path for path in (directory / "data/bases").iterdir() if path.stat().st_blocks)
+    expected |= {f"data/bases/{path.name}" for path in there if path.stem in bases}
+    # What stands for the whole machine is looked after by who makes the next one.
+    assert {name for name in find_leaks(directory) if not name.startswith("assets/")} == expected
+
+
+def _layers_of(snapshots: list[Snapshot]) -> set[str]:
+    return {name for snapshot in snapshots for name in snapshot.manifest.layers}
+
+
+async def _live_on(directory: Path) -> dict[str, bytes]:
+    """Wake all that sleeps, and start one from a new template; what is in the memory of each.
+
+    At the end nothing is left.
+    """
+    fakes = make_machine(directory)
+    async with fakes.host() as host:
+        for sandbox in host.sandboxes():
+            await host.resume(sandbox.sandbox_id, None)
+            # All that can be done with one can be done again.
+            await host.checkpoint(sandbox.sandbox_id, "")
+            await host.pause(sandbox.sandbox_id)
+            await host.resume(sandbox.sandbox_id, None)
+        with contextlib.suppress(NotFound):
+            await host.create(replace(make_spec(BORN), template=TEMPLATE), {})
+        for sandbox in host.sandboxes():
+            await _assert_usable(sandbox)
+        found = {i: vm.read(SCRATCH, len(THEN)) for i, vm in fakes.vmm.vms.items()}
+        for sandbox in host.sandboxes():
+            await host.destroy(sandbox.sandbox_id)
+        with contextlib.suppress(NotFound):
+            await host.delete_snapshot(TEMPLATE)
+        await host.terminate()
+    assert not find_leaks(directory)
+    return found
 
 
 @pytest.fixture
@@ -163,19 +263,31 @@ def directories() -> Iterator[Callable[[], Path]]:
         yield make
 
 
+_OLD = ("create", "destroy", "terminate", "recover")
+_SNAPSHOTS = ("pause", "resume", "checkpoint", "rollback", "fork", "snapshot", "template")
+_FLATTEN = pytest.param("flatten", marks=pytest.mark.root)
+
+
 def _named_in(*modules: object) -> set[str]:
-    """The steps that the source of modules names."""
+    """The steps that the source of modules names, with the operation where it is a variable."""
     files = [Path(str(module.__file__)) for module in modules]  # type: ignore[attr-defined]
-    pattern = re.compile(r"step\(\"([a-z:]+)\"\)")
+    pattern = re.compile(r"step\(f?\"([^\"]+)\"\)")
     return {name for file in files for name in pattern.findall(file.read_text())}
 
 
+@pytest.mark.root
 async def test_every_step_is_reached() -> None:
-    reached = {step for operation in ("create", "terminate") for step in await _steps(operation)}
-    assert reached == _named_in(host_module, sandbox_module, fakes_agent)
+    reached = set()
+    for operation in ("create", "terminate", "flatten", *_SNAPSHOTS):
+        reached |= set(await _steps(operation))
+    for name in _named_in(host_module, sandbox_module, microvm_module, fakes_agent):
+        # One without its operation comes with that of who asked for the VM.
+        pattern = re.escape(name) if ":" in name else f"[a-z]+:{re.escape(name)}"
+        pattern = re.sub(r"\\{[a-z]+\\}", "[a-z]+", pattern)
+        assert any(re.fullmatch(pattern, step) for step in reached), name
 
 
-@pytest.mark.parametrize("operation", ["create", "destroy", "terminate", "recover"])
+@pytest.mark.parametrize("operation", _OLD)
 async def test_killed_at_every_step(operation: str, directories: Callable[[], Path]) -> None:
     cases = [(operation, step, directories()) for step in await _steps(operation)]
     assert len(cases) > 5
@@ -200,6 +312,64 @@ def _may_live(operation: str, step: str) -> set[str]:
     # Of two that are destroyed at once, one may not have begun.
     begun = operation == "terminate" and step == "destroy:recorded"
     return _must_live(operation, step) | ({ONE, OTHER} if begun else set())
+
+
+#: What a killed operation leaves the sandbox as, from which step on; and so its memory.
+_LEFT: dict[str, dict[str, tuple[State | None, bytes]]] = {
+    "pause": {"": (State.RUNNING, THEN), "write:whole": (State.PAUSED, THEN)},
+    "resume": {"": (State.PAUSED, THEN), "resume:committed": (State.RUNNING, THEN)},
+    "template": {"": (State.RUNNING, THEN), "pause:written": (State.PAUSED, THEN)},
+    "rollback": {
+        "": (State.RUNNING, NOW),
+        "rollback:recorded": (State.PAUSED, THEN),
+        "rollback:committed": (State.RUNNING, THEN),
+    },
+    "flatten": {
+        "": (State.RUNNING, THEN),
+        "write:whole": (State.PAUSED, THEN),
+        "destroy:recorded": (None, THEN),
+    },
+}
+_STAYS = {"": (State.RUNNING, THEN)}
+
+
+@pytest.mark.parametrize("operation", [*_SNAPSHOTS, _FLATTEN])
+async def test_killed_between_sleep_and_waking(
+    operation: str, directories: Callable[[], Path]
+) -> None:
+    cases = [(operation, step, directories()) for step in await _steps(operation)]
+    assert len(cases) > 5
+    _kill_agents(cases)
+    changes = _LEFT.get(operation, _STAYS)
+    state, content = changes[""]
+    for _, step, directory in cases:
+        state, content = changes.get(step, (state, content))
+        survivors = await _survivors(directory)
+        assert survivors.get(ONE) is state, f"after {step}"
+        assert {survivors[each] for each in survivors if each != ONE} <= {State.RUNNING}
+        assert survivors.keys() <= {ONE, *CHILDREN}
+        assert await _survivors(directory) == survivors, f"second start after {step}"
+        for sandbox_id, found in (await _live_on(directory)).items():
+            # An image has a disk alone.
+            lost = sandbox_id == BORN and operation == "flatten"
+            assert found == (bytes(len(THEN)) if lost else content), f"{sandbox_id} after {step}"
+
+
+async def test_killed_while_a_warm_snapshot_is_made(directories: Callable[[], Path]) -> None:
+    cases = [("warm", step, directories()) for step in await _steps("warm")]
+    _kill_agents(cases)
+    for _, step, directory in cases:
+        survivors = await _survivors(directory)
+        assert survivors.keys() <= ({ONE} if step == "create:running" else set())
+        fakes = make_machine(directory, warm=True)
+        async with fakes.host() as host:
+            await host.create(make_spec(OTHER), {})
+            assert fakes.vmm.restored == 1, f"after {step}"
+            await host.terminate()
+        # One warm snapshot for the machine, what it needs, and no half of another.
+        left = {name.rpartition("/")[0] for name in find_leaks(directory)}
+        assert left == {"assets/warm", "data/bases", "data/layers"}
+        assert len(find_leaks(directory)) == 3, f"after {step}"
 
 
 async def test_released_slot_is_in_no_entry(directories: Callable[[], Path]) -> None:

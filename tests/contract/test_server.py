@@ -24,7 +24,8 @@ import pytest
 
 from sandmartin import errors
 from sandmartin.agent.guest import Command, Ended, Output, ProcessEvent, Started
-from sandmartin.agent.server import CODES, MAX_MESSAGE_BYTES, serve_machine
+from sandmartin.agent.server import CODES, serve_machine
+from sandmartin.agent.service import MAX_MESSAGE_BYTES
 from sandmartin.agent.vmm import VmStatus
 from sandmartin.client.connect import error_from_body
 from sandmartin.errors import SandmartinError
@@ -42,15 +43,6 @@ from tests.fakes_agent import (
 pytestmark = pytest.mark.qemu_img
 
 SERVICE = "hostagent.v1.HostAgentService"
-UNIMPLEMENTED = {
-    "PauseSandbox",
-    "ResumeSandbox",
-    "CreateSnapshot",
-    "DeleteSnapshot",
-    "GetSandboxMetrics",
-    "FlushSandboxMetrics",
-    "FlattenRootfs",
-}
 STREAMS_IN = {"WriteFileStream", "StreamInput"}
 STREAMS_OUT = {"ExecStream", "ReadFileStream"}
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
@@ -89,6 +81,10 @@ class Agent:
         if "error" in end:
             raise error_from_body(end["error"])
         return [answer for _, answer in answers]
+
+    async def listed(self) -> list[Any]:
+        found: list[Any] = (await self.call("ListSandboxes"))["sandboxes"]
+        return found
 
     async def create(self, sandbox_id: str = "sb1", **fields: Any) -> Any:
         return await self.call("CreateSandbox", sandboxId=sandbox_id, **SMALL | fields)
@@ -175,6 +171,65 @@ async def test_life_of_a_sandbox(agent: Agent) -> None:
     assert await agent.call("DestroySandbox", sandboxId="sb1") == {}
     assert await agent.call("DestroySandbox", sandboxId="sb1") == {}
     assert await agent.call("ListSandboxes") == {}
+
+
+async def test_sleep_fork_and_templates(agent: Agent) -> None:
+    await agent.create(timeoutSec=60)
+    at = {"sandboxId": "sb1"}
+    assert await agent.call("PauseSandbox", **at) == {}
+    assert [each["status"] for each in await agent.listed()] == ["paused"]
+    with pytest.raises(errors.Conflict, match="sb1 is paused"):
+        await agent.call("Exec", **at, cmd="x")
+    woken = await agent.call("ResumeSandbox", **at, keepTimeout=True)
+    assert (woken["status"], [each["timeoutSec"] for each in await agent.listed()]) == (
+        "running",
+        [60],
+    )
+    answer = await agent.call("ForkSandbox", **at, childIds=["sb2", "sb1"])
+    made, refused = answer["children"]
+    assert (made["sandboxId"], refused["sandboxId"]) == ("sb2", "sb1")
+    assert "sb1 exists already" in json.dumps(refused)
+    made = (await agent.call("CreateCheckpoint", **at, comment="one"))["checkpoint"]
+    (listed,) = (await agent.call("ListCheckpoints", **at))["checkpoints"]
+    assert (listed, listed["comment"]) == (made, "one")
+    checkpoint = {"checkpointId": listed["checkpointId"]}
+    assert (await agent.call("RollbackSandbox", **at, **checkpoint))["status"] == "running"
+    assert await agent.call("DeleteCheckpoint", **at, **checkpoint) == {}
+    await agent.call("CreateSnapshot", **at, name="frozen", live=True)
+    templates = (await agent.call("ListTemplates"))["templates"]
+    assert {each["name"]: each["kind"] for each in templates} == {
+        "base": "image",
+        "frozen": "snapshot",
+    }
+    await agent.create("sb3", template="frozen")
+    for each in ("sb1", "sb3"):
+        with pytest.raises(errors.Conflict, match=each):
+            await agent.call("DeleteSnapshot", name="frozen")
+        await agent.call("DestroySandbox", sandboxId=each)
+    await agent.call("DeleteSnapshot", name="frozen")
+
+
+async def test_idle_sandbox_is_told_of_once(agent: Agent) -> None:
+    await agent.create(timeoutSec=1)
+    told: list[str] = []
+    async with asyncio.timeout(DEADLINE_S):
+        while not told:
+            told = (await agent.call("ListSandboxes")).get("autoPausedSandboxIds", [])
+    assert told == ["sb1"]
+    assert "autoPausedSandboxIds" not in await agent.call("ListSandboxes")
+
+
+async def test_metrics(agent: Agent) -> None:
+    await agent.create()
+    at = {"sandboxId": "sb1"}
+    points: list[Any] = []
+    async with asyncio.timeout(DEADLINE_S):
+        while not points:
+            points = (await agent.call("GetSandboxMetrics", **at, range="10m")).get("points", [])
+    assert points[0]["timestampUnix"]
+    with pytest.raises(errors.Invalid, match="no range"):
+        await agent.call("GetSandboxMetrics", **at, range="1y")
+    assert "points10m" in await agent.call("FlushSandboxMetrics", **at)
 
 
 async def test_exec(agent: Agent) -> None:
@@ -289,7 +344,7 @@ async def test_a_bug_is_logged_once_and_tells_nothing(
         assert record.exc_info and "hunter2" in str(record.exc_info[1])
 
 
-async def test_only_the_next_issues_methods_are_unimplemented(agent: Agent) -> None:
+async def test_every_method_is_there_and_looks_at_its_request(agent: Agent) -> None:
     answered = {}
     for method in (each.name for each in HostAgentService.desc().methods):
         if method == "Terminate":
@@ -300,12 +355,13 @@ async def test_only_the_next_issues_methods_are_unimplemented(agent: Agent) -> N
             answered[method] = str(await call)
         except SandmartinError as error:
             answered[method] = error.code
-    assert {name for name, code in answered.items() if code == "unimplemented"} == UNIMPLEMENTED
-    # The others looked at the empty request.
-    assert {code for name, code in answered.items() if name not in UNIMPLEMENTED} == {
-        "{}",
-        "invalid",
-        "not_found",
+    templates = answered.pop("ListTemplates")
+    assert "base" in templates
+    # What names no sandbox is refused; a list is empty, and what is gone already is gone.
+    assert set(answered.values()) == {"{}", "invalid", "not_found"}
+    assert {name for name, code in answered.items() if code == "{}"} == {
+        "ListSandboxes",
+        "DestroySandbox",
     }
 
 

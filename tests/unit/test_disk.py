@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from sandmartin.agent.disk import Image, ImageStore, allocated_bytes, check_free, create_layer
+from sandmartin.agent.disk import (
+    Image,
+    ImageStore,
+    allocated_bytes,
+    check_free,
+    check_layer,
+    check_size,
+)
 from sandmartin.errors import Exhausted, Invalid, NotFound
 
 
@@ -37,12 +44,42 @@ def test_own_images_come_before_the_built_in_ones(tmp_path: Path) -> None:
         assert caught.value.hint.endswith("base, other")
 
 
-async def test_layer_below_its_image_is_refused(tmp_path: Path) -> None:
+def test_disk_below_its_image_is_refused(tmp_path: Path) -> None:
     image = Image("base", _image(tmp_path / "images" / "rootfs.ext4", 8 << 20))
+    check_size(image, 8)
     with pytest.raises(Invalid, match="disk_size_mb is 7") as caught:
-        await create_layer(image, tmp_path / "layer", 7, 1)
+        check_size(image, 7)
     assert caught.value.hint == "use 8 or more"
-    assert allocated_bytes(tmp_path / "layer") == 0
+
+
+def _header(*, magic: bytes = b"QFI\xfb", version: int = 3, features: int = 0) -> bytes:
+    return magic + version.to_bytes(4, "big") + bytes(64) + features.to_bytes(8, "big")
+
+
+def test_layer_is_taken_that_names_no_other_file(tmp_path: Path) -> None:
+    layer = tmp_path / "layer-one.qcow2"
+    for features in (0, 0b1, 0b10, 0b11011):
+        layer.write_bytes(_header(features=features))
+        check_layer(layer)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        _header()[:-1],
+        _header(magic=b"QED\0"),
+        _header(version=2),
+        # Its data is in a file that the header names.
+        _header(features=0b100),
+        _header(features=1 << 63),
+    ],
+)
+def test_layer_with_a_forged_header_is_refused(tmp_path: Path, header: bytes) -> None:
+    layer = tmp_path / "layer-one.qcow2"
+    layer.write_bytes(header)
+    with pytest.raises(Invalid, match="layer-one"):
+        check_layer(layer)
 
 
 def test_floor_of_free_space(tmp_path: Path) -> None:

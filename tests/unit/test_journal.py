@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from sandmartin.agent import proc
-from sandmartin.agent.journal import DataDir, Entry, write_whole
+from sandmartin.agent.journal import DataDir, Entry, RamRecord, write_whole
+from sandmartin.agent.memory import FileId
 from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import VmRecord
 from sandmartin.errors import Conflict, Invalid
@@ -38,7 +39,17 @@ ENTRY = Entry(
         vmm_version="7.2.22 (Debian)",
         machine="microvm",
         accel=Accel.TCG,
+        memory_mb=512,
     ),
+    ram=RamRecord("b" * 64, FileId(5, 6)),
+    image=Path("/d/images/base/rootfs.ext4"),
+    layers=("layer-one", "layer-two"),
+    top="layer-three",
+    next_top="layer-four",
+    sleeps_in="checkpoints/cpone",
+    boot_id="a-boot",
+    envs={"KEY": _TOKEN},
+    auto_paused=True,
 )
 
 
@@ -59,7 +70,7 @@ def reachable() -> Iterator[Path]:
 
 def test_entry_survives_the_disk() -> None:
     assert Entry.from_json(ENTRY.to_json()) == ENTRY
-    early = replace(ENTRY, vm=None, slot=None, token="", reason="", state=State.PENDING)
+    early = Entry(spec=ENTRY.spec, state=State.PENDING, created_at=1.5, last_active_at=2.5)
     assert Entry.from_json(early.to_json()) == early
 
 
@@ -86,6 +97,9 @@ def test_token_is_never_told(data: DataDir) -> None:
         {"spec": None},
         {"vm": {"pid": 1}},
         {"vm": "x"},
+        {"ram": {"base": "b"}},
+        {"ram": {"base": "b", "file": [1]}},
+        {"layers": 7},
         {"created_at": "yesterday"},
     ],
 )
@@ -186,7 +200,7 @@ def test_relative_directory_means_where_we_started(
     reachable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(reachable)
-    assert DataDir(Path("data")).sandbox("sbone").layer.is_absolute()
+    assert DataDir(Path("data")).sandbox("sbone").layer("one").is_absolute()
 
 
 def test_sandbox_directory_comes_and_goes(data: DataDir) -> None:
@@ -196,7 +210,7 @@ def test_sandbox_directory_comes_and_goes(data: DataDir) -> None:
         data.create(ENTRY)
     assert paths.entry.exists()
     (paths.vm / "monitor").touch()
-    paths.layer.touch()
+    paths.layer("layer-one").touch()
     # What a killed writer left beside the entry goes too.
     (paths.path / ".journal.json.abcdef").touch()
     data.write(replace(ENTRY, state=State.STOPPING), sync=True)

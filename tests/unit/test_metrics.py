@@ -13,7 +13,6 @@ import pytest
 
 from sandmartin.agent.metrics import (
     MEMORY_PERIOD_S,
-    Balloon,
     Point,
     Rings,
     Sampler,
@@ -21,6 +20,7 @@ from sandmartin.agent.metrics import (
     next_deadline,
 )
 from sandmartin.agent.proc import ProcessId
+from sandmartin.agent.vmm.balloon import Balloon
 from sandmartin.errors import Invalid, ToolFailed, Unavailable
 
 _DEADLINE_S = 20.0

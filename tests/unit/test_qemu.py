@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sandmartin.agent.vmm import VmSpec
-from sandmartin.agent.vmm.qemu import Installation, QemuVersion, arguments, trim_log
+from sandmartin.agent.vmm import Disk, VmSpec
+from sandmartin.agent.vmm.qemu import Descriptors, Installation, QemuVersion, arguments, trim_log
 from sandmartin.errors import ToolFailed
 from sandmartin.model import Accel
 
@@ -22,7 +22,11 @@ SPEC = VmSpec(
     kernel=Path("/assets/vmlinuz"),
     initramfs=Path("/assets/initramfs.cpio"),
     command_line="sandmartin.addr=169.254.0.21/30",
-    disk=Path("/d/sandboxes/sbone/layer.qcow2"),
+    disk=Disk(
+        image=Path("/d/images/base/rootfs.ext4"),
+        sealed=(Path("/d/layers/layer-one.qcow2"), Path("/d/layers/layer-two.qcow2")),
+        top=Path("/d/sandboxes/sbone/layer-top.qcow2"),
+    ),
     netns=Path("/run/netns/one"),
     tap="tap0",
     mac="02:fc:00:00:00:02",
@@ -58,10 +62,11 @@ def test_what_tells_no_version_is_an_error(said: str) -> None:
         QemuVersion.parse(said)
 
 
-def _program(path: Path, version: str) -> Path:
+def _program(path: Path, version: str, backend: str = "prealloc") -> Path:
     path.write_text(
         "#!/bin/sh\n"
         f'[ "$1" = --version ] && echo "QEMU emulator version {version}" && exit\n'
+        f'[ "$1" = -object ] && echo "  {backend}=<OnOffAuto>" && exit 1\n'
         "printf 'Accelerators supported in QEMU binary:\\ntcg\\nxen\\n'\n"
     )
     path.chmod(0o755)
@@ -71,6 +76,8 @@ def _program(path: Path, version: str) -> Path:
 async def test_installation_is_asked_and_old_ones_are_refused(tmp_path: Path) -> None:
     found = await Installation.find(_program(tmp_path / "qemu", "7.2.0"))
     assert found.accels == {Accel.TCG}
+    assert not found.reads_bases
+    assert (await Installation.find(_program(tmp_path / "new", "10.0.0", "rom"))).reads_bases
     found.require(Accel.TCG)
     with pytest.raises(ToolFailed, match="no kvm accelerator"):
         found.require(Accel.KVM)
@@ -78,6 +85,9 @@ async def test_installation_is_asked_and_old_ones_are_refused(tmp_path: Path) ->
         await Installation.find(_program(tmp_path / "old", "6.9.9"))
     with pytest.raises(ToolFailed, match="could not be started"):
         await Installation.find(tmp_path / "absent")
+
+
+FDS = Descriptors(monitors=(7, 8), tap=9, image=10, sealed=(11, 12), top=13, ram=14)
 
 
 def _options(words: list[str]) -> list[tuple[str, str]]:
@@ -94,7 +104,7 @@ def _json_of(words: list[str], option: str) -> list[dict[str, Any]]:
 
 
 def _words(spec: VmSpec, **changes: Any) -> list[str]:
-    return arguments(spec, [7, 8], **({"tap_fd": 9, "tsc_khz": 2_000_123} | changes))
+    return arguments(spec, FDS, **({"tsc_khz": 2_000_123} | changes))
 
 
 @pytest.mark.parametrize("accel", [Accel.TCG, Accel.KVM])
@@ -125,14 +135,57 @@ def test_what_snapshots_rest_on() -> None:
     assert len(_values(words, "-mon")) == 2
 
 
-def test_disk_stops_on_a_full_host_and_takes_its_name_literally() -> None:
-    layer = Path("/d/a,file.locking=off,b/layer.qcow2")
-    words = _words(replace(SPEC, disk=layer, run_dir=Path("/d/a,b/vm")))
-    file, disk = _json_of(words, "-blockdev")
-    assert (file["filename"], disk["file"], disk["node-name"]) == (str(layer), "layer", "disk")
-    assert file["cache"] == disk["cache"] == {"direct": False, "no-flush": True}
+def test_base_is_mapped_privately_and_by_its_descriptor() -> None:
+    (ram,) = (each for each in _json_of(_words(SPEC), "-object") if each["id"] == "ram")
+    assert (ram["qom-type"], ram["mem-path"]) == ("memory-backend-file", "/proc/self/fd/14")
+    assert ram["share"] is False
+    assert not {"readonly", "rom"} & set(ram)
+    words = _words(SPEC, reads_bases=True)
+    (ram,) = (each for each in _json_of(words, "-object") if each["id"] == "ram")
+    assert (ram["readonly"], ram["rom"], ram["share"]) == (True, "off", False)
+
+
+def test_incoming_vm_waits() -> None:
+    assert "-incoming" not in _words(SPEC) and "-S" not in _words(SPEC)
+    words = _words(replace(SPEC, incoming=True))
+    assert _values(words, "-incoming") == ["defer"]
+    assert "-S" in words
+
+
+def test_disk_is_its_layers_over_its_image_and_only_the_top_is_written() -> None:
+    nodes = {each["node-name"]: each for each in _json_of(_words(SPEC), "-blockdev")}
+    # What lies below a layer is told, and not read from what a guest could forge.
+    assert [nodes[name]["backing"] for name in ("layer-top", "layer-two", "layer-one")] == [
+        "layer-two",
+        "layer-one",
+        "image",
+    ]
+    assert nodes["image"]["driver"] == "raw"
+    written = {name for name, node in nodes.items() if not node["read-only"]}
+    assert written == {"layer-top", "layer-top-file"}
+    pairs = (pair.partition(",set=") for pair in _values(_words(SPEC), "-add-fd"))
+    sets = {number: fd for fd, _, number in pairs}
+    fds = {
+        name: sets[node["filename"].removeprefix("/dev/fdset/")]
+        for name, node in nodes.items()
+        if node["driver"] == "file"
+    }
+    assert fds == {
+        "image-file": "fd=10",
+        "layer-one-file": "fd=11",
+        "layer-two-file": "fd=12",
+        "layer-top-file": "fd=13",
+    }
+    for name in written:
+        assert nodes[name]["cache"] == {"direct": False, "no-flush": True}
+    with pytest.raises(ValueError, match="zip"):
+        arguments(SPEC, replace(FDS, sealed=(11,)), tsc_khz=1)
+
+
+def test_disk_stops_on_a_full_host() -> None:
+    words = _words(replace(SPEC, run_dir=Path("/d/a,b/vm")))
     (root,) = (each for each in _json_of(words, "-device") if each["id"] == "root")
-    assert (root["werror"], root["rerror"]) == ("enospc", "report")
+    assert (root["drive"], root["werror"], root["rerror"]) == ("layer-top", "enospc", "report")
     assert _values(words, "-name") == ["/d/a,,b/vm"]
 
 
@@ -141,11 +194,15 @@ def test_descriptors_are_those_handed_over() -> None:
     chardevs = _values(words, "-chardev")
     assert [c.split(",")[2] for c in chardevs if c.startswith("socket")] == ["fd=7", "fd=8"]
     assert _values(words, "-netdev") == ["tap,id=net0,fd=9,vhost=off"]
-    bare = _words(replace(SPEC, disk=None, tap=None, netns=None, mac=None), tap_fd=None)
+    assert sorted(FDS.all()) == list(range(7, 15))
+    spec = replace(SPEC, disk=None, tap=None, netns=None, mac=None)
+    bare = arguments(spec, Descriptors(monitors=(7, 8)), tsc_khz=1)
     assert not _values(bare, "-netdev") and not _values(bare, "-blockdev")
     assert {each["id"] for each in _json_of(bare, "-device")} == {"rng", "balloon"}
+    (ram,) = (each for each in _json_of(bare, "-object") if each["id"] == "ram")
+    assert ram["qom-type"] == "memory-backend-ram"
     with pytest.raises(ValueError, match="zip"):
-        arguments(SPEC, [7], tap_fd=None, tsc_khz=1)
+        arguments(SPEC, replace(FDS, monitors=(7,)), tsc_khz=1)
 
 
 def test_clock_under_emulation_is_told_and_not_measured() -> None:

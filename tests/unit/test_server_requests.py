@@ -10,14 +10,15 @@ from connectrpc.code import Code
 from connectrpc.errors import ConnectError
 
 from sandmartin import errors, model
-from sandmartin.agent.server import (
-    CODES,
-    ShallowJson,
+from sandmartin.agent.guest import Terminal
+from sandmartin.agent.server import CODES, ShallowJson, to_connect_error
+from sandmartin.agent.service import (
     check_guest_path,
+    child_ids_of,
     command_of,
     envs_of,
     spec_of,
-    to_connect_error,
+    terminal_of,
 )
 from sandmartin.errors import DiskFull, Invalid, SandmartinError
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
@@ -98,6 +99,34 @@ def test_command() -> None:
 def test_commands_that_can_never_run(fields: dict[str, object]) -> None:
     with pytest.raises(Invalid):
         command_of(pb.ExecRequest(**fields))  # type: ignore[arg-type]
+
+
+def test_terminal() -> None:
+    assert command_of(pb.ExecStreamRequest(cmd="sh")).terminal is None
+    request = pb.ExecStreamRequest(cmd="sh", pty=pb.PtySize(cols=80, rows=24))
+    assert command_of(request).terminal == Terminal(cols=80, rows=24)
+    for cols, rows in ((0, 24), (80, 0), (4097, 24)):
+        with pytest.raises(Invalid, match="terminal"):
+            terminal_of(pb.PtySize(cols=cols, rows=rows))
+    with pytest.raises(Invalid, match="terminal"):
+        terminal_of(None)
+
+
+def test_children_of_a_fork() -> None:
+    (one,) = child_ids_of(pb.ForkSandboxRequest())
+    assert one.startswith("sb")
+    assert len(set(child_ids_of(pb.ForkSandboxRequest(count=3)))) == 3
+    assert child_ids_of(pb.ForkSandboxRequest(child_ids=["a", "b"])) == ["a", "b"]
+    for fields in (
+        {"count": -1},
+        {"count": 101},
+        {"count": 2, "child_ids": ["a"]},
+        {"child_ids": ["a", "a"]},
+        {"child_ids": ["../a"]},
+        {"child_ids": [""]},
+    ):
+        with pytest.raises(Invalid):
+            child_ids_of(pb.ForkSandboxRequest(**fields))
 
 
 @pytest.mark.parametrize("path", ["/a", "a", "/a/..b", "/..a/b", "/ä ö", "/" + "a" * 4095])

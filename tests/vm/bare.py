@@ -22,14 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sandmartin.agent.assets import Assets, Member, archive
-from sandmartin.agent.disk import Image, create_layer
+from sandmartin.agent.disk import Image, Layers
 from sandmartin.agent.proc import clean_environment
-from sandmartin.agent.vmm import Vm, VmSpec, VmStatus
+from sandmartin.agent.vmm import Disk, Vm, VmSpec, VmStatus
 from sandmartin.agent.vmm.qemu import Qemu
 from sandmartin.model import Accel, Settings
 
 #: Far from the users that an agent claims.
 UID = 2_990_000
+#: Owner of sealed layers.
+LAYERS_UID = 2_999_999
 BOOT_DEADLINE_S = 60.0
 _GUEST = Path(__file__).with_name("test_qemu_guest.go")
 _KEPT = 4096
@@ -102,9 +104,8 @@ def make_image(directory: Path, size_mb: int) -> Image:
 
 
 async def with_disk(spec: VmSpec, directory: Path, image: Image, size_mb: int) -> VmSpec:
-    layer = directory / "layer.qcow2"
-    await create_layer(image, layer, size_mb, spec.uid)
-    return replace(spec, disk=layer)
+    top = await Layers(directory, LAYERS_UID).create(directory, size_mb)
+    return replace(spec, disk=Disk(image=image.path, top=top))
 
 
 @dataclass

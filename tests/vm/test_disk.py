@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -13,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from sandmartin.agent import proc
-from sandmartin.agent.disk import Image, allocated_bytes, check_free, create_layer, free_mb
+from sandmartin.agent.disk import Layers, allocated_bytes, check_free, free_mb
 from sandmartin.agent.journal import DataDir, Entry
 from sandmartin.agent.vmm import VmStatus
-from sandmartin.errors import DiskFull, Exhausted, Invalid
+from sandmartin.errors import DiskFull, Exhausted
 from sandmartin.model import SandboxSpec, State
 from tests.vm import bare
-from tests.vm.bare import UID, running, vm_directory
+from tests.vm.bare import LAYERS_UID, running, vm_directory
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
@@ -65,40 +64,62 @@ async def test_full_host_disk_stops_the_vm_and_loses_nothing(directory: Path) ->
             assert await vm.status() is VmStatus.RUNNING
             await machine.hear("fill verified")
             assert spec.disk is not None
-            assert allocated_bytes(spec.disk) >= _FILL_MB << 20
+            assert allocated_bytes(spec.disk.top) >= _FILL_MB << 20
     # All of it went to the layer.
     assert allocated_bytes(image.path) == 0
 
 
-def _relative(image: Image) -> Image:
-    return replace(image, path=Path(os.path.relpath(image.path)))
+async def test_layer_has_the_size_asked_for_and_is_nobodys_once_sealed(directory: Path) -> None:
+    sealed = directory / "sealed"
+    sealed.mkdir()
+    layers = Layers(sealed, LAYERS_UID)
+    top = await layers.create(directory, 200)
+    other = await layers.create(directory, 200)
+    assert top.name != other.name
+    status = top.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 0, 0o600)
+    info = json.loads((await proc.run(["qemu-img", "info", "--output=json", top])).stdout)
+    assert info["virtual-size"] == 200 << 20
+    # What is below it is never believed from its own header.
+    assert "backing-filename" not in info
+    name = layers.seal(top)
+    assert (layers.seal(top), layers.names()) == (name, {name})
+    assert not top.exists()
+    status = layers.path(name).stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (LAYERS_UID, LAYERS_UID, 0o400)
 
 
-async def test_layer_belongs_to_its_vm_alone_and_has_the_size_asked_for(directory: Path) -> None:
+async def test_flattened_image_is_what_the_layers_show(directory: Path) -> None:
     image = bare.make_image(directory, 64)
-    layer = directory / "layer.qcow2"
-    with pytest.raises(Invalid, match="64"):
-        await create_layer(image, layer, 63, UID)
-    assert not layer.exists()
-    # A relative image is one beside the agent, not beside the layer.
-    await create_layer(_relative(image), layer, 200, UID)
-    info = await proc.run(["qemu-img", "info", "--output=json", "--backing-chain", layer])
-    top, below = json.loads(info.stdout)
-    assert (top["virtual-size"], below["virtual-size"]) == (200 << 20, 64 << 20)
-    assert below["format"] == "raw"
-    assert top["backing-filename"] == str(_relative(image).path.absolute())
-    status = layer.stat()
-    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (UID, UID, 0o600)
+    sealed = directory / "sealed"
+    sealed.mkdir(mode=0o711)
+    layers = Layers(sealed, LAYERS_UID)
+    names = []
+    for pattern, at in ((1, "0"), (2, "64k"), (3, "64k")):
+        top = await layers.create(directory, 96)
+        write = f"write -P {pattern} {at} 128k"
+        await proc.run(["qemu-io", "-f", "qcow2", "-c", write, top])
+        names.append(layers.seal(top))
+    target = directory / "new" / "rootfs.ext4"
+    target.parent.mkdir()
+    await layers.flatten(image.path, names, target)
+    with target.open("rb") as file:
+        content = file.read(256 << 10)
+    kib = 1 << 10
+    assert content == b"\1" * (64 * kib) + b"\3" * (128 * kib) + bytes(64 * kib)
+    status = target.stat()
+    assert (status.st_size, status.st_uid, status.st_mode & 0o777) == (96 << 20, 0, 0o444)
+    assert allocated_bytes(target) < 1 << 20
+    assert [path.name for path in target.parent.iterdir()] == ["rootfs.ext4"]
 
 
 async def test_layer_that_finds_no_space_says_so(directory: Path) -> None:
-    image = bare.make_image(directory, 64)
     async with _small_file_system(directory, 1) as small:
         with contextlib.suppress(OSError):
             (small / "rest").write_bytes(bytes(2 << 20))
         assert free_mb(small) == 0
         with pytest.raises(DiskFull):
-            await create_layer(image, small / "layer.qcow2", 64, UID)
+            await Layers(small, LAYERS_UID).create(small, 64)
 
 
 async def test_full_host_disk_leaves_the_journal_as_it_was(directory: Path) -> None:

@@ -165,7 +165,8 @@ async def test_a_live_snapshot_and_a_paused_one_become_templates(
             await call(agent, "DeleteSnapshot", name="asleep")
     await call(agent, "ResumeSandbox", sandboxId=name, keepTimeout=True)
     assert await count(counting) == (pid, before + 2)
-    kinds = {each["name"]: each["kind"] for each in (await call(agent, "ListTemplates"))["templates"]}
+    listed = (await call(agent, "ListTemplates"))["templates"]
+    kinds = {each["name"]: each["kind"] for each in listed}
     assert kinds == {"base": "image", "asleep": "snapshot", "living": "snapshot"}
 
 

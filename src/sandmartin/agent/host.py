@@ -124,6 +124,7 @@ class Host:
             self._closing = False
             raise
         try:
+            await self._machine.storage.sweep(self._needed)
             await self._machine.tasks.close()
             await self._machine.network.destroy_all()
             self._machine.groups.close()
@@ -217,8 +218,9 @@ class Host:
             with self._machine.storage.pinned(needed):
                 await sandbox.create(envs, origin)
         except BaseException:
-            # What failed before its own life began is removed here.
-            await asyncio.shield(sandbox.destroy())
+            # What failed before its own life began is removed here; later it undoes itself.
+            if sandbox.state is State.PENDING:
+                await asyncio.shield(sandbox.destroy())
             raise
         finally:
             self._forget_stopped()

@@ -174,6 +174,16 @@ class Sandbox:
         except DiskFull as error:
             _log.warning("sandbox %s: not in its journal: %s", self.sandbox_id, error)
 
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """For what must not begin without its record: a full disk leaves all as it was."""
+        before = self._entry
+        try:
+            yield
+        except DiskFull:
+            self._entry = before
+            raise
+
     def _become(
         self, state: State, reason: str = "", *, sync: bool = False, **changes: object
     ) -> None:
@@ -303,7 +313,8 @@ class Sandbox:
             if self.state is State.PAUSED or (idle_s is not None and self.idle_s < idle_s):
                 return
             self._require_running()
-            self._become(State.PAUSING)
+            with self._all_or_nothing():
+                self._become(State.PAUSING)
             self._machine.step("pause:recorded")
             await self._put_to_sleep(auto=auto)
 
@@ -314,7 +325,8 @@ class Sandbox:
         """
         async with self._lock:
             self._require_running()
-            self._become(State.SNAPSHOTTING)
+            with self._all_or_nothing():
+                self._become(State.SNAPSHOTTING)
             self._machine.step("pause:recorded")
             await self._put_to_sleep(template=path)
             return self._machine.storage.snapshots.read(path)
@@ -330,7 +342,8 @@ class Sandbox:
             pass
         async with self._lock:
             self._require_running()
-            self._become(State.SNAPSHOTTING)
+            with self._all_or_nothing():
+                self._become(State.SNAPSHOTTING)
             self._machine.step("pause:recorded")
             await self._put_to_sleep(seal=True)
             entry = self._entry
@@ -382,9 +395,15 @@ class Sandbox:
             self._machine.storage.layers.seal(self._paths.layer(top))
             await self._machine.storage.layers.sync([top])
             top = ""
-        self._become(
-            State.PAUSED, sync=True, layers=layers, top=top, sleeps_in="paused", auto_paused=auto
-        )
+        with self._disk_may_be_full():
+            self._become(
+                State.PAUSED,
+                sync=True,
+                layers=layers,
+                top=top,
+                sleeps_in="paused",
+                auto_paused=auto,
+            )
         self._machine.step("pause:paused")
         await self._leave_host("pause")
 
@@ -416,14 +435,18 @@ class Sandbox:
                 comment=comment,
                 created_at=time.time(),
             )
-            return await snapshots.finish(draft, path, manifest, frozen.state)
+            self._machine.step("write:pages")
+            snapshot = await snapshots.finish(draft, path, manifest, frozen.state)
+            self._machine.step("write:whole")
+            return snapshot
 
     async def _leave_host(self, operation: str) -> None:
         """Give back processor, RAM and network place; the files stay."""
         await self._let_go()
         await self._microvm.end(self._entry.vm, self._entry.slot, operation)
         if self._entry.vm is not None or self._entry.slot is not None:
-            self._record(vm=None, ram=None, slot=None)
+            with self._disk_may_be_full():
+                self._record(vm=None, ram=None, slot=None)
         self._microvm = self._new_microvm(operation)
         self._machine.step(f"{operation}:left")
 
@@ -437,10 +460,14 @@ class Sandbox:
                 return
             if self.state is not State.PAUSED:
                 raise self._unusable()
+            if self._entry.vm is not None:
+                # A VM that could not be ended when it fell asleep must be gone first.
+                await self._leave_host("resume")
             spec = self._entry.spec
             if timeout_s is not None:
                 spec = replace(spec, timeout_s=timeout_s)
-            self._become(State.RESUMING, spec=spec, auto_paused=False)
+            with self._all_or_nothing():
+                self._become(State.RESUMING, spec=spec, auto_paused=False)
             await self._wake("resume", moved=False)
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
@@ -464,24 +491,26 @@ class Sandbox:
             if self.state not in {State.RUNNING, State.PAUSED}:
                 raise self._unusable()
             checkpoint.manifest.platform.check(self._machine.platform, "the checkpoint")
-            if self.state is State.RUNNING:
-                self._become(State.PAUSING)
             old_top = self._entry.top
-            # From here on it is what it was then, asleep until it is woken.
-            self._entry = replace(self._entry, state=State.PAUSED)
-            self._record(
-                sync=True,
-                layers=checkpoint.manifest.layers,
-                top="",
-                token=checkpoint.manifest.token,
-                sleeps_in=f"{self._paths.checkpoints.name}/{checkpoint_id}",
-            )
+            with self._all_or_nothing():
+                if self.state is State.RUNNING:
+                    self._become(State.PAUSING)
+                # From here on it is what it was then, asleep until it is woken.
+                self._entry = replace(self._entry, state=State.PAUSED)
+                self._record(
+                    sync=True,
+                    layers=checkpoint.manifest.layers,
+                    top="",
+                    token=checkpoint.manifest.token,
+                    sleeps_in=f"{self._paths.checkpoints.name}/{checkpoint_id}",
+                )
             self._machine.step("rollback:recorded")
             await self._leave_host("rollback")
             if old_top:
                 self._paths.layer(old_top).unlink(missing_ok=True)
             await asyncio.to_thread(remove_snapshot, self._paths.paused)
-            self._become(State.RESUMING)
+            with self._all_or_nothing():
+                self._become(State.RESUMING)
             await self._wake("rollback", moved=True)
 
     async def _wake(self, operation: str, *, moved: bool) -> None:
@@ -493,7 +522,8 @@ class Sandbox:
                 await self._new_top(self._entry.spec.disk_size_mb)
             await self._restore_or_boot(operation)
             # From here on the VM runs, and what it slept in is void.
-            self._become(State.RUNNING, sync=True, sleeps_in="")
+            with self._all_or_nothing():
+                self._become(State.RUNNING, sync=True, sleeps_in="")
         except BaseException:
             await asyncio.shield(self._sleep_on(operation))
             raise
@@ -529,7 +559,8 @@ class Sandbox:
         """After a failed resume: nothing has run, and it sleeps as before."""
         try:
             await self._leave_host(operation)
-            self._become(State.PAUSED, sync=True)
+            with self._disk_may_be_full():
+                self._become(State.PAUSED, sync=True)
         except SandmartinError as error:
             self._fail(f"it could not be resumed: {error}")
 

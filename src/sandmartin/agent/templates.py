@@ -97,7 +97,8 @@ class Templates:
             users = [each.sandbox_id for each in dependents if each.image == found.path]
             users += [s.path.name for s in self.snapshots() if s.manifest.image == found.path]
         else:
-            own = names_in(found.manifest)
+            # What lies below its topmost layer is shared with all that come from the same image.
+            own = set(found.manifest.layers[-1:])
             users = [each.sandbox_id for each in dependents if own & each.needed()]
         if users:
             more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""

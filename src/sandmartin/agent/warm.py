@@ -22,7 +22,7 @@ from sandmartin.agent.disk import Image
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.microvm import MicroVm, Records, Shape
 from sandmartin.agent.snapshots import Draft, Manifest, Snapshot, remove_snapshot, state_digest
-from sandmartin.agent.storage import names_in
+from sandmartin.agent.storage import names_in, remove
 from sandmartin.agent.vmm import Disk
 from sandmartin.errors import Conflict, Invalid, NotFound
 from sandmartin.model import random_id
@@ -85,6 +85,10 @@ class WarmSnapshots:
         snapshot = self._find(path)
         if snapshot is None:
             async with _locked(self._directory / f".{key}.lock"):
+                # Nobody else is making one: these are what killed agents left.
+                for draft in self._directory.glob(f".{key}.*"):
+                    if draft.is_dir():
+                        await asyncio.to_thread(remove, draft)
                 snapshot = self._find(path) or await self._make(path, image, shape)
         return await self._machine.storage.adopt(snapshot, path / _BASE)
 
