@@ -17,20 +17,17 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from sandmartin.agent import disk
 from sandmartin.agent.guest import (
     Command,
-    FileInfo,
     Guest,
     Identity,
-    ProcessEvent,
-    Running,
-    Terminal,
 )
+from sandmartin.agent.inside import Inside
 from sandmartin.agent.journal import Entry, SandboxDir
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Written, write_diff
@@ -61,7 +58,7 @@ def _boot_id() -> str:
     return _BOOT_ID.read_text().strip()
 
 
-class Sandbox:
+class Sandbox(Inside):
     """One sandbox of this host. Made by `Host`."""
 
     def __init__(self, machine: Machine, entry: Entry) -> None:
@@ -853,75 +850,8 @@ class Sandbox:
                 return True
         return False
 
-    async def _active(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Each chunk that passes is activity."""
-        async for chunk in chunks:
-            self.touch()
-            yield chunk
-
-    async def exec(self, command: Command) -> AsyncGenerator[ProcessEvent, None]:
-        """Run a command; events until its end. Who stops listening does not end the command."""
-        async with self._talking() as guest, contextlib.aclosing(guest.start(command)) as events:
-            async for event in events:
-                self.touch()
-                yield event
-
-    async def send_input(self, pid: int, chunks: AsyncIterator[bytes]) -> None:
-        """Feed a command's standard input, then close it."""
-        async with self._talking() as guest:
-            async for chunk in chunks:
-                self.touch()
-                await guest.send_input(pid, chunk)
-            await guest.close_input(pid)
-
-    async def signal(self, pid: int, number: int) -> None:
-        async with self._talking() as guest:
-            await guest.signal(pid, number)
-
-    async def write_file(self, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
-        async with self._talking() as guest:
-            await guest.upload(path, user, self._active(chunks))
-
-    async def read_file(self, path: str, user: str) -> AsyncGenerator[bytes, None]:
-        async with (
-            self._talking() as guest,
-            contextlib.aclosing(guest.download(path, user)) as chunks,
-        ):
-            async for chunk in chunks:
-                self.touch()
-                yield chunk
-
-    async def resize(self, pid: int, size: Terminal) -> None:
-        async with self._talking() as guest:
-            await guest.resize(pid, size)
-
-    async def processes(self) -> list[Running]:
-        """What was started by a call and runs."""
-        async with self._talking() as guest:
-            return await guest.processes()
-
     async def read_console(self) -> bytes:
         """The newest that the guest's console said; what is read is forgotten."""
         if self._microvm.vm is None:
             raise self._unusable()
         return await self._microvm.vm.read_console()
-
-    async def stat(self, path: str, user: str) -> FileInfo:
-        async with self._talking() as guest:
-            return await guest.stat(path, user)
-
-    async def list_files(self, path: str, user: str, depth: int) -> list[FileInfo]:
-        async with self._talking() as guest:
-            return await guest.list_files(path, user, depth)
-
-    async def make_directory(self, path: str, user: str) -> None:
-        async with self._talking() as guest:
-            await guest.make_directory(path, user)
-
-    async def move_file(self, source: str, destination: str, user: str) -> None:
-        async with self._talking() as guest:
-            await guest.move_file(source, destination, user)
-
-    async def remove_file(self, path: str, user: str) -> None:
-        async with self._talking() as guest:
-            await guest.remove_file(path, user)
