@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sandmartin.cli import build_parser, main, parse
+from sandmartin.cli import main, parse
 from sandmartin.cli.background import background
 from sandmartin.cli.run import Upload, plan_of
 from sandmartin.cli.talk import print_table, say_error
@@ -43,6 +43,8 @@ def test_the_command_line_alone_loads_no_part_of_the_agent() -> None:
         ("run sh -c x -- y -- z", ["sh", "-c", "x", "--", "y", "--", "z"]),
         ("run -- env -- x", ["env", "--", "x"]),
         ("run -e A=1 sh -e", ["sh", "-e"]),
+        ("exec -u me sb1 -- ls -l", ["ls", "-l"]),
+        ("exec sb1 ls -l -- x", ["ls", "-l", "--", "x"]),
     ],
 )
 def test_what_stands_behind_the_dashes_is_the_commands(words: str, command: list[str]) -> None:
@@ -51,7 +53,10 @@ def test_what_stands_behind_the_dashes_is_the_commands(words: str, command: list
     assert not args.debug
 
 
-@pytest.mark.parametrize("words", ["--debug run -- x", "run --debug -- x"])
+@pytest.mark.parametrize(
+    "words",
+    ["--debug run -- x", "run --debug -- x", "template ls --debug", "--debug template ls"],
+)
 def test_debug_stands_before_or_behind_the_verb(words: str) -> None:
     assert parse(words.split()).debug
 
@@ -64,6 +69,15 @@ def test_debug_stands_before_or_behind_the_verb(words: str) -> None:
         ("ls --frobnicate", 2),
         ("ls -- x", 2),
         ("kill", 2),
+        ("info", 2),
+        ("template", 2),
+        ("template rm", 2),
+        ("template ls -- x", 2),
+        ("fork sb1 -n 0", 2),
+        ("resume sb1 --timeout -1", 2),
+        ("metrics sb1 --range 1y", 2),
+        ("rollback sb1", 2),
+        ("cp /a", 2),
         ("agent --accel warp", 2),
         ("run", 125),
         ("run --", 125),
@@ -72,6 +86,12 @@ def test_debug_stands_before_or_behind_the_verb(words: str) -> None:
         ("run --memory 0 -- x", 125),
         ("run --timeout soon -- x", 125),
         ("run -e -- x", 125),
+        ("exec", 125),
+        ("exec sb1", 125),
+        ("exec sb1 -u me -- x", 125),
+        ("exec --frobnicate sb1 -- x", 125),
+        ("shell", 125),
+        ("shell sb1 -- x", 125),
     ],
 )
 def test_wrong_usage_has_the_exit_code_of_its_verb(
@@ -132,10 +152,11 @@ def test_an_upload_must_be_a_file(tmp_path: Path, what: str) -> None:
 
 
 def test_help_of_every_verb_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    build_parser()
-    for verb in ("run", "ls", "kill", "agent", "setup", "doctor"):
+    lists = "create ls ps info exec shell cp pause resume fork checkpoint rollback snapshot kill"
+    others = "run checkpoints logs metrics template agent setup doctor"
+    for verb in (*lists.split(), *others.split(), "template ls", "template rm"):
         with pytest.raises(SystemExit) as ended:
-            main([verb, "--help"])
+            main([*verb.split(), "--help"])
         assert ended.value.code == 0
         assert f"sandmartin {verb}" in capsys.readouterr().out
 
@@ -143,7 +164,7 @@ def test_help_of_every_verb_prints(capsys: pytest.CaptureFixture[str]) -> None:
 # Exit codes and talk.
 
 
-@pytest.mark.parametrize(("words", "code"), [("ls", 1), ("run -- x", 125)])
+@pytest.mark.parametrize(("words", "code"), [("ls", 1), ("run -- x", 125), ("exec sb1 -- x", 125)])
 def test_a_bug_shows_its_traceback_and_is_no_exit_code_of_a_command(
     words: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +187,41 @@ def test_without_an_agent_the_error_says_what_to_do(
         f"sandmartin: no agent listens on {tmp_path}/agent.sock\n"
         "hint: start one: sudo sandmartin agent\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["info", "../x"], 1, "sandbox id '../x' is not valid"),
+        (["pause", "sb1", "."], 1, "sandbox id '.' is not valid"),
+        (["snapshot", "sb1", "a/b"], 1, "template name 'a/b' is not valid"),
+        (["rollback", "sb1", ".."], 1, "checkpoint id '..' is not valid"),
+        (["template", "rm", "/"], 1, "template name '/' is not valid"),
+        (["create", "--memory", "1"], 1, "memory_mb is 1"),
+        (["create", "-e", "A"], 1, "--env 'A'"),
+        (["create", "-e", "A=\udcff"], 1, "not UTF-8"),
+        (["checkpoint", "sb1", "--comment", "\udcff"], 1, "not UTF-8"),
+        (["cp", "a", "b"], 1, "one of source and destination must be in a sandbox"),
+        (["cp", "sb1:/a", "sb2:/b"], 1, "one of source and destination must be in a sandbox"),
+        (["cp", "sb1:", "b"], 1, "names no path in the sandbox"),
+        (["cp", "sb 1:/a", "b"], 1, "sandbox id 'sb 1' is not valid"),
+        (["exec", "-e", "A", "sb1", "--", "x"], 125, "--env 'A'"),
+        (["exec", "sb1", "--", "\udcff"], 125, "not UTF-8"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_asked(
+    words: list[str],
+    code: int,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SANDMARTIN_DATA_DIR", os.fspath(tmp_path))
+    assert main(words) == code
+    err = capsys.readouterr().err
+    assert says in err
+    assert "no agent" not in err
 
 
 def test_only_root_starts_an_agent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,18 +6,16 @@ import asyncio
 import hashlib
 import json
 import os
-import shlex
 import signal
-import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncGenerator, Callable
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 
+from tests.command_line import DEADLINE_S, Line, finish, say_ready, until
 from tests.fakes import LocalAgent, serving
 
-_DEADLINE_S = 30
 READY_AND_WAIT = "echo ready; while :; do sleep 0.05; done"
 
 
@@ -30,64 +28,11 @@ async def agent(tmp_path: Path) -> AsyncGenerator[LocalAgent, None]:
     assert agent.sandboxes == []
 
 
-class Line:
-    """Starts command lines, and ends those that a failing test leaves behind."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._data_dir = data_dir
-        self._started: list[Process] = []
-
-    async def start(
-        self, verb: str, *words: str, shell: str = "", stdin: int = DEVNULL, stdout: int = PIPE
-    ) -> Process:
-        """The verb; `shell` says what else a shell does around the word LINE."""
-        argv = [sys.executable, "-m", "sandmartin", verb, "--data-dir", os.fspath(self._data_dir)]
-        argv += words
-        if shell:
-            argv = ["sh", "-c", shell.replace("LINE", shlex.join(argv))]
-        # As users have it: unbuffered, Python behaves differently where a reader is missing.
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        child = await asyncio.create_subprocess_exec(
-            *argv, stdin=stdin, stdout=stdout, stderr=PIPE, env=env
-        )
-        self._started.append(child)
-        return child
-
-    async def run(
-        self, *command: str, flags: tuple[str, ...] = (), stdin: int = DEVNULL
-    ) -> Process:
-        return await self.start("run", *flags, "--", *command, stdin=stdin)
-
-    async def end(self) -> None:
-        for child in self._started:
-            if child.returncode is None:
-                child.kill()
-                await child.communicate()
-
-
 @pytest.fixture
 async def line(tmp_path: Path, agent: LocalAgent) -> AsyncGenerator[Line, None]:
     line = Line(tmp_path)
     yield line
     await line.end()
-
-
-async def finish(child: Process, given: bytes | None = None) -> tuple[int | None, bytes, bytes]:
-    async with asyncio.timeout(_DEADLINE_S):
-        out, err = await child.communicate(given)
-    return child.returncode, out or b"", err
-
-
-async def say_ready(child: Process) -> None:
-    assert child.stdout is not None
-    async with asyncio.timeout(_DEADLINE_S):
-        assert await child.stdout.readline() == b"ready\n"
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(_DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 # What passes through.
@@ -110,7 +55,7 @@ async def test_input_and_output_are_live(line: Line) -> None:
     child = await line.run("cat", stdin=PIPE)
     assert child.stdin is not None
     assert child.stdout is not None
-    async with asyncio.timeout(_DEADLINE_S):
+    async with asyncio.timeout(DEADLINE_S):
         for said in (b"one\n", b"two\n"):
             child.stdin.write(said)
             assert await child.stdout.readline() == said

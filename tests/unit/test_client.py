@@ -17,6 +17,7 @@ from sandmartin.client.transport import (
     Command,
     Ended,
     NewSandbox,
+    PtySize,
     Started,
     Stderr,
     Stdout,
@@ -24,7 +25,9 @@ from sandmartin.client.transport import (
 )
 from sandmartin.errors import (
     AlreadyExists,
+    Conflict,
     Denied,
+    Exhausted,
     Invalid,
     NotFound,
     NotStarted,
@@ -160,6 +163,57 @@ async def test_what_is_asked_and_answered_survives_the_wire(
     assert agent.sandboxes == []
 
 
+async def test_files_survive_the_wire(agent: LocalAgent, client: AgentSocket) -> None:
+    async with temporary_sandbox(client, NEW) as sandbox:
+        await sandbox.make_directory("/d/e")
+        with pytest.raises(AlreadyExists):
+            await sandbox.make_directory("/d/e")
+        await sandbox.write_file("/d/ü", pieces(b"content"))
+        await sandbox.move_file("/d/ü", "/d/e/moved")
+        (found,) = await sandbox.list_files("/d")
+        assert (found.name, found.type, found.symlink_target) == ("e", "directory", "")
+        info = await sandbox.stat("/d/e/moved")
+        assert (info.type, info.size_bytes, info.mode & 0o400) == ("file", 7, 0o400)
+        assert info.modified_at > 1_700_000_000
+        await sandbox.remove_file("/d")
+        await sandbox.remove_file("/d")
+        with pytest.raises(NotFound):
+            await sandbox.stat("/d")
+
+
+async def test_a_command_on_a_terminal_can_be_resized(
+    agent: LocalAgent, client: AgentSocket
+) -> None:
+    script = "stty size; read _; stty size; test -t 0 && test -t 2"
+    command = Command(cmd="sh", args=("-c", script), pty=PtySize(cols=91, rows=17))
+    async with temporary_sandbox(client, NEW) as sandbox, sandbox.exec(command) as execution:
+        events, said = aiter(execution), b""
+        async with asyncio.timeout(30):
+            while b"17 91" not in said:
+                event = await anext(events)
+                assert isinstance(event, Stdout)
+                said += event.data
+            await execution.resize(PtySize(cols=92, rows=18))
+            await execution.send_stdin(pieces(b"\n"))
+            rest = [event async for event in events]
+        assert b"18 92" in b"".join(each.data for each in rest if isinstance(each, Stdout))
+        assert rest[-1] == Ended(exit_code=0)
+        with pytest.raises(NotFound):
+            await execution.resize(PtySize(cols=1, rows=1))
+
+
+async def test_a_child_that_could_not_be_made_is_its_error(
+    agent: LocalAgent, client: AgentSocket
+) -> None:
+    async with temporary_sandbox(client, NEW) as sandbox:
+        agent.room = 1
+        made, failed = await sandbox.fork(2)
+        assert (made.state, made.error) == ("running", None)
+        assert type(failed.error) is Exhausted
+        assert (failed.error.message, failed.error.hint) == ("no room", "destroy some")
+        assert agent.sandboxes == sorted(["sb1", made.sandbox_id])
+
+
 async def test_the_agents_refusals_are_our_errors(agent: LocalAgent, client: AgentSocket) -> None:
     with pytest.raises(NotFound) as missing:
         await client.create(NewSandbox(sandbox_id="sb1", template="none"))
@@ -268,6 +322,45 @@ async def test_a_failed_destroy_is_told_and_hides_nothing() -> None:
         async with temporary_sandbox(fake, NEW):
             _ = 1 / 0
     assert raised.value.__notes__ == ["sandbox sb1 may still run: the connection was lost"]
+
+
+async def test_the_life_of_a_sandbox_over_any_transport() -> None:
+    fake = FakeTransport()
+    sandbox = await AsyncSandbox.create(fake, NEW)
+    await sandbox.pause()
+    assert (await sandbox.info()).state == "paused"
+    with pytest.raises(Conflict):
+        await sandbox.fork()
+    await sandbox.resume(timeout_s=9)
+    info = await sandbox.info()
+    assert (info.state, info.timeout_s) == ("running", 9)
+    children = await sandbox.fork(2)
+    assert len({each.sandbox_id for each in children} | {"sb1"}) == 3
+    assert set(fake.sandboxes) == {"sb1", *(each.sandbox_id for each in children)}
+    await sandbox.destroy()
+    with pytest.raises(NotFound):
+        await sandbox.info()
+
+
+@pytest.mark.parametrize("how", ["lost", "cancelled"])
+async def test_a_fork_without_an_answer_leaves_no_children(how: str) -> None:
+    fake = FakeTransport()
+    sandbox = await AsyncSandbox.create(fake, NEW)
+    fake.arrived.clear()
+    if how == "lost":
+        fake.lost_answer = Unavailable("the connection was lost")
+        with pytest.raises(Unavailable):
+            await sandbox.fork(3)
+    else:
+        fake.may_go_on.clear()
+        task = asyncio.create_task(sandbox.fork(3))
+        await fake.arrived.wait()
+        assert len(fake.sandboxes) == 4
+        task.cancel()
+        fake.may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert set(fake.sandboxes) == {"sb1"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The `sandmartin` command: one module per verb, each with `configure` and what it does.
+"""The `sandmartin` command: a `configure` for each verb, in a module with what the verb does.
 
 A verb's function takes the parsed arguments and returns the exit code. Errors of ours are printed
 here as sentence and hint; anything else is a bug and shows its traceback. Parts that only an
@@ -14,7 +14,20 @@ import traceback
 from collections.abc import Sequence
 
 from sandmartin import __version__
-from sandmartin.cli import agent, doctor, exitcode, run, sandboxes, setup
+from sandmartin.cli import (
+    agent,
+    checkpoints,
+    commands,
+    doctor,
+    exitcode,
+    files,
+    records,
+    run,
+    sandboxes,
+    setup,
+    shell,
+    templates,
+)
 from sandmartin.cli.options import Parser
 from sandmartin.cli.pipes import drop_stdout, occupy_standard_streams
 from sandmartin.cli.talk import say, say_error
@@ -34,23 +47,34 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for configure in (
         run.configure,
+        sandboxes.configure_create,
         sandboxes.configure_ls,
+        sandboxes.configure_info,
+        commands.configure_ps,
+        commands.configure_exec,
+        shell.configure,
+        files.configure,
+        sandboxes.configure_pause,
+        sandboxes.configure_resume,
+        sandboxes.configure_fork,
+        checkpoints.configure_checkpoint,
+        checkpoints.configure_checkpoints,
+        checkpoints.configure_rollback,
+        templates.configure_snapshot,
+        templates.configure_template,
         sandboxes.configure_kill,
+        records.configure_logs,
+        records.configure_metrics,
         agent.configure,
         setup.configure,
         doctor.configure,
     ):
-        verb = configure(verbs)
-        # Also behind the verb; SUPPRESS, or its default would undo the flag before the verb.
-        verb.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
-        verb.set_defaults(parser=verb)
+        configure(verbs)
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse `argv`; what stands behind `--` is the command of `run`, untouched.
+    """Parse `argv`; what stands behind `--` is the command of `run` or `exec`, untouched.
 
     argparse treats `--` differently from release to release, so it never sees it.
     """
@@ -60,7 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # By the verb's own parser, which knows the verb's exit code for it.
     if unknown:
         args.parser.error(f"unknown arguments: {' '.join(unknown)}")
-    if args.verb == "run":
+    if "command" in args:
         # `run sh -c '...' -- x`: the command has begun, so this `--` is one of its words.
         args.command += words[cut:] if args.command else words[cut + 1 :]
     elif words[cut + 1 :]:
@@ -86,14 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exception(error)
         say_error(error)
-        not_started = args.verb == "run" and isinstance(error, NotStarted)
+        not_started = args.parser.passes_exit_on and isinstance(error, NotStarted)
         return exitcode.NOT_STARTED if not_started else _failed(args)
     except Exception:  # noqa: BLE001
-        # A bug; and what Python itself would exit with is an exit code of the command in `run`.
+        # A bug; what Python itself would exit with could be the exit code of a command.
         traceback.print_exc()
         return _failed(args)
     return code
 
 
 def _failed(args: argparse.Namespace) -> int:
-    return exitcode.RUN_FAILED if args.verb == "run" else exitcode.FAILED
+    code: int = args.parser.failed_exit
+    return code

@@ -26,7 +26,7 @@ from sandmartin.model import Settings
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-def configure(verbs: Any) -> argparse.ArgumentParser:
+def configure(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "agent",
         help="serve sandboxes on this machine",
@@ -47,7 +47,6 @@ def configure(verbs: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default: info")
     parser.set_defaults(act=_serve)
-    return parser
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from sandmartin.cli.options import (
 from sandmartin.cli.talk import print_json
 
 
-def configure(verbs: Any) -> argparse.ArgumentParser:
+def configure(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "doctor",
         help="check this machine",
@@ -28,7 +28,6 @@ def configure(verbs: Any) -> argparse.ArgumentParser:
     add_accel_flag(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_examine)
-    return parser
 
 
 def _examine(args: argparse.Namespace) -> int:

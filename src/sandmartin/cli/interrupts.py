@@ -1,7 +1,7 @@
-"""What signals to `run` mean.
+"""What signals mean to a verb that must not leave things half done.
 
 The first Ctrl-C goes to the command, if one is running; any other, SIGTERM and SIGHUP give the
-run up. Giving up cancels the work and never the cleaning up: once that has begun, further signals
+work up. Giving up cancels the work and never the cleaning up: once that has begun, further signals
 change nothing, since its steps have deadlines of their own.
 """
 
@@ -9,21 +9,43 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
 from sandmartin.cli import exitcode
+from sandmartin.cli.talk import say_notes
 from sandmartin.client.sandbox import Execution
 from sandmartin.errors import Conflict, NotFound
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
+_BROKEN_PIPE = exitcode.SIGNALLED + 13
+
+
+async def carry_out(act: Callable[[AsyncExitStack, Interrupts], Awaitable[int]]) -> int:
+    """Carry `act` out unless a signal gives it up, and return the exit code.
+
+    What `act` enters on the stack is undone after it, whatever signals come.
+    """
+    interrupts = Interrupts()
+    with interrupts.handled():
+        try:
+            async with AsyncExitStack() as stack, interrupts.work():
+                return await act(stack, interrupts)
+        except asyncio.CancelledError as error:
+            if interrupts.exit_code is None:
+                raise
+            say_notes(error)
+            return interrupts.exit_code
+        except BrokenPipeError as error:
+            say_notes(error)
+            return _BROKEN_PIPE
 
 
 class Interrupts:
-    """The signals of one run; made by the task that does its work."""
+    """The signals of one verb; made by the task that does its work."""
 
     def __init__(self) -> None:
-        #: Exit code of the run once it was given up.
+        #: Exit code of the verb once it was given up.
         self.exit_code: int | None = None
         self._work: asyncio.Task[object] | None = None
         self._relayed: asyncio.Queue[int] | None = None
@@ -45,7 +67,7 @@ class Interrupts:
 
     @asynccontextmanager
     async def work(self) -> AsyncGenerator[None, None]:
-        """The part of the run that giving up cancels."""
+        """The part that giving up cancels."""
         self._work = asyncio.current_task()
         try:
             yield

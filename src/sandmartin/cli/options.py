@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sandmartin.cli import exitcode
+from sandmartin.errors import Invalid
 from sandmartin.model import Accel, Settings
 
 
@@ -16,13 +18,19 @@ class Parser(argparse.ArgumentParser):
     Flags are not abbreviated, or a new flag would break somebody's script.
     """
 
-    usage_exit = exitcode.USAGE
+    #: Whether the verb's exit code is that of a command in a sandbox, so that it needs its own.
+    passes_exit_on = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options | {"allow_abbrev": False})
 
+    @property
+    def failed_exit(self) -> int:
+        return exitcode.RUN_FAILED if self.passes_exit_on else exitcode.FAILED
+
     def error(self, message: str) -> NoReturn:
-        self.exit(self.usage_exit, f"sandmartin: {message}\nhint: {self.prog} --help\n")
+        code = exitcode.RUN_FAILED if self.passes_exit_on else exitcode.USAGE
+        self.exit(code, f"sandmartin: {message}\nhint: {self.prog} --help\n")
 
 
 def positive(text: str) -> int:
@@ -33,8 +41,61 @@ def positive(text: str) -> int:
     return number
 
 
+def seconds(text: str) -> int:
+    """A whole number of seconds, 0 among them."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def add_shape_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every verb that makes a sandbox."""
+    add = parser.add_argument
+    add("-t", "--template", default="base", metavar="NAME", help="default: base")
+    add("--memory", type=positive, metavar="MB", help="memory in MiB")
+    add("--vcpus", type=positive, metavar="N", help="virtual CPUs")
+    add("--disk", type=positive, metavar="MB", help="size of the root disk in MiB")
+
+
+def add_command_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every verb that runs a command."""
+    add_env_flag(parser)
+    add = parser.add_argument
+    add("-u", "--user", default="", metavar="USER", help="user in the sandbox (default: root)")
+    add("--cwd", default="", metavar="DIR", help="working directory (default: the user's home)")
+
+
+def add_env_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-e", "--env", action="append", default=[], metavar="NAME=VALUE", help="repeatable"
+    )
+
+
+def environment(pairs: Iterable[str]) -> dict[str, str]:
+    """What the words of --env set. Raises Invalid."""
+    envs = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise Invalid(f"--env {pair!r} is not valid", hint="use NAME=VALUE")
+        envs[name] = value
+    return envs
+
+
+def check_utf8(*words: str) -> None:
+    """Raise Invalid where a word of the command line was not UTF-8: no message can carry it."""
+    if any("\udc80" <= character <= "\udcff" for word in words for character in word):
+        raise Invalid("a word of the command line is not UTF-8")
+
+
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every verb that needs Settings."""
+    """Flags of every verb, and the verb's parser among what it parsed."""
+    # Also behind the verb; SUPPRESS, or its default would undo the flag before the verb.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    parser.set_defaults(parser=parser)
     parser.add_argument(
         "--data-dir",
         type=Path,

@@ -11,29 +11,33 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sandmartin.cli import exitcode
-from sandmartin.cli.background import background
-from sandmartin.cli.interrupts import Interrupts
+from sandmartin.cli.execution import exit_code_of, relay
+from sandmartin.cli.interrupts import Interrupts, carry_out
 from sandmartin.cli.options import (
     Parser,
     add_accel_flag,
+    add_command_flags,
     add_settings_flags,
+    add_shape_flags,
+    check_utf8,
+    environment,
     load_settings,
     positive,
 )
 from sandmartin.cli.own_agent import own_agent, require_root
-from sandmartin.cli.pipes import ByteSink, ByteSource, stdin_is_open
-from sandmartin.cli.talk import say, say_notes
+from sandmartin.cli.pipes import ByteSource, stdin_is_open
+from sandmartin.cli.talk import say
 from sandmartin.client.agent_socket import AgentSocket, agent_answers
-from sandmartin.client.sandbox import AsyncSandbox, Execution, temporary_sandbox
-from sandmartin.client.transport import Command, Ended, NewSandbox, Stdout
-from sandmartin.errors import Conflict, Invalid, NotFound, SandmartinError
+from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
+from sandmartin.client.transport import Command, NewSandbox
+from sandmartin.errors import Invalid
 from sandmartin.model import new_sandbox_id
 
 _DESCRIPTION = """\
@@ -50,10 +54,9 @@ examples:
   sandmartin run --file data.csv:/tmp/data.csv --timeout 60 -- wc -l /tmp/data.csv
 
 """
-_BROKEN_PIPE = exitcode.SIGNALLED + 13
 
 
-def configure(verbs: Any) -> argparse.ArgumentParser:
+def configure(verbs: Any) -> None:
     parser: Parser = verbs.add_parser(
         "run",
         help="run a command in a new sandbox",
@@ -62,23 +65,17 @@ def configure(verbs: Any) -> argparse.ArgumentParser:
         epilog=_EXAMPLES + exitcode.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.usage_exit = exitcode.RUN_FAILED
+    parser.passes_exit_on = True
     add = parser.add_argument
-    add("-t", "--template", default="base", metavar="NAME", help="default: base")
-    add("--memory", type=positive, metavar="MB", help="memory in MiB")
-    add("--vcpus", type=positive, metavar="N", help="virtual CPUs")
-    add("--disk", type=positive, metavar="MB", help="size of the root disk in MiB")
-    add("-e", "--env", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
+    add_shape_flags(parser)
+    add_command_flags(parser)
     add("--file", action="append", default=[], metavar="LOCAL:REMOTE", help="upload; repeatable")
     add("--timeout", type=positive, metavar="S", help="kill the command after S seconds")
-    add("-u", "--user", default="", metavar="USER", help="user in the sandbox (default: root)")
-    add("--cwd", default="", metavar="DIR", help="working directory (default: the user's home)")
     add_settings_flags(parser)
     add_accel_flag(parser)
     add("-v", "--verbose", action="store_true", help="say what happens, and show the agent's log")
     add("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(act=_act)
-    return parser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +127,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """What `args` ask for. Raises Invalid."""
     if not args.command:
         args.parser.error("run needs a command")
-    words = [*args.command, *args.env, *args.file, args.user, args.cwd]
-    if any("\udc80" <= character <= "\udcff" for word in words for character in word):
-        raise Invalid("a word of the command line is not UTF-8")
+    check_utf8(*args.command, *args.env, *args.file, args.user, args.cwd)
     new = NewSandbox(
         sandbox_id=new_sandbox_id(),
         template=args.template,
@@ -143,7 +138,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     command = Command(
         cmd=args.command[0],
         args=tuple(args.command[1:]),
-        envs=_environment(args.env),
+        envs=environment(args.env),
         cwd=args.cwd,
         user=args.user,
         stdin=stdin_is_open(),
@@ -158,16 +153,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
         verbose=args.verbose or args.debug,
         began=time.monotonic(),
     )
-
-
-def _environment(pairs: Sequence[str]) -> dict[str, str]:
-    envs = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise Invalid(f"--env {pair!r} is not valid", hint="use NAME=VALUE")
-        envs[name] = value
-    return envs
 
 
 def _agent_argv(args: argparse.Namespace) -> tuple[str, ...]:
@@ -188,19 +173,7 @@ def _act(args: argparse.Namespace) -> int:
 
 async def run(plan: Plan) -> int:
     """Carry `plan` out and return the exit code."""
-    interrupts = Interrupts()
-    with interrupts.handled():
-        try:
-            async with AsyncExitStack() as stack, interrupts.work():
-                return await _run(plan, stack, interrupts)
-        except asyncio.CancelledError as error:
-            if interrupts.exit_code is None:
-                raise
-            say_notes(error)
-            return interrupts.exit_code
-        except BrokenPipeError as error:
-            say_notes(error)
-            return _BROKEN_PIPE
+    return await carry_out(partial(_run, plan))
 
 
 async def _run(plan: Plan, stack: AsyncExitStack, interrupts: Interrupts) -> int:
@@ -223,12 +196,10 @@ async def _run(plan: Plan, stack: AsyncExitStack, interrupts: Interrupts) -> int
         plan.tell(f"uploading {upload.local} to {upload.remote}")
         await _send(sandbox, upload, source, plan.command.user)
     plan.tell(f"running {plan.command.cmd}")
-    ended = await _execute(sandbox, plan.command, interrupts)
+    async with sandbox.exec(plan.command) as execution:
+        ended = await relay(execution, interrupts, stdin=plan.command.stdin)
     plan.tell(f"ended with {ended.exit_code}")
-    if ended.error:
-        say(f"sandmartin: {ended.error}")
-        return ended.exit_code or exitcode.RUN_FAILED
-    return ended.exit_code
+    return exit_code_of(ended)
 
 
 async def _send(sandbox: AsyncSandbox, upload: Upload, source: ByteSource, user: str) -> None:
@@ -236,39 +207,3 @@ async def _send(sandbox: AsyncSandbox, upload: Upload, source: ByteSource, user:
         await sandbox.write_file(upload.remote, aiter(source), user)
     except OSError as error:
         raise Invalid(f"{upload.local} cannot be read: {error.strerror}") from error
-
-
-async def _execute(sandbox: AsyncSandbox, command: Command, interrupts: Interrupts) -> Ended:
-    stdout, stderr = ByteSink(1), ByteSink(2)
-    async with sandbox.exec(command) as execution:
-        work = [interrupts.relay_to(execution)]
-        if command.stdin:
-            work.append(_feed_stdin(execution))
-        async with background(*work):
-            async for event in execution:
-                if isinstance(event, Ended):
-                    return event
-                await _write(stdout if isinstance(event, Stdout) else stderr, event.data)
-    raise AssertionError("an execution ends with Ended or an error")
-
-
-async def _feed_stdin(execution: Execution) -> None:
-    """Forward our standard input.
-
-    A command that ended or closed its input needs no more of it. Any other failure ends the run:
-    a command that took a cut input for a whole one would look like a success.
-    """
-    try:
-        with suppress(NotFound, Conflict):
-            await execution.send_stdin(aiter(ByteSource(0)))
-    except OSError as error:
-        raise SandmartinError(f"standard input cannot be read: {error.strerror}") from error
-
-
-async def _write(sink: ByteSink, data: bytes) -> None:
-    try:
-        await sink.write(data)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise SandmartinError(f"our output cannot be written: {error.strerror}") from error

@@ -12,7 +12,7 @@ from sandmartin.cli.options import add_settings_flags, load_settings
 from sandmartin.cli.talk import say
 
 
-def configure(verbs: Any) -> argparse.ArgumentParser:
+def configure(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "setup",
         help="install and build what the agent needs",
@@ -21,7 +21,6 @@ def configure(verbs: Any) -> argparse.ArgumentParser:
     )
     add_settings_flags(parser)
     parser.set_defaults(act=_setup)
-    return parser
 
 
 def _setup(args: argparse.Namespace) -> int:

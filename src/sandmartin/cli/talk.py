@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 from sandmartin.errors import SandmartinError
@@ -55,3 +56,18 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def print_fields(fields: Mapping[str, str]) -> None:
+    """Names and values, one a line."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        print(f"{name.ljust(width)}  {plain(value)}")
+
+
+def moment(seconds: int) -> str:
+    """A time of the wall clock as tables show it."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return "-"

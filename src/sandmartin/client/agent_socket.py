@@ -12,6 +12,7 @@ import base64
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,33 @@ import httpx
 
 from sandmartin.client.connect import ConnectChannel, Message
 from sandmartin.client.transport import (
+    Checkpoint,
     Command,
     CreatedSandbox,
     Ended,
     ExecEvent,
+    FileInfo,
+    ForkedSandbox,
+    MetricPoint,
     NewSandbox,
+    Process,
+    PtySize,
     SandboxInfo,
+    Snapshot,
     Started,
     Stderr,
     Stdout,
+    Template,
 )
-from sandmartin.errors import Denied, SandmartinError, Unavailable
+from sandmartin.errors import Denied, SandmartinError, Unavailable, from_code
 
 _SERVICE = "hostagent.v1.HostAgentService"
 _CONNECT_S = 5.0
 #: A create is answered after the boot: with emulation on a busy host that takes its time.
 _CREATE_S = 90.0
 _DESTROY_S = 60.0
+#: What writes or reads a whole memory, on a disk that may be slow, and a fork many of them.
+_SNAPSHOT_S = 300.0
 _CALL_S = 30.0
 _FILE_S = 120.0
 #: Base64 of it stays far below any frame limit.
@@ -45,16 +56,22 @@ CHUNK_BYTES = 256 * 2**10
 async def agent_answers(path: Path) -> bool:
     """Whether an agent listens on the socket `path`. Raises Denied when we may not ask."""
     try:
+        await reach_agent(path)
+    except Unavailable:
+        return False
+    return True
+
+
+async def reach_agent(path: Path) -> None:
+    """Make sure that an agent listens on the socket `path`. Raises Denied, Unavailable."""
+    try:
         async with asyncio.timeout(_CONNECT_S):
             _, writer = await asyncio.open_unix_connection(path)
-    except PermissionError as error:
+    except OSError as error:
         raise _refusal(path, error) from error
-    except OSError:
-        return False
     writer.close()
     with suppress(OSError):
         await writer.wait_closed()
-    return True
 
 
 def _refusal(path: Path, error: OSError | None) -> SandmartinError:
@@ -66,7 +83,7 @@ def _refusal(path: Path, error: OSError | None) -> SandmartinError:
         )
     if isinstance(error, FileNotFoundError | NotADirectoryError | ConnectionRefusedError):
         return Unavailable(f"no agent listens on {path}", hint="start one: sudo sandmartin agent")
-    why = f": {error.strerror or error}" if error else ""
+    why = f": {error.strerror or error or 'it does not answer'}" if error else ""
     return Unavailable(f"the agent's socket {path} cannot be used{why}")
 
 
@@ -102,11 +119,7 @@ class AgentSocket:
             envs=dict(new.envs),
         )
         answer = await self._call("CreateSandbox", message, deadline_s=_CREATE_S)
-        return CreatedSandbox(
-            sandbox_id=_text(answer, "sandboxId"),
-            state=_text(answer, "status"),
-            address=_text(answer, "hostIp"),
-        )
+        return _placed(answer, _text(answer, "sandboxId"))
 
     async def destroy(self, sandbox_id: str) -> None:
         await self._call("DestroySandbox", {"sandbox_id": sandbox_id}, deadline_s=_DESTROY_S)
@@ -121,6 +134,67 @@ class AgentSocket:
     async def terminate(self) -> None:
         await self._call("Terminate", {}, deadline_s=_DESTROY_S)
 
+    async def pause(self, sandbox_id: str) -> None:
+        await self._call("PauseSandbox", {"sandbox_id": sandbox_id}, deadline_s=_SNAPSHOT_S)
+
+    async def resume(self, sandbox_id: str, timeout_s: int | None) -> CreatedSandbox:
+        message = _without_defaults(
+            sandbox_id=sandbox_id, timeout_sec=timeout_s, keep_timeout=timeout_s is None
+        )
+        answer = await self._call("ResumeSandbox", message, deadline_s=_SNAPSHOT_S)
+        return _placed(answer, sandbox_id)
+
+    async def fork(
+        self, sandbox_id: str, child_ids: tuple[str, ...], timeout_s: int
+    ) -> tuple[ForkedSandbox, ...]:
+        message = _without_defaults(
+            sandbox_id=sandbox_id, child_ids=list(child_ids), timeout_sec=timeout_s
+        )
+        answer = await self._call("ForkSandbox", message, deadline_s=_SNAPSHOT_S)
+        return tuple(_forked(each) for each in _parts(answer, "children"))
+
+    async def create_checkpoint(self, sandbox_id: str, comment: str) -> Checkpoint:
+        message = _without_defaults(sandbox_id=sandbox_id, comment=comment)
+        answer = await self._call("CreateCheckpoint", message, deadline_s=_SNAPSHOT_S)
+        return _checkpoint(_part(answer, "checkpoint") or {})
+
+    async def list_checkpoints(self, sandbox_id: str) -> tuple[Checkpoint, ...]:
+        answer = await self._call("ListCheckpoints", {"sandbox_id": sandbox_id})
+        return tuple(_checkpoint(each) for each in _parts(answer, "checkpoints"))
+
+    async def delete_checkpoint(self, sandbox_id: str, checkpoint_id: str) -> None:
+        message = {"sandbox_id": sandbox_id, "checkpoint_id": checkpoint_id}
+        await self._call("DeleteCheckpoint", message)
+
+    async def rollback(self, sandbox_id: str, checkpoint_id: str) -> CreatedSandbox:
+        message = {"sandbox_id": sandbox_id, "checkpoint_id": checkpoint_id}
+        answer = await self._call("RollbackSandbox", message, deadline_s=_SNAPSHOT_S)
+        return _placed(answer, sandbox_id)
+
+    async def create_snapshot(self, sandbox_id: str, name: str, *, live: bool) -> Snapshot:
+        message = _without_defaults(sandbox_id=sandbox_id, name=name, live=live)
+        answer = await self._call("CreateSnapshot", message, deadline_s=_SNAPSHOT_S)
+        return Snapshot(name=_text(answer, "name"), size_bytes=_int(answer, "sizeBytes"))
+
+    async def delete_snapshot(self, name: str) -> None:
+        await self._call("DeleteSnapshot", {"name": name}, deadline_s=_DESTROY_S)
+
+    async def list_templates(self) -> tuple[Template, ...]:
+        answer = await self._call("ListTemplates", {})
+        return tuple(_template(each) for each in _parts(answer, "templates"))
+
+    async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
+        message = {"sandbox_id": sandbox_id, "range": time_range}
+        answer = await self._call("GetSandboxMetrics", message)
+        return tuple(_metric_point(each) for each in _parts(answer, "points"))
+
+    async def read_console(self, sandbox_id: str) -> bytes:
+        return _bytes(await self._call("ReadConsole", {"sandbox_id": sandbox_id}), "content")
+
+    async def list_processes(self, sandbox_id: str) -> tuple[Process, ...]:
+        answer = await self._call("ListProcesses", {"sandbox_id": sandbox_id})
+        return tuple(_process(each) for each in _parts(answer, "processes"))
+
     async def exec_stream(
         self, sandbox_id: str, command: Command
     ) -> AsyncGenerator[ExecEvent, None]:
@@ -134,6 +208,7 @@ class AgentSocket:
             cwd=command.cwd,
             user=command.user,
             stdin=command.stdin,
+            pty=command.pty and asdict(command.pty),
         )
         with self._connect_errors_as_ours():
             answers = self._channel.server_stream("ExecStream", message)
@@ -150,6 +225,38 @@ class AgentSocket:
     async def send_signal(self, sandbox_id: str, pid: int, signal: int) -> None:
         message = {"sandbox_id": sandbox_id, "pid": pid, "signal": signal}
         await self._call("SendSignal", message)
+
+    async def resize_pty(self, sandbox_id: str, pid: int, size: PtySize) -> None:
+        message = {"sandbox_id": sandbox_id, "pid": pid, "pty": asdict(size)}
+        await self._call("ResizePty", message)
+
+    async def stat_file(self, sandbox_id: str, path: str, user: str = "") -> FileInfo:
+        message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user)
+        answer = await self._call("StatFile", message)
+        return _file_info(_part(answer, "file") or {})
+
+    async def list_files(
+        self, sandbox_id: str, path: str, user: str = "", *, depth: int = 1
+    ) -> tuple[FileInfo, ...]:
+        message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user, depth=depth)
+        answer = await self._call("ListFiles", message, deadline_s=_FILE_S)
+        return tuple(_file_info(each) for each in _parts(answer, "files"))
+
+    async def make_directory(self, sandbox_id: str, path: str, user: str = "") -> None:
+        message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user)
+        await self._call("MakeDirectory", message)
+
+    async def move_file(
+        self, sandbox_id: str, source: str, destination: str, user: str = ""
+    ) -> None:
+        message = _without_defaults(
+            sandbox_id=sandbox_id, source=source, destination=destination, user=user
+        )
+        await self._call("MoveFile", message, deadline_s=_FILE_S)
+
+    async def remove_file(self, sandbox_id: str, path: str, user: str = "") -> None:
+        message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user)
+        await self._call("RemoveFile", message, deadline_s=_FILE_S)
 
     async def write_file(
         self, sandbox_id: str, path: str, chunks: AsyncIterator[bytes], user: str = ""
@@ -229,6 +336,20 @@ def _int(message: Message, name: str) -> int:
         raise SandmartinError(f"the agent's answer has no number in {name}") from error
 
 
+def _float(message: Message, name: str) -> float:
+    try:
+        return float(message.get(name) or 0.0)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SandmartinError(f"the agent's answer has no number in {name}") from error
+
+
+def _texts(message: Message, name: str) -> tuple[str, ...]:
+    values = message.get(name) or []
+    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+        raise SandmartinError(f"the agent's answer has no list of texts in {name}")
+    return tuple(values)
+
+
 def _bytes(message: Message, name: str) -> bytes:
     try:
         return base64.b64decode(message.get(name) or "", validate=True)
@@ -280,4 +401,77 @@ def _sandbox_info(message: Message) -> SandboxInfo:
         created_at=_int(message, "createdAtUnix"),
         last_active_at=_int(message, "lastActiveAtUnix"),
         reason=_text(message, "statusReason"),
+    )
+
+
+def _placed(message: Message, sandbox_id: str) -> CreatedSandbox:
+    return CreatedSandbox(
+        sandbox_id=sandbox_id,
+        state=_text(message, "status"),
+        address=_text(message, "hostIp"),
+    )
+
+
+def _forked(message: Message) -> ForkedSandbox:
+    error = None
+    if (info := _part(message, "error")) is not None:
+        said = _text(message, "errorMessage")
+        error = from_code(_text(info, "code"), said, _text(info, "hint"))
+    return ForkedSandbox(
+        sandbox_id=_text(message, "sandboxId"),
+        state=_text(message, "status"),
+        address=_text(message, "hostIp"),
+        error=error,
+    )
+
+
+def _checkpoint(message: Message) -> Checkpoint:
+    return Checkpoint(
+        checkpoint_id=_text(message, "checkpointId"),
+        comment=_text(message, "comment"),
+        created_at=_int(message, "createdAtUnix"),
+        size_bytes=_int(message, "sizeBytes"),
+    )
+
+
+def _template(message: Message) -> Template:
+    return Template(
+        name=_text(message, "name"),
+        kind=_text(message, "kind"),
+        vcpus=_int(message, "vcpus"),
+        memory_mb=_int(message, "memoryMb"),
+        disk_size_mb=_int(message, "diskSizeMb"),
+        size_bytes=_int(message, "sizeBytes"),
+    )
+
+
+def _metric_point(message: Message) -> MetricPoint:
+    return MetricPoint(
+        timestamp=_int(message, "timestampUnix"),
+        cpu_pct=_float(message, "cpuPct"),
+        mem_bytes=_int(message, "memBytes"),
+        disk_bytes=_int(message, "diskBytes"),
+    )
+
+
+def _process(message: Message) -> Process:
+    return Process(
+        pid=_int(message, "pid"),
+        cmd=_text(message, "cmd"),
+        args=_texts(message, "args"),
+        cwd=_text(message, "cwd"),
+    )
+
+
+def _file_info(message: Message) -> FileInfo:
+    return FileInfo(
+        name=_text(message, "name"),
+        path=_text(message, "path"),
+        type=_text(message, "type"),
+        size_bytes=_int(message, "sizeBytes"),
+        mode=_int(message, "mode"),
+        owner=_text(message, "owner"),
+        group=_text(message, "group"),
+        modified_at=_int(message, "modifiedAtUnix"),
+        symlink_target=_text(message, "symlinkTarget"),
     )

@@ -1,6 +1,7 @@
-"""One sandbox as its user sees it: commands and files, over any transport.
+"""One sandbox as its user sees it: its life, its commands and its files, over any transport.
 
-What a `temporary_sandbox` created is destroyed on every way out, a cancelled create included.
+A create or a fork whose outcome never arrived, a cancelled one included, is undone. What a
+`temporary_sandbox` created is destroyed on every way out.
 """
 
 from __future__ import annotations
@@ -10,16 +11,26 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 from sandmartin.client.transport import (
+    Checkpoint,
     Command,
+    CreatedSandbox,
     Ended,
     ExecEvent,
+    FileInfo,
+    ForkedSandbox,
+    MetricPoint,
     NewSandbox,
+    Process,
+    PtySize,
+    SandboxInfo,
+    Snapshot,
     Started,
     Stderr,
     Stdout,
     Transport,
 )
-from sandmartin.errors import AlreadyExists, SandmartinError, TimedOut, Unavailable
+from sandmartin.errors import AlreadyExists, NotFound, SandmartinError, TimedOut, Unavailable
+from sandmartin.model import new_sandbox_id
 
 _START_S = 60.0
 
@@ -33,9 +44,76 @@ class AsyncSandbox:
 
     @classmethod
     async def create(cls, transport: Transport, new: NewSandbox) -> AsyncSandbox:
-        """Create a sandbox and wait until it runs."""
-        created = await transport.create(new)
-        return cls(transport, created.sandbox_id)
+        """Create a sandbox and wait until it runs; what did not succeed is destroyed."""
+        sandbox = cls(transport, new.sandbox_id)
+        try:
+            await transport.create(new)
+        except AlreadyExists:
+            # It is somebody else's.
+            raise
+        except BaseException as error:
+            await _destroy_after(error, sandbox)
+            raise
+        return sandbox
+
+    async def info(self) -> SandboxInfo:
+        """Its state and its shape. Raises NotFound."""
+        for info in await self._transport.list_sandboxes():
+            if info.sandbox_id == self.sandbox_id:
+                return info
+        raise NotFound(f"there is no sandbox {self.sandbox_id}")
+
+    async def pause(self) -> None:
+        """Write it to disk, memory and all, and free its memory. Raises Conflict, DiskFull."""
+        await self._transport.pause(self.sandbox_id)
+
+    async def resume(self, timeout_s: int | None = None) -> CreatedSandbox:
+        """Go on after a pause, with a new idle limit (0 is none), or with its own for None."""
+        return await self._transport.resume(self.sandbox_id, timeout_s)
+
+    async def fork(self, count: int = 1, *, timeout_s: int = 0) -> tuple[ForkedSandbox, ...]:
+        """Make sandboxes that go on from where this one is, which goes on too.
+
+        A child that could not be made has an `error`. When no answer arrives, all are destroyed.
+        """
+        ids = tuple(new_sandbox_id() for _ in range(count))
+        try:
+            return await self._transport.fork(self.sandbox_id, ids, timeout_s)
+        except (Unavailable, TimedOut, asyncio.CancelledError) as error:
+            for each in ids:
+                await _destroy_after(error, AsyncSandbox(self._transport, each))
+            raise
+
+    async def checkpoint(self, comment: str = "") -> Checkpoint:
+        """Keep where it is now, to `rollback` to; it goes on."""
+        return await self._transport.create_checkpoint(self.sandbox_id, comment)
+
+    async def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Its checkpoints, oldest first."""
+        return await self._transport.list_checkpoints(self.sandbox_id)
+
+    async def delete_checkpoint(self, checkpoint_id: str) -> None:
+        await self._transport.delete_checkpoint(self.sandbox_id, checkpoint_id)
+
+    async def rollback(self, checkpoint_id: str) -> CreatedSandbox:
+        """Return to a checkpoint, in memory and on disk. What came after it is gone."""
+        return await self._transport.rollback(self.sandbox_id, checkpoint_id)
+
+    async def snapshot(self, name: str, *, live: bool = False) -> Snapshot:
+        """Make a template of it. It stays running if `live`, and is paused if not."""
+        return await self._transport.create_snapshot(self.sandbox_id, name, live=live)
+
+    async def metrics(self, time_range: str = "10m") -> tuple[MetricPoint, ...]:
+        """What it used, oldest first; the ranges are `10m`, `2h` and `24h`."""
+        return await self._transport.metrics(self.sandbox_id, time_range)
+
+    async def read_console(self) -> bytes:
+        """The newest that its console said; what is read is forgotten."""
+        return await self._transport.read_console(self.sandbox_id)
+
+    async def processes(self) -> tuple[Process, ...]:
+        """What was started by a call and runs."""
+        return await self._transport.list_processes(self.sandbox_id)
 
     @asynccontextmanager
     async def exec(self, command: Command) -> AsyncGenerator[Execution, None]:
@@ -65,6 +143,27 @@ class AsyncSandbox:
     def read_file(self, path: str, user: str = "") -> AsyncGenerator[bytes, None]:
         """Read a file of any size, chunk by chunk, as `user` (root by default)."""
         return self._transport.read_file(self.sandbox_id, path, user)
+
+    async def stat(self, path: str, user: str = "") -> FileInfo:
+        """A file or directory. Raises NotFound."""
+        return await self._transport.stat_file(self.sandbox_id, path, user)
+
+    async def list_files(
+        self, path: str, user: str = "", *, depth: int = 1
+    ) -> tuple[FileInfo, ...]:
+        """What is below a directory, so many levels down."""
+        return await self._transport.list_files(self.sandbox_id, path, user, depth=depth)
+
+    async def make_directory(self, path: str, user: str = "") -> None:
+        """Make a directory and its missing parents. Raises AlreadyExists."""
+        await self._transport.make_directory(self.sandbox_id, path, user)
+
+    async def move_file(self, source: str, destination: str, user: str = "") -> None:
+        await self._transport.move_file(self.sandbox_id, source, destination, user)
+
+    async def remove_file(self, path: str, user: str = "") -> None:
+        """Remove a file or a whole tree. One that is not there is no error."""
+        await self._transport.remove_file(self.sandbox_id, path, user)
 
     async def destroy(self) -> None:
         """Destroy the sandbox and all it held. Already gone is success."""
@@ -103,6 +202,10 @@ class Execution:
         """Send a signal. Raises NotFound when the command is gone."""
         await self._transport.send_signal(self._sandbox_id, self.pid, number)
 
+    async def resize(self, size: PtySize) -> None:
+        """Resize its terminal. Raises NotFound when the command is gone."""
+        await self._transport.resize_pty(self._sandbox_id, self.pid, size)
+
 
 @asynccontextmanager
 async def temporary_sandbox(
@@ -113,19 +216,11 @@ async def temporary_sandbox(
     When the body succeeded and the destroying fails, that failure is raised; an error of the
     body itself is never hidden by it. A cancellation waits until the destroying is done.
     """
-    sandbox = AsyncSandbox(transport, new.sandbox_id)
-    owned = True
+    sandbox = await AsyncSandbox.create(transport, new)
     try:
-        try:
-            await transport.create(new)
-        except AlreadyExists:
-            # It is somebody else's.
-            owned = False
-            raise
         yield sandbox
     except BaseException as error:
-        if owned:
-            await _destroy_after(error, sandbox)
+        await _destroy_after(error, sandbox)
         raise
     else:
         await _destroy(sandbox)

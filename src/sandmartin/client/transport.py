@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from sandmartin.errors import SandmartinError
 from sandmartin.model import SandboxSpec
 
 
@@ -48,7 +49,7 @@ class NewSandbox:
 
 @dataclass(frozen=True, kw_only=True)
 class CreatedSandbox:
-    """What a create answers."""
+    """Where a sandbox is now: what creating it, resuming it or rolling it back answers."""
 
     sandbox_id: str
     #: A `State` value, or a word of a newer release.
@@ -78,6 +79,97 @@ class SandboxInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForkedSandbox:
+    """One child of a fork, or why it could not be made."""
+
+    sandbox_id: str
+    state: str
+    address: str
+    error: SandmartinError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A moment of a sandbox that it can return to."""
+
+    checkpoint_id: str
+    comment: str
+    #: Seconds since the epoch.
+    created_at: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A template made from a sandbox."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What sandboxes start from."""
+
+    name: str
+    #: `image` (a disk) or `snapshot` (disk and memory).
+    kind: str
+    #: Of a snapshot, which fixes them; 0 for an image.
+    vcpus: int
+    memory_mb: int
+    disk_size_mb: int
+    #: What it takes on the host.
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricPoint:
+    """What a sandbox used at one time, or on average in one window."""
+
+    #: Seconds since the epoch.
+    timestamp: int
+    cpu_pct: float
+    mem_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process that was started by a call and runs."""
+
+    pid: int
+    cmd: str
+    args: tuple[str, ...]
+    cwd: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """A file of a sandbox, in the words of its guest, which may lie."""
+
+    name: str
+    path: str
+    #: `file`, `directory`, `symlink` or `other`; of a link, its target's.
+    type: str
+    size_bytes: int
+    mode: int
+    owner: str
+    group: str
+    #: Seconds since the epoch.
+    modified_at: int
+    #: Empty for all but a symbolic link.
+    symlink_target: str
+
+
+@dataclass(frozen=True)
+class PtySize:
+    """Size of a terminal, in characters."""
+
+    cols: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Command:
     """A program to run in a sandbox."""
 
@@ -92,6 +184,8 @@ class Command:
     stdin: bool = False
     #: Seconds after which the command is killed; None is never.
     timeout_s: int | None = None
+    #: Run it on a terminal of this size: its output is Stdout alone, and its input is open.
+    pty: PtySize | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +237,75 @@ class Transport(Protocol):
 
     async def terminate(self) -> None:
         """Destroy every sandbox and end the other side."""
+
+    async def pause(self, sandbox_id: str) -> None:
+        """Write a sandbox to disk and free its memory. Already paused is success.
+
+        Raises Conflict, DiskFull; it then still runs.
+        """
+
+    async def resume(self, sandbox_id: str, timeout_s: int | None) -> CreatedSandbox:
+        """Let a paused sandbox go on, with a new idle limit, or with its own for None.
+
+        Already running is success. Raises Conflict, Exhausted; it then is still paused.
+        """
+
+    async def fork(
+        self, sandbox_id: str, child_ids: tuple[str, ...], timeout_s: int
+    ) -> tuple[ForkedSandbox, ...]:
+        """Make children that go on from where a running sandbox is, which goes on too.
+
+        An idle limit of 0 is that of the source. A child that could not be made is an error in
+        its place.
+        """
+
+    async def create_checkpoint(self, sandbox_id: str, comment: str) -> Checkpoint:
+        """Keep where a running sandbox is; it goes on."""
+
+    async def list_checkpoints(self, sandbox_id: str) -> tuple[Checkpoint, ...]:
+        """The checkpoints of a sandbox, oldest first."""
+
+    async def delete_checkpoint(self, sandbox_id: str, checkpoint_id: str) -> None: ...
+
+    async def rollback(self, sandbox_id: str, checkpoint_id: str) -> CreatedSandbox:
+        """Return to a checkpoint, in memory and on disk. What came after it is gone."""
+
+    async def create_snapshot(self, sandbox_id: str, name: str, *, live: bool) -> Snapshot:
+        """Make a template of a sandbox, which stays running if `live`, and is paused if not."""
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Delete a template. Raises Conflict while something depends on it."""
+
+    async def list_templates(self) -> tuple[Template, ...]: ...
+
+    async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
+        """What a sandbox used, oldest first; the ranges are `10m`, `2h` and `24h`."""
+
+    async def read_console(self, sandbox_id: str) -> bytes:
+        """The newest that the guest's console said; what is read is forgotten."""
+
+    async def list_processes(self, sandbox_id: str) -> tuple[Process, ...]: ...
+
+    async def resize_pty(self, sandbox_id: str, pid: int, size: PtySize) -> None:
+        """Resize the terminal of a command. Raises NotFound, Conflict when it has none."""
+
+    async def stat_file(self, sandbox_id: str, path: str, user: str = "") -> FileInfo:
+        """Raises NotFound, Denied."""
+
+    async def list_files(
+        self, sandbox_id: str, path: str, user: str = "", *, depth: int = 1
+    ) -> tuple[FileInfo, ...]:
+        """What is below a directory, so many levels down."""
+
+    async def make_directory(self, sandbox_id: str, path: str, user: str = "") -> None:
+        """Make a directory and its missing parents. Raises AlreadyExists."""
+
+    async def move_file(
+        self, sandbox_id: str, source: str, destination: str, user: str = ""
+    ) -> None: ...
+
+    async def remove_file(self, sandbox_id: str, path: str, user: str = "") -> None:
+        """Remove a file or a whole tree. One that is not there is no error."""
 
     def exec_stream(self, sandbox_id: str, command: Command) -> AsyncGenerator[ExecEvent, None]:
         """Run a command: Started, any output, Ended. Raises NotStarted, NotFound.
