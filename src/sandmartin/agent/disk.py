@@ -14,10 +14,11 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandmartin.agent import files
 from sandmartin.agent.proc import run
 from sandmartin.errors import DiskFull, Exhausted, Invalid, NotFound, ToolFailed
 from sandmartin.model import random_id
@@ -88,7 +89,7 @@ class Layers:
         if size_mb not in self._blanks:
             self._blanks[size_mb] = await self._make_blank(size_mb)
         top = directory / f"layer-{random_id(12)}.qcow2"
-        with _space_errors(top):
+        with files.space_errors(top):
             top.write_bytes(self._blanks[size_mb])
         top.chmod(0o600)
         return top
@@ -116,8 +117,8 @@ class Layers:
     async def sync(self, names: Iterable[str]) -> None:
         """Make sealed layers survive a power cut."""
         for name in names:
-            await asyncio.to_thread(sync_file, self.path(name))
-        await asyncio.to_thread(sync_file, self._directory)
+            await asyncio.to_thread(files.sync, self.path(name))
+        await asyncio.to_thread(files.sync, self._directory)
 
     async def adopt(self, layer: Path) -> str:
         """Take a sealed layer of another directory into the store as well; its name."""
@@ -146,7 +147,7 @@ class Layers:
                 await run([*as_owner, *convert, os.fspath(flat)], deadline_s=_COPY_DEADLINE_S)
             except ToolFailed as error:
                 if os.strerror(errno.ENOSPC) in error.message:
-                    raise disk_full(target) from error
+                    raise files.disk_full(target) from error
                 raise
             await asyncio.to_thread(_publish, flat, target)
 
@@ -161,9 +162,9 @@ class Layers:
 def _publish(image: Path, target: Path) -> None:
     os.chown(image, 0, 0)
     image.chmod(0o444)
-    sync_file(image)
+    files.sync(image)
     image.rename(target)
-    sync_file(target.parent)
+    files.sync(target.parent)
 
 
 def _file_node(path: Path) -> dict[str, object]:
@@ -217,31 +218,6 @@ def _link(source: Path, target: Path) -> bool:
             raise
         return False
     return True
-
-
-def sync_file(path: Path) -> None:
-    """Make a file or the names in a directory survive a power cut."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def disk_full(path: Path) -> DiskFull:
-    return DiskFull(
-        f"the host's disk is full where {path.parent} is", hint="free disk space on the host"
-    )
-
-
-@contextlib.contextmanager
-def _space_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise disk_full(path) from error
 
 
 def free_mb(path: Path) -> int:

@@ -9,7 +9,6 @@ access token and are readable by root alone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -19,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sandmartin.agent import files
 from sandmartin.agent.memory import FileId
 from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import VmRecord
-from sandmartin.errors import Conflict, DiskFull, Invalid
+from sandmartin.errors import Conflict, Invalid
 from sandmartin.model import Accel, SandboxSpec, State, check_name, random_id
 
 FORMAT = 1
@@ -44,16 +44,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o600, sync: bool = F
         beside.unlink(missing_ok=True)
         raise
     if sync:
-        sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        files.sync(path.parent)
 
 
 def check_reachable(path: Path, what: str, setting: str) -> None:
@@ -65,18 +56,6 @@ def check_reachable(path: Path, what: str, setting: str) -> None:
                 " runs as a user of its own",
                 hint=f"choose another with {setting}, or `chmod o+x {parent}`",
             )
-
-
-@contextlib.contextmanager
-def _space_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise DiskFull(
-            f"the host's disk is full where {path} is", hint="free disk space on the host"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -317,7 +296,7 @@ class DataDir:
     def create(self, entry: Entry) -> SandboxDir:
         """Make the directory of a new sandbox with its first entry in it. Raises DiskFull."""
         paths = self.sandbox(entry.spec.sandbox_id)
-        with _space_errors(paths.path):
+        with files.space_errors(paths.path):
             paths.path.mkdir(mode=0o700)
             try:
                 self.write(entry)
@@ -330,7 +309,7 @@ class DataDir:
     def write(self, entry: Entry, *, sync: bool = False) -> None:
         """Record an entry; with `sync` it survives a power cut. Raises DiskFull."""
         path = self.sandbox(entry.spec.sandbox_id).entry
-        with _space_errors(path):
+        with files.space_errors(path):
             write_whole(path, entry.to_json(), sync=sync)
 
     def remove(self, sandbox_id: str) -> None:

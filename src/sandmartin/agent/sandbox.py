@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from sandmartin.agent import disk
+from sandmartin.agent import disk, files
 from sandmartin.agent.guest import (
     Command,
     Guest,
@@ -361,7 +361,7 @@ class Sandbox(Inside):
             await self._stop_watching()
             frozen = await self._microvm.freeze(cont=False)
             self._machine.step("pause:frozen")
-            await asyncio.to_thread(disk.sync_file, self._paths.layer(self._entry.top))
+            await asyncio.to_thread(files.sync, self._paths.layer(self._entry.top))
             layers = (*self._entry.layers, self._entry.top) if seal else self._entry.layers
             if template is not None:
                 await self._write(frozen, template, layers=layers)

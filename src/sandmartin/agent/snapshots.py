@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sandmartin.agent.journal import sync_directory, write_whole
+from sandmartin.agent import files
+from sandmartin.agent.journal import write_whole
 from sandmartin.agent.memory import Written
 from sandmartin.errors import Conflict, Invalid, NotFound
 from sandmartin.model import Accel, random_id
@@ -213,7 +214,7 @@ class Snapshots:
             draft.path.rename(path)
         except OSError as error:
             raise Conflict(f"{path.name} exists already") from error
-        sync_directory(path.parent)
+        files.sync(path.parent)
 
     def read(self, path: Path) -> Snapshot:
         """The snapshot at `path`. Raises NotFound, Invalid."""

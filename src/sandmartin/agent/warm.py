@@ -135,7 +135,7 @@ class WarmSnapshots:
         await asyncio.sleep(_SETTLE_S)
         frozen = await vm.freeze(cont=False)
         base = await asyncio.to_thread(vm.dump, frozen, draft.path / _BASE)
-        # With the process gone, what it still had to write to its layer is written.
+        # Nobody writes to its layer any more; QEMU has flushed it when it stopped.
         await vm.running.kill()
         layers.seal_in_place(top)
         return Manifest(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from sandmartin.errors import AlreadyExists, DiskFull, Invalid, NotFound
+from sandmartin.agent import files
+from sandmartin.errors import AlreadyExists, Invalid, NotFound
 from sandmartin.model import random_id
 
 
@@ -21,7 +21,7 @@ def appearing(path: Path, *, mode: int, sync: bool, replace: bool) -> Iterator[i
     """
     beside = path.with_name(f".{path.name}.{random_id(6)}")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_space_errors(path))
+        stack.enter_context(files.space_errors(path))
         file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, file)
         stack.callback(beside.unlink, missing_ok=True)
@@ -39,7 +39,7 @@ def appearing(path: Path, *, mode: int, sync: bool, replace: bool) -> Iterator[i
                 raise AlreadyExists(f"{path} exists already and is never written again") from None
             beside.unlink()
         if sync:
-            _sync_directory(path.parent)
+            files.sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -58,26 +58,6 @@ def opened(path: Path) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
-
-
-@contextlib.contextmanager
-def _space_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise DiskFull(
-            f"the host's disk is full where {path} is", hint="free disk space on the host"
-        ) from error
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_at(file: int, data: memoryview | bytes, offset: int) -> None:
