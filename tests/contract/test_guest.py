@@ -45,7 +45,6 @@ from sandmartin.errors import (
 from tests.contract.guests import ME, TOKEN, RunningAgent, alive, identity, running, wait_until
 
 MIB = 1 << 20
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and other users need root")
 
 
 @pytest.fixture(scope="session")
@@ -433,7 +432,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.root
-@needs_root
+@pytest.mark.root
 async def test_a_full_disk_is_told_and_given_back(guest: Guest, small_disk: Path) -> None:
     path = small_disk / "file"
     free = os.statvfs(small_disk).f_bfree
@@ -470,7 +469,7 @@ def other_users(binary: Path, tmp_path: Path) -> Iterator[RunningAgent]:
 
 
 @pytest.mark.root
-@needs_root
+@pytest.mark.root
 async def test_work_is_done_with_the_rights_of_the_user(
     other_users: RunningAgent, tmp_path: Path
 ) -> None:
