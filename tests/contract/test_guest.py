@@ -462,8 +462,20 @@ def other_users(binary: Path, tmp_path: Path) -> Iterator[RunningAgent]:
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(mode)
         os.chown(tmp_path / name, uid, gid)
+    # What is mounted here must not be seen outside. Below a chroot the root is no mount of its
+    # own and cannot be told so; there it must be private already.
+    private = 'mount --make-rprivate / 2>/dev/null || case "$(findmnt -no PROPAGATION -T /etc)" in '
+    private += "*shared*) exit 1 ;; esac; "
     inside = 'for f in passwd group; do mount --bind "$0/$f" /etc/$f || exit 1; done; exec "$@"'
-    prefix = ("unshare", "--mount", "sh", "-c", inside, os.fspath(tmp_path))
+    prefix = (
+        "unshare",
+        "--mount",
+        "--propagation=unchanged",
+        "sh",
+        "-c",
+        private + inside,
+        os.fspath(tmp_path),
+    )
     with running(binary, prefix=prefix) as agent:
         yield agent
 

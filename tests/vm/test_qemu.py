@@ -39,7 +39,9 @@ async def _tap_namespace() -> AsyncIterator[Path]:
     name = f"sandmartin-test-{os.getpid()}"
     await proc.run(["ip", "netns", "add", name])
     try:
-        await proc.run(["ip", "-n", name, "tuntap", "add", "tap0", "mode", "tap"])
+        # Not `ip -n`, which wants the root to be a mount of its own: below a chroot it is none.
+        inside = ["nsenter", f"--net=/run/netns/{name}", "--"]
+        await proc.run([*inside, "ip", "tuntap", "add", "tap0", "mode", "tap"])
         yield Path("/run/netns") / name
     finally:
         await proc.run(["ip", "netns", "delete", name])
