@@ -40,7 +40,7 @@ from sandmartin.agent.proc import ProcessId, spawn_detached
 from sandmartin.agent.snapshots import Platform, Signer, Snapshots
 from sandmartin.agent.storage import Storage
 from sandmartin.agent.tasks import Tasks
-from sandmartin.agent.vmm import Vm, VmRecord, VmSpec, VmStatus
+from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec, VmStatus
 from sandmartin.errors import (
     DiskFull,
     Exhausted,
@@ -74,6 +74,8 @@ HASTE = Patience(
     disk_check_s=0.005,
     activity_save_s=0.005,
     reap_s=0.005,
+    quiet_s=0.01,
+    quiet_limit_s=0.05,
 )
 
 
@@ -123,10 +125,10 @@ class FakeVm:
     A test sets what the monitor would say, and reads and writes the guest's memory.
     """
 
-    def __init__(self, record: VmRecord, step: Step) -> None:
+    def __init__(self, record: VmRecord, step: Step, vms: dict[str, FakeVm]) -> None:
         self.record = record
         self._step = step
-        self._file = record.run_dir / _MONITOR
+        self._vms = vms
         #: Whether the host's disk has room for what the VM wants to write.
         self.has_space = True
         self.console = b""
@@ -138,6 +140,10 @@ class FakeVm:
         self.closed = False
 
     # What the monitor knows.
+
+    @property
+    def _file(self) -> Path:
+        return self.record.run_dir / _MONITOR
 
     def _know(self) -> dict[str, Any]:
         known: dict[str, Any] = json.loads(self._file.read_bytes())
@@ -205,6 +211,18 @@ class FakeVm:
             raise ToolFailed("it has no device state yet")
         self.condition = VmStatus.RUNNING
 
+    def move(self, run_dir: Path) -> None:
+        self.record = replace(self.record, run_dir=run_dir)
+        self._vms[run_dir.parent.name] = self
+
+    async def insert_disk(self, disk: Disk) -> None:
+        self._require()
+        known = self._know()
+        if not known["incoming"] or known["top"]:
+            raise ToolFailed("it waits for no disk")
+        check_disk(disk)
+        self.learn(top=disk.top.stem)
+
     async def resize_disk(self, size_bytes: int) -> None:
         self._require()
         self.learn(disk_bytes=size_bytes)
@@ -246,7 +264,7 @@ class FakeVm:
         self._require()
         if self.load_failure is not None:
             raise self.load_failure
-        if not self._know()["incoming"]:
+        if not self._know()["incoming"] or not self._know()["top"]:
             raise ToolFailed("it waits for no device state")
         if json.loads(state) != {"memory_mb": self.record.memory_mb, "rings": self._rings()}:
             raise ToolFailed("the device state does not fit what is in RAM")
@@ -276,6 +294,13 @@ class FakeVm:
             raise Unavailable("the monitor cannot be reached")
 
 
+def check_disk(disk: Disk) -> None:
+    """All of it is there, and what is sealed is written no more."""
+    for file in (disk.image, *disk.sealed, disk.top):
+        assert file.exists(), file
+    assert not any(file.stat().st_mode & 0o222 for file in disk.sealed)
+
+
 class FakeVmm:
     """Starts sleeping processes in their groups, as a monitor is started in its cgroups."""
 
@@ -296,11 +321,10 @@ class FakeVmm:
 
     async def start(self, spec: VmSpec) -> Vm:
         disk = spec.disk
-        assert disk is not None and spec.ram_fd is not None
-        for file in (disk.image, *disk.sealed, disk.top):
-            assert file.exists(), file
-        # What is sealed is written no more.
-        assert not any(file.stat().st_mode & 0o222 for file in disk.sealed)
+        assert spec.ram_fd is not None
+        assert disk is not None or spec.incoming
+        if disk is not None:
+            check_disk(disk)
         if self.failure_before is not None:
             raise self.failure_before
         self.booted, self.restored = (
@@ -315,7 +339,11 @@ class FakeVmm:
             pass_fds=[spec.ram_fd],
             env={_MARK: os.fspath(self._mark)},
         )
-        await until(lambda: _entered(process, spec.cgroups), "the VM's process in its group")
+        try:
+            await until(lambda: _entered(process, spec.cgroups), "the VM's process in its group")
+        except BaseException:
+            process.kill()
+            raise
         self._step("vmm:started")
         if self.failure is not None:
             # As the real driver: what it started before it failed, it ends.
@@ -332,11 +360,11 @@ class FakeVmm:
         )
         name = spec.run_dir.parent.name
         self.specs[name] = spec
-        vm = self.vms[name] = FakeVm(record, self._step)
+        vm = self.vms[name] = FakeVm(record, self._step, self.vms)
         vm.learn(
             condition=VmStatus.STOPPED if spec.incoming else VmStatus.RUNNING,
             incoming=spec.incoming,
-            top=disk.top.stem,
+            top=disk.top.stem if disk is not None else "",
             netns=os.fspath(spec.netns or ""),
             disk_bytes=0,
         )
@@ -347,7 +375,8 @@ class FakeVmm:
         if not record.process.alive():
             record.process.reap()
             return None
-        return self.vms.setdefault(record.run_dir.parent.name, FakeVm(record, self._step))
+        vm = FakeVm(record, self._step, self.vms)
+        return self.vms.setdefault(record.run_dir.parent.name, vm)
 
     def at(self, netns: Path) -> FakeVm | None:
         """The VM that runs in a network namespace."""
@@ -638,6 +667,7 @@ def make_machine(
         memory_reserve_mb=0,
         cpu_overcommit=1000.0,
         warm=False,
+        vm_pool_size=0,
     )
     data = FillableDataDir(made.data_dir)
     data.open()

@@ -155,6 +155,10 @@ class Settings:
     layers_uid: int = 1_999_999
     #: Network places made ahead.
     slot_pool_size: int = 4
+    #: VMs started ahead, which wait for a state to restore.
+    vm_pool_size: int = 4
+    #: Sandboxes that are ready to be claimed, by template: `base=4,other=1`.
+    ready_sandboxes: str = ""
     #: Free disk below which nothing new starts.
     disk_floor_mb: int = 1024
     #: Memory of the host that sandboxes never get.
@@ -170,6 +174,20 @@ class Settings:
     guest_silence_s: float = 35.0
     #: Name of the group that may use the agent's socket; root alone when it does not exist.
     group: str = "sandmartin"
+
+    def __post_init__(self) -> None:
+        _ = self.ready
+
+    @property
+    def ready(self) -> Mapping[str, int]:
+        """`ready_sandboxes`, parsed. Raises Invalid."""
+        counts = {}
+        for item in filter(None, self.ready_sandboxes.replace(" ", "").split(",")):
+            name, _, count = item.partition("=")
+            if not count.isdigit():
+                raise Invalid(f"ready_sandboxes has {item!r}", hint="use TEMPLATE=COUNT")
+            counts[check_name(name, "template name")] = int(count)
+        return counts
 
     @property
     def socket(self) -> Path:

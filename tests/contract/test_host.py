@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sandmartin.agent.admission import memory_total_mb
 from sandmartin.agent.guest import Command, Ended, Identity, Output, ProcessEvent, Started
-from sandmartin.agent.host import Host, memory_total_mb
+from sandmartin.agent.host import Host
 from sandmartin.agent.journal import DataDir, Entry
 from sandmartin.agent.limits import OVERHEAD_MB
 from sandmartin.agent.sandbox import Sandbox

@@ -52,6 +52,8 @@ def settings() -> Iterator[Settings]:
         uid_base=UID_BASE,
         resolv_conf=resolv_conf,
         slot_pool_size=2,
+        # What comes and goes in the background would look like a leak.
+        vm_pool_size=0,
         guest_silence_s=6,
     )
     shutil.rmtree(path)

@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 from sandmartin.agent import disk
+from sandmartin.agent.admission import check_room, memory_left_mb
 from sandmartin.agent.disk import Image
 from sandmartin.agent.journal import Entry
-from sandmartin.agent.limits import OVERHEAD_MB
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.metrics import Point
 from sandmartin.agent.microvm import Shape
+from sandmartin.agent.pools import ReadySandboxes, WaitingVms
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.storage import names_in
@@ -32,7 +32,6 @@ from sandmartin.agent.warm import WarmSnapshots
 from sandmartin.errors import (
     AlreadyExists,
     DiskFull,
-    Exhausted,
     NotFound,
     SandmartinError,
     Unavailable,
@@ -51,6 +50,8 @@ class Host:
         self._sandboxes: dict[str, Sandbox] = {}
         self._templates = Templates(machine.data, machine.images, machine.storage)
         self._warm = WarmSnapshots(machine)
+        self._waiting = WaitingVms(machine)
+        self._ready = ReadySandboxes(machine, self._make_ready, self._crowded)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -72,6 +73,8 @@ class Host:
         machine.tasks.watch("activity", self._save_activity())
         machine.tasks.watch("idle sandboxes", self._reap())
         machine.tasks.watch("metrics", machine.sampler.run())
+        machine.tasks.watch("waiting VMs", self._waiting.run())
+        machine.tasks.watch("ready sandboxes", self._ready.run())
 
     async def _read_journal(self) -> None:
         """Fill the table, and end what no entry speaks for."""
@@ -82,8 +85,8 @@ class Host:
                 # Killed before the first entry was whole, or damaged since.
                 strays.add(sandbox_id)
             else:
-                strays.discard(sandbox_id)
-                self._sandboxes[sandbox_id] = Sandbox(self._machine, entry)
+                strays.discard(entry.group or sandbox_id)
+                self._sandboxes[sandbox_id] = self._new(entry)
         for sandbox_id in strays:
             groups.kill(sandbox_id)
             try:
@@ -92,12 +95,16 @@ class Host:
             except SandmartinError as error:
                 _log.error("what is left of sandbox %s stays: %s", sandbox_id, error)
 
+    def _new(self, entry: Entry) -> Sandbox:
+        return Sandbox(self._machine, entry, self._waiting.take)
+
     async def close(self) -> None:
         """End the agent; the VMs run on and the next agent adopts them."""
         self._closing = True
         if self._termination is not None:
             await asyncio.wait({self._termination})
         await self._machine.tasks.close()
+        await self._end_pools()
         for sandbox in self.sandboxes():
             await sandbox.release()
         await self._machine.network.close()
@@ -124,8 +131,9 @@ class Host:
             self._closing = False
             raise
         try:
-            await self._machine.storage.sweep(self._needed)
             await self._machine.tasks.close()
+            await self._end_pools()
+            await self._machine.storage.sweep(self._needed)
             await self._machine.network.destroy_all()
             self._machine.groups.close()
         except SandmartinError as error:
@@ -134,6 +142,11 @@ class Host:
         finally:
             # Without its watches the agent must end, whatever is left.
             self.terminated.set()
+
+    async def _end_pools(self) -> None:
+        """What was made ahead is nobody's; the watches that fill the pools have ended."""
+        await self._ready.close()
+        await self._waiting.close()
 
     async def _destroy_all(self) -> None:
         """Destroy every sandbox that can be; raises the first error of those that cannot."""
@@ -156,8 +169,8 @@ class Host:
 
     def _needed(self) -> set[str]:
         """Bases and layers that anything on this host needs."""
-        needed = self._warm.needed() | self._templates.needed()
-        for sandbox in self._sandboxes.values():
+        needed = self._warm.needed() | self._templates.needed() | self._waiting.needed()
+        for sandbox in (*self._sandboxes.values(), *self._ready.all()):
             needed |= sandbox.needed()
         return needed
 
@@ -181,42 +194,73 @@ class Host:
     async def create(self, spec: SandboxSpec, envs: Mapping[str, str]) -> Sandbox:
         """Start a new sandbox. Raises NotFound, AlreadyExists, Exhausted, Invalid, ToolFailed."""
         found = self._templates.find(spec.template)
-        if isinstance(found, Snapshot):
-            manifest = found.manifest
-            size_mb = max(spec.disk_size_mb, manifest.disk_size_mb)
-            spec = replace(
-                spec, vcpus=manifest.vcpus, memory_mb=manifest.memory_mb, disk_size_mb=size_mb
-            )
+        spec = _fitting(spec, found)
+        self._check_new(spec)
+        if (ready := self._ready.take(spec)) is not None:
+            self._sandboxes[spec.sandbox_id] = ready
+            work = self._claim(ready, spec, envs, found)
         else:
-            disk.check_size(found, spec.disk_size_mb)
-        sandbox = self._enter(spec)
-        name = f"create {spec.sandbox_id}"
-        await self._machine.tasks.operate(name, self._create(sandbox, envs, found))
+            work = self._create(self._enter(spec), envs, found)
+        return await self._machine.tasks.operate(f"create {spec.sandbox_id}", work)
+
+    async def _claim(
+        self, ready: Sandbox, spec: SandboxSpec, envs: Mapping[str, str], origin: Image | Snapshot
+    ) -> Sandbox:
+        try:
+            await ready.claim(spec, envs)
+        except SandmartinError as error:
+            _log.warning("ready sandbox %s cannot be used: %s", ready.sandbox_id, error)
+            return await self._create(self._enter(spec), envs, origin)
+        return ready
+
+    async def _make_ready(self, template: str) -> Sandbox:
+        """A sandbox that is ready to be claimed; it is not in the table."""
+        found = self._templates.find(template)
+        spec = _fitting(SandboxSpec(sandbox_id=f"ready-{random_id(8)}", template=template), found)
+        ready = (each.entry.spec for each in self._ready.all())
+        check_room(self._machine, spec, [*self._taken(), *ready])
+        sandbox = self._record_new(spec)
+        await self._start(sandbox, sandbox.prepare, found)
         return sandbox
 
-    def _enter(self, spec: SandboxSpec) -> Sandbox:
-        """A new sandbox in the table and the journal. Raises AlreadyExists, Exhausted."""
+    def _check_new(self, spec: SandboxSpec) -> None:
+        """Raises Unavailable, AlreadyExists, Exhausted."""
         if self._closing:
             raise Unavailable("this agent is ending", hint="try again once it has started anew")
         if spec.sandbox_id in self._sandboxes:
             raise AlreadyExists(f"sandbox {spec.sandbox_id} exists already")
         self._admit(spec)
+
+    def _enter(self, spec: SandboxSpec) -> Sandbox:
+        """A new sandbox, which has been checked, in the table and the journal. Raises DiskFull."""
+        sandbox = self._sandboxes[spec.sandbox_id] = self._record_new(spec)
+        return sandbox
+
+    def _record_new(self, spec: SandboxSpec) -> Sandbox:
         now = time.time()
         entry = Entry(spec=spec, state=State.PENDING, created_at=now, last_active_at=now)
         self._machine.data.create(entry)
         self._machine.step("create:entry")
-        sandbox = self._sandboxes[spec.sandbox_id] = Sandbox(self._machine, entry)
-        return sandbox
+        return self._new(entry)
 
     async def _create(
         self, sandbox: Sandbox, envs: Mapping[str, str] | None, origin: Image | Snapshot
+    ) -> Sandbox:
+        await self._start(sandbox, partial(sandbox.create, envs), origin)
+        return sandbox
+
+    async def _start(
+        self,
+        sandbox: Sandbox,
+        start: Callable[[Image | Snapshot], Awaitable[None]],
+        origin: Image | Snapshot,
     ) -> None:
         try:
             if isinstance(origin, Image):
                 origin = await self._warmed(origin, sandbox.entry.spec)
             needed = names_in(origin.manifest) if isinstance(origin, Snapshot) else set()
             with self._machine.storage.pinned(needed):
-                await sandbox.create(envs, origin)
+                await start(origin)
         except BaseException:
             # What failed before its own life began is removed here; later it undoes itself.
             if sandbox.state is State.PENDING:
@@ -311,11 +355,10 @@ class Host:
             spec = replace(source.entry.spec, sandbox_id=child_id)
             if timeout_s is not None:
                 spec = replace(spec, timeout_s=timeout_s)
-            child = self._enter(spec)
-            await self._create(child, None, snapshot)
+            self._check_new(spec)
+            return await self._create(self._enter(spec), None, snapshot)
         except SandmartinError as error:
             return error
-        return child
 
     # Templates.
 
@@ -331,6 +374,7 @@ class Host:
 
     async def delete_snapshot(self, name: str) -> None:
         """Remove a template. Raises NotFound, and Conflict when something depends on it."""
+        await self._ready.drop(name)
         await asyncio.to_thread(self._templates.remove, name, self.sandboxes())
         await self._machine.storage.sweep(self._needed)
 
@@ -373,31 +417,18 @@ class Host:
 
     # Admission.
 
-    def _admit(self, spec: SandboxSpec) -> None:
-        settings = self._machine.settings
-        cpus = os.cpu_count() or 1
-        if spec.vcpus > cpus:
-            raise Exhausted(
-                f"vcpus is {spec.vcpus}, but this host has {cpus}", hint=f"use 1 to {cpus}"
-            )
+    def _taken(self) -> list[SandboxSpec]:
+        """What sandboxes hold of processors and memory."""
         idle = {State.STOPPED, State.PAUSED}
-        taken = [s.entry.spec for s in self._sandboxes.values() if s.state not in idle]
-        vcpus_left = int(cpus * settings.cpu_overcommit) - sum(s.vcpus for s in taken)
-        if spec.vcpus > vcpus_left:
-            raise Exhausted(
-                f"{spec.vcpus} vCPUs are asked for and {vcpus_left} are left on this host",
-                hint="destroy sandboxes, or raise SANDMARTIN_CPU_OVERCOMMIT",
-            )
-        overhead_mb = OVERHEAD_MB[self._machine.accel]
-        total_mb = memory_total_mb() - settings.memory_reserve_mb
-        memory_left_mb = total_mb - sum(s.memory_mb + overhead_mb for s in taken)
-        if spec.memory_mb + overhead_mb > memory_left_mb:
-            raise Exhausted(
-                f"{spec.memory_mb} MB of memory (and {overhead_mb} MB for the monitor) are asked"
-                f" for and {max(0, memory_left_mb)} MB are left on this host",
-                hint="use less memory, or destroy sandboxes",
-            )
-        disk.check_free(self._machine.data.path, settings.disk_floor_mb)
+        return [s.entry.spec for s in self._sandboxes.values() if s.state not in idle]
+
+    def _admit(self, spec: SandboxSpec) -> None:
+        check_room(self._machine, spec, self._taken())
+
+    def _crowded(self) -> bool:
+        """Whether what is ready takes memory that was promised to sandboxes by now."""
+        ready = (each.entry.spec for each in self._ready.all())
+        return memory_left_mb(self._machine, [*self._taken(), *ready]) < 0
 
     # What is looked after all the time.
 
@@ -435,16 +466,18 @@ class Host:
                     sandbox.save_activity()
 
 
+def _fitting(spec: SandboxSpec, origin: Image | Snapshot) -> SandboxSpec:
+    """The shape of a sandbox that starts from `origin`. Raises Invalid."""
+    if isinstance(origin, Image):
+        disk.check_size(origin, spec.disk_size_mb)
+        return spec
+    manifest = origin.manifest
+    size_mb = max(spec.disk_size_mb, manifest.disk_size_mb)
+    return replace(spec, vcpus=manifest.vcpus, memory_mb=manifest.memory_mb, disk_size_mb=size_mb)
+
+
 async def _check_disk_space(sandbox: Sandbox, has_space: bool) -> None:
     try:
         await sandbox.check_disk_space(has_space=has_space)
     except SandmartinError as error:
         _log.warning("sandbox %s: %s", sandbox.sandbox_id, error)
-
-
-def memory_total_mb() -> int:
-    """The host's memory, from /proc/meminfo."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) // 1024
-    return 0

@@ -109,6 +109,8 @@ class Entry:
     reason: str = ""
     #: Slot number; None before one is taken and after it was given back.
     slot: int | None = None
+    #: The VM's control group; empty for the sandbox's own name.
+    group: str = ""
     vm: VmRecord | None = None
     ram: RamRecord | None = None
     #: The raw image below its disk; None before it has a disk.
@@ -140,6 +142,7 @@ class Entry:
                 "last_active_at": self.last_active_at,
                 "reason": self.reason,
                 "slot": self.slot,
+                "group": self.group,
                 "image": self.image and os.fspath(self.image),
                 "layers": self.layers,
                 "top": self.top,
@@ -182,6 +185,7 @@ class Entry:
                 last_active_at=float(raw["last_active_at"]),
                 reason=raw["reason"],
                 slot=raw["slot"],
+                group=raw.get("group", ""),
                 image=Path(raw["image"]) if raw["image"] else None,
                 layers=tuple(raw["layers"]),
                 top=raw["top"],
@@ -235,6 +239,11 @@ class DataDir:
         return self.path / "forks"
 
     @property
+    def waiting(self) -> Path:
+        """Sockets and logs of VMs that were started ahead."""
+        return self.path / "waiting"
+
+    @property
     def layers(self) -> Path:
         """Sealed disk layers, shared."""
         return self.path / "layers"
@@ -252,7 +261,7 @@ class DataDir:
         """
         # Other users may pass, to read an image or, as the layers' owner, a layer; none may list.
         shared = (self.images, self.layers, self.templates, self.forks, self.bases)
-        for path in (self.path, self.sandboxes, *shared):
+        for path in (self.path, self.sandboxes, self.waiting, *shared):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o711)
         check_reachable(self.path, "data directory", "--data-dir")
@@ -306,6 +315,13 @@ class DataDir:
                 raise
         return paths
 
+    def rename(self, sandbox_id: str, new_id: str) -> None:
+        """A sandbox gets another id; its entry, which still has the old one, is to be written.
+
+        Until then it belongs to nobody.
+        """
+        self.sandbox(sandbox_id).path.rename(self.sandbox(new_id).path)
+
     def write(self, entry: Entry, *, sync: bool = False) -> None:
         """Record an entry; with `sync` it survives a power cut. Raises DiskFull."""
         path = self.sandbox(entry.spec.sandbox_id).entry
@@ -327,14 +343,16 @@ class DataDir:
             paths.path.rmdir()
 
     def read_all(self) -> Iterator[tuple[str, Entry | None]]:
-        """Every sandbox directory with its entry; None for one that holds no readable entry.
+        """Every sandbox directory with its entry; None for one that holds no readable entry of its.
 
         Raises Conflict for an entry of another version: what it owns must not be taken for nothing.
         """
         for path in sorted(self.sandboxes.iterdir()):
             if not path.is_dir():
                 continue
-            try:
-                yield path.name, Entry.from_json((path / _ENTRY).read_bytes())
-            except (FileNotFoundError, Invalid):
-                yield path.name, None
+            entry = None
+            with contextlib.suppress(FileNotFoundError, Invalid):
+                entry = Entry.from_json((path / _ENTRY).read_bytes())
+            # One that was about to get another id was nobody's yet.
+            ours = entry is not None and entry.spec.sandbox_id == path.name
+            yield path.name, entry if ours else None

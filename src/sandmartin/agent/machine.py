@@ -53,6 +53,9 @@ class Patience:
     activity_save_s: float = 15.0
     #: How often sandboxes that have idled past their time are looked for.
     reap_s: float = 1.0
+    #: How long nothing may have happened before a pool is filled, and how long that is waited for.
+    quiet_s: float = 0.2
+    quiet_limit_s: float = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)

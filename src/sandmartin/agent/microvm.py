@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, ExitStack
@@ -35,6 +36,8 @@ from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec
 from sandmartin.errors import SandmartinError, TimedOut, ToolFailed
 
+_log = logging.getLogger(__name__)
+
 _CONSOLE_TAIL = 600
 #: A running VM goes on dirtying between the first look and the freeze.
 _BUFFER_SLACK = 16 << 20
@@ -52,7 +55,8 @@ class Shape:
 class Records:
     """What its owner keeps of a VM; each is called before the thing is used."""
 
-    slot: Callable[[Slot], None] = lambda _: None
+    #: The network slot, and the name of the control group.
+    place: Callable[[Slot, str], None] = lambda _slot, _group: None
     vm: Callable[[VmRecord, RamRecord], None] = lambda _vm, _ram: None
     step: Callable[[str], None] = lambda _: None
 
@@ -68,12 +72,16 @@ class Frozen:
     pages: memoryview | None
 
 
-class MicroVm:
-    """A VM under the name `name`, its monitor's files in `run_dir`."""
+#: Gives a VM that waits over such a base, if there is one; it is the caller's then.
+Take = Callable[[Shape, Base], "MicroVm | None"]
 
-    def __init__(self, machine: Machine, name: str, run_dir: Path, records: Records) -> None:
+
+class MicroVm:
+    """A VM in the control group `group`, its monitor's files in `run_dir`."""
+
+    def __init__(self, machine: Machine, group: str, run_dir: Path, records: Records) -> None:
         self._machine = machine
-        self._name = name
+        self.group = group
         self._run_dir = run_dir
         self._records = records
         self._buffer: Buffer | None = None
@@ -93,8 +101,12 @@ class MicroVm:
         base = await self._machine.storage.empty_base(shape.memory_mb)
         await self._start(shape, disk, base, incoming=False)
 
-    async def restore(self, snapshot: Snapshot, disk: Disk) -> None:
-        """Start it as a snapshot has it, standing still.
+    async def wait(self, shape: Shape, base: Base) -> None:
+        """Start it as one that waits for its disk and a device state, to be taken by `restore`."""
+        await self._start(shape, None, base, incoming=True)
+
+    async def restore(self, snapshot: Snapshot, disk: Disk, take: Take) -> None:
+        """Start it as a snapshot has it, standing still, in a VM that waits for it if there is one.
 
         Raises Conflict when this host is not one it can run on, Invalid when it is damaged.
         """
@@ -105,7 +117,9 @@ class MicroVm:
         async with AsyncExitStack() as stack:
             opening = asyncio.ensure_future(asyncio.to_thread(_read, snapshot))
             stack.push_async_callback(_finished, opening)
-            await self._start(shape, disk, base, incoming=True)
+            waiting = take(shape, base)
+            if waiting is None or not await self._take(waiting, disk):
+                await self._start(shape, disk, base, incoming=True)
             state, files, diff = await opening
             with files:
                 if diff is not None:
@@ -114,13 +128,45 @@ class MicroVm:
             await self.running.load(state)
         self._records.step("loaded")
 
-    async def _start(self, shape: Shape, disk: Disk, base: Base, *, incoming: bool) -> None:
+    async def _take(self, waiting: MicroVm, disk: Disk) -> bool:
+        """Become `waiting`, with a disk; False when that is not as it should be, and is ended."""
+        self._records.step("taken")
+        own_group, self.group = self.group, waiting.group
+        self.slot, self.lease, self.vm = slot, lease, vm = waiting._give_away()
+        self._records.place(slot, self.group)
+        self._records.step("place")
+        try:
+            _move_files(vm.record.run_dir, self._run_dir)
+            vm.move(self._run_dir)
+            self._records.step("moved")
+            await vm.insert_disk(disk)
+        except (SandmartinError, OSError) as error:
+            _log.warning("a VM that waited cannot be used: %s", error)
+            await self.end(None, None, "taken")
+            self.group = own_group
+            return False
+        self._records.vm(vm.record, RamRecord(lease.base.digest, lease.file))
+        self._records.step("vm")
+        return True
+
+    def _give_away(self) -> tuple[Slot, Lease, Vm]:
+        assert self.slot is not None and self.lease is not None
+        given = self.slot, self.lease, self.running
+        self.slot = self.lease = self.vm = None
+        return given
+
+    def move(self, run_dir: Path) -> None:
+        """Its monitor's files are in another directory by now."""
+        self._run_dir = run_dir
+        self.running.move(run_dir)
+
+    async def _start(self, shape: Shape, disk: Disk | None, base: Base, *, incoming: bool) -> None:
         machine = self._machine
         slot = self.slot = await machine.network.acquire()
-        self._records.slot(slot)
+        self._records.place(slot, self.group)
         self._records.step("slot")
         allowance = Allowance.of(shape.vcpus, shape.memory_mb, machine.accel)
-        groups = machine.groups.create(self._name, allowance)
+        groups = machine.groups.create(self.group, allowance)
         self._records.step("group")
         lease = self.lease = await machine.bases.acquire(base)
         spec = VmSpec(
@@ -243,9 +289,9 @@ class MicroVm:
             await self.vm.kill()
             self.vm = None
         # A VM that was started but not yet recorded is found by its group.
-        machine.groups.kill(self._name)
+        machine.groups.kill(self.group)
         machine.step(f"{during}:killed")
-        await asyncio.to_thread(machine.groups.remove, self._name)
+        await asyncio.to_thread(machine.groups.remove, self.group)
         machine.step(f"{during}:group")
         self.let_go()
         number = self.slot.number if self.slot is not None else slot
@@ -259,6 +305,12 @@ class MicroVm:
             self.lease.release()
             self.lease = None
         self._buffer = None
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        path.replace(target / path.name)
+    source.rmdir()
 
 
 def _read(snapshot: Snapshot) -> tuple[bytes, ExitStack, Diff | None]:

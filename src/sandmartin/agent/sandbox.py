@@ -31,7 +31,7 @@ from sandmartin.agent.inside import Inside
 from sandmartin.agent.journal import Entry, SandboxDir
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Written, write_diff
-from sandmartin.agent.microvm import Frozen, MicroVm, Records, Shape, new_token
+from sandmartin.agent.microvm import Frozen, MicroVm, Records, Shape, Take, new_token
 from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.snapshots import Draft, Manifest, Snapshot, remove_snapshot, state_digest
 from sandmartin.agent.storage import names_in, remove
@@ -44,7 +44,7 @@ from sandmartin.errors import (
     NotFound,
     SandmartinError,
 )
-from sandmartin.model import State, check_transition, random_id
+from sandmartin.model import SandboxSpec, State, check_transition, random_id
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def _boot_id() -> str:
 class Sandbox(Inside):
     """One sandbox of this host. Made by `Host`."""
 
-    def __init__(self, machine: Machine, entry: Entry) -> None:
+    def __init__(self, machine: Machine, entry: Entry, take_waiting: Take) -> None:
         self._machine = machine
+        self._take_waiting = take_waiting
         self._entry = entry
         self._lock = asyncio.Lock()
         self._microvm = self._new_microvm("create")
@@ -73,11 +74,12 @@ class Sandbox(Inside):
 
     def _new_microvm(self, operation: str) -> MicroVm:
         records = Records(
-            slot=lambda slot: self._record(slot=slot.number),
+            place=lambda slot, group: self._record(slot=slot.number, group=group),
             vm=lambda vm, ram: self._record(vm=vm, ram=ram, boot_id=_boot_id()),
             step=lambda name: self._machine.step(f"{operation}:{name}"),
         )
-        return MicroVm(self._machine, self.sandbox_id, self._paths.vm, records)
+        group = self._entry.group or self.sandbox_id
+        return MicroVm(self._machine, group, self._paths.vm, records)
 
     # What it is.
 
@@ -146,6 +148,11 @@ class Sandbox(Inside):
     def _snapshots(self, directory: Path) -> list[Snapshot]:
         return self._machine.storage.snapshots.list(directory)
 
+    def alive(self) -> bool:
+        """Whether its VM's process runs."""
+        vm = self._microvm.vm
+        return vm is not None and vm.record.process.alive()
+
     def touch(self) -> None:
         """Reset the idle clock."""
         self._entry = replace(self._entry, last_active_at=time.time())
@@ -206,7 +213,7 @@ class Sandbox(Inside):
     @property
     def groups(self) -> tuple[Path, ...]:
         """Directories of the VM's control groups."""
-        return self._machine.groups.paths(self.sandbox_id)
+        return self._machine.groups.paths(self._microvm.group)
 
     @property
     def layers(self) -> tuple[Path, ...]:
@@ -224,15 +231,48 @@ class Sandbox(Inside):
 
         `envs` becomes part of every command's environment; None leaves what a snapshot has.
         """
-        async with self._lock:
-            try:
-                await self._create(envs, origin)
-            except BaseException:
-                # Shielded: an agent that is told to stop still undoes what it began.
-                await asyncio.shield(self._undo())
-                raise
+        async with self._lock, self._or_nothing():
+            await self._start(envs, origin)
+            self._begin()
 
-    async def _create(self, envs: Mapping[str, str] | None, origin: disk.Image | Snapshot) -> None:
+    async def prepare(self, origin: disk.Image | Snapshot) -> None:
+        """Start it for whoever claims it; until then it is `starting`, and ends with the agent."""
+        async with self._lock, self._or_nothing():
+            await self._start(None, origin)
+            await self._rehearse()
+
+    async def _rehearse(self) -> None:
+        """Run a command once: under emulation the first of its kind takes much longer."""
+        assert self._guest is not None
+        with contextlib.suppress(SandmartinError):
+            async for _ in self._guest.start(Command(cmd="/bin/true", timeout_s=10)):
+                pass
+
+    async def claim(self, spec: SandboxSpec, envs: Mapping[str, str]) -> None:
+        """What was prepared becomes the sandbox of `spec`; what fails leaves nothing behind."""
+        async with self._lock, self._or_nothing():
+            self._machine.data.rename(self.sandbox_id, spec.sandbox_id)
+            self._machine.step("create:renamed")
+            self._entry = replace(self._entry, spec=spec)
+            self._microvm.move(self._paths.vm)
+            now, vm = time.time(), self._microvm.running.record
+            group = self._microvm.group
+            self._record(envs=envs, created_at=now, last_active_at=now, vm=vm, group=group)
+            self._machine.step("create:claimed")
+            await self._introduce(self._entry.token, new_token(), envs=envs, moved=False)
+            self._begin()
+
+    @contextlib.asynccontextmanager
+    async def _or_nothing(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Shielded: an agent that is told to stop still undoes what it began.
+            await asyncio.shield(self._undo())
+            raise
+
+    async def _start(self, envs: Mapping[str, str] | None, origin: disk.Image | Snapshot) -> None:
+        """Start its VM from the origin, with an identity of its own."""
         step, spec = self._machine.step, self._entry.spec
         self._become(State.STARTING)
         step("create:recorded")
@@ -247,10 +287,13 @@ class Sandbox(Inside):
             await self._microvm.boot(shape, self._disk)
             old_token = ""
         await self._introduce(old_token, new_token(), envs=envs, moved=True)
-        step("create:confirmed")
+
+    def _begin(self) -> None:
+        """It knows who it is and can be used."""
+        self._machine.step("create:confirmed")
         self._become(State.RUNNING)
         self._run()
-        step("create:running")
+        self._machine.step("create:running")
 
     async def _restore_from(self, origin: Snapshot, envs: Mapping[str, str] | None) -> None:
         manifest, spec = origin.manifest, self._entry.spec
@@ -259,7 +302,7 @@ class Sandbox(Inside):
         # The device state is that of a disk of this size.
         await self._new_top(manifest.disk_size_mb)
         self._machine.step("create:layer")
-        await self._microvm.restore(origin, self._disk)
+        await self._microvm.restore(origin, self._disk, self._take_waiting)
         await self._microvm.running.cont()
         if spec.disk_size_mb > manifest.disk_size_mb:
             await self._microvm.running.resize_disk(spec.disk_size_mb << 20)
@@ -281,7 +324,8 @@ class Sandbox(Inside):
     ) -> None:
         """Tell the guest who it is now. With `moved` it is in another place than it believes."""
         self._record(token=token)
-        self._guest = guest = self._machine.guest(self.host_ip, old_token or token)
+        if self._guest is None:
+            self._guest = self._machine.guest(self.host_ip, old_token or token)
         identity = Identity(
             sandbox_id=self.sandbox_id,
             template=self._entry.spec.template,
@@ -292,7 +336,8 @@ class Sandbox(Inside):
             root_bytes=self._entry.spec.disk_size_mb << 20,
             moved=moved,
         )
-        await self._microvm.introduce(guest, identity, self._machine.settings.boot_timeout_s)
+        deadline_s = self._machine.settings.boot_timeout_s
+        await self._microvm.introduce(self._guest, identity, deadline_s)
 
     def _run(self) -> None:
         """It runs: watch its VM and sample it."""
@@ -443,7 +488,7 @@ class Sandbox(Inside):
         await self._microvm.end(self._entry.vm, self._entry.slot, operation)
         if self._entry.vm is not None or self._entry.slot is not None:
             with self._disk_may_be_full():
-                self._record(vm=None, ram=None, slot=None)
+                self._record(vm=None, ram=None, slot=None, group="")
         self._microvm = self._new_microvm(operation)
         self._machine.step(f"{operation}:left")
 
@@ -544,7 +589,7 @@ class Sandbox(Inside):
             if not entry.sleeps_in:
                 raise NotFound("its memory was lost")
             snapshot = self._machine.storage.snapshots.read(self._paths.path / entry.sleeps_in)
-            await self._microvm.restore(snapshot, self._disk)
+            await self._microvm.restore(snapshot, self._disk, self._take_waiting)
         except (NotFound, Conflict, Invalid) as error:
             _log.warning("sandbox %s starts from its disk: %s", self.sandbox_id, error)
             await self._leave_host(operation)

@@ -113,9 +113,11 @@ class Storage:
 
     def clean(self) -> None:
         """Remove what a killed agent left half made. To be called before anything else runs."""
-        for directory in (self.data.bases, self.data.templates, self.data.forks, self.data.images):
+        data = self.data
+        passing = {data.forks, data.waiting}
+        for directory in (data.bases, data.templates, data.images, *passing):
             for path in directory.iterdir():
-                if path.name.startswith(".") or directory == self.data.forks:
+                if path.name.startswith(".") or directory in passing:
                     remove(path)
 
 

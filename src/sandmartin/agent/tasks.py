@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -26,17 +27,31 @@ class Tasks:
         self._operations: set[asyncio.Task[Any]] = set()
         self._watches: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] | None = None
+        self._last_end = 0.0
 
     async def operate(self, name: str, operation: Coroutine[Any, Any, _T]) -> _T:
         """Run an operation to its end and return its result; cancelling only ends the waiting."""
         task = asyncio.create_task(operation, name=name)
         self._operations.add(task)
-        task.add_done_callback(self._operations.discard)
+        task.add_done_callback(self._operation_ended)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(_log_unheard)
             raise
+
+    def _operation_ended(self, task: asyncio.Task[Any]) -> None:
+        self._operations.discard(task)
+        self._last_end = time.monotonic()
+
+    async def quiet(self, quiet_s: float, limit_s: float) -> None:
+        """Wait until there was no operation for `quiet_s`, for at most `limit_s`."""
+        until = time.monotonic() + limit_s
+        while (now := time.monotonic()) < until:
+            quiet_at = quiet_s + (now if self._operations else self._last_end)
+            if quiet_at <= now:
+                return
+            await asyncio.sleep(min(quiet_at, until) - now)
 
     def watch(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a long-lived task. If it fails, `failed` raises its error."""

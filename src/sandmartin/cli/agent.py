@@ -80,7 +80,8 @@ def _private_data_dir(settings: Settings) -> Iterator[Settings]:
     # Not under /run or /tmp, which may be memory: the sandboxes' disks are written here.
     path = Path(tempfile.mkdtemp(prefix="sandmartin-run-", dir="/var/tmp"))
     try:
-        yield replace(settings, data_dir=path)
+        # It lives for one sandbox: nothing is worth making ahead.
+        yield replace(settings, data_dir=path, vm_pool_size=0, ready_sandboxes="")
     finally:
         sandboxes = path / "sandboxes"
         if sandboxes.is_dir() and any(sandboxes.iterdir()):

@@ -45,7 +45,7 @@ class VmSpec:
     initramfs: Path
     #: Appended to what the driver itself needs on the kernel command line.
     command_line: str
-    #: qcow2 layer, written by the VM; None only for the accelerator probe.
+    #: None for one that is given its disk later, while it waits, and for the accelerator probe.
     disk: Disk | None
     #: Network namespace the VM lives in (a path to enter), and the tap inside it.
     netns: Path | None
@@ -111,6 +111,14 @@ class Vm(Protocol):
 
     async def cont(self) -> None:
         """Let the virtual processors go on. Raises DiskFull when the host still has no space."""
+        ...
+
+    def move(self, run_dir: Path) -> None:
+        """Its sockets and logs are in another directory from now on."""
+        ...
+
+    async def insert_disk(self, disk: Disk) -> None:
+        """Give its disk to a VM that waits for a device state and was started without one."""
         ...
 
     async def resize_disk(self, size_bytes: int) -> None:

@@ -81,6 +81,10 @@ class Monitor:
         self._client: QMPClient | None = None
         self._socket: socket.socket | None = None
 
+    def move(self, path: Path) -> None:
+        """The monitor's socket is at `path` from now on; a connection stays."""
+        self._path = path
+
     @property
     def connected(self) -> bool:
         return self._client is not None and self._client.runstate is Runstate.RUNNING

@@ -23,7 +23,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -139,6 +139,17 @@ class QemuVm:
     @property
     def record(self) -> VmRecord:
         return self._record
+
+    def move(self, run_dir: Path) -> None:
+        self._record = replace(self._record, run_dir=run_dir)
+        self._monitor.move(run_dir / MONITORS[0])
+
+    async def insert_disk(self, disk: Disk) -> None:
+        def insert() -> None:
+            with Freezer(self.freezer) as freezer:
+                _insert(freezer, disk)
+
+        await asyncio.to_thread(insert)
 
     @property
     def freezer(self) -> Path:
@@ -286,13 +297,27 @@ def _root_disk(devices: object) -> tuple[str, int]:
 
 def _add_layer(freezer: Freezer, top: Path) -> None:
     """Have QEMU open a new layer, not yet part of any disk."""
-    handle = os.open(top, os.O_RDWR | os.O_CLOEXEC)
+    _add_file(freezer, f"{top.stem}-file", top, read_only=False)
+    freezer.execute("blockdev-add", _layer_node(top.stem, None))
+
+
+def _add_file(freezer: Freezer, name: str, path: Path, *, read_only: bool) -> None:
+    handle = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
-        with freezer.passed(handle) as name:
-            freezer.execute("blockdev-add", _file_node(f"{top.stem}-file", name))
-            freezer.execute("blockdev-add", _layer_node(top.stem, None))
+        with freezer.passed(handle) as passed:
+            freezer.execute("blockdev-add", _file_node(name, passed, read_only=read_only))
     finally:
         os.close(handle)
+
+
+def _insert(freezer: Freezer, disk: Disk) -> None:
+    """Put a disk into the drive of a VM that has an empty one."""
+    for node, file in _chain(disk):
+        _add_file(freezer, str(node["file"]), file, read_only=file != disk.top)
+        freezer.execute("blockdev-add", node)
+    drive = {"path": "/machine/peripheral/root", "property": "drive", "value": disk.top.stem}
+    freezer.execute("qom-set", drive)
+    freezer.execute("blockdev-del", {"node-name": _NO_DISK})
 
 
 def trim_log(log: Path) -> None:
@@ -566,10 +591,15 @@ def _devices(spec: VmSpec, fds: Descriptors) -> list[str]:
     words += _device("virtio-rng", "rng", rng="entropy", max_bytes=65536, period=1000)
     # For statistics only: a page given back would fall back to what a snapshot's base holds.
     words += _device("virtio-balloon", "balloon", deflate_on_oom=False, free_page_reporting=False)
+    drive = None
     if spec.disk is not None:
         words += _disk(spec.disk, fds)
-        # A full disk stops the VM; what it wanted to write is tried again when it goes on.
         drive = spec.disk.top.stem
+    elif spec.incoming:
+        words += ["-blockdev", _json(driver="null-co", node_name=_NO_DISK, size=_NO_DISK_BYTES)]
+        drive = _NO_DISK
+    if drive is not None:
+        # A full disk stops the VM; what it wanted to write is tried again when it goes on.
         words += _device("virtio-blk", "root", drive=drive, werror="enospc", rerror="report")
     if fds.tap is not None:
         words += ["-netdev", f"tap,id=net0,fd={fds.tap},vhost=off"]
@@ -584,6 +614,9 @@ def _device(driver: str, device_id: str, **members: object) -> list[str]:
 #: The layer is synced by the agent where state must survive, never by the guest's flushes.
 _CACHE = {"direct": False, "no-flush": True}
 _Node = dict[str, object]
+#: What is in the drive of a VM that waits for its disk.
+_NO_DISK = "no-disk"
+_NO_DISK_BYTES = 1 << 30
 
 
 def _file_node(name: str, path: str, *, read_only: bool = False) -> _Node:
@@ -604,27 +637,25 @@ def _layer_node(name: str, backing: str | None, *, read_only: bool = False) -> _
     return node if read_only else node | {"detect-zeroes": "unmap"}
 
 
+def _chain(disk: Disk) -> list[tuple[_Node, Path]]:
+    """The nodes of a disk from the bottom up, and the file below each."""
+    image: _Node = {"driver": "raw", "node-name": "image", "file": "image-file", "read-only": True}
+    chain, below = [(image, disk.image)], "image"
+    for path in (*disk.sealed, disk.top):
+        chain.append((_layer_node(path.stem, below, read_only=path != disk.top), path))
+        below = path.stem
+    return chain
+
+
 def _disk(disk: Disk, fds: Descriptors) -> list[str]:
     assert fds.image is not None and fds.top is not None
     words: list[str] = []
-    nodes: list[_Node] = []
-
-    def add_file(name: str, fd: int, *, read_only: bool) -> None:
-        number = len(nodes) + 1
-        words.extend(["-add-fd", f"fd={fd},set={number}"])
-        nodes.append(_file_node(name, f"/dev/fdset/{number}", read_only=read_only))
-
-    add_file("image-file", fds.image, read_only=True)
-    nodes.append({"driver": "raw", "node-name": "image", "file": "image-file", "read-only": True})
-    below = "image"
-    for path, fd in zip(disk.sealed, fds.sealed, strict=True):
-        add_file(f"{path.stem}-file", fd, read_only=True)
-        nodes.append(_layer_node(path.stem, below, read_only=True))
-        below = path.stem
-    add_file(f"{disk.top.stem}-file", fds.top, read_only=False)
-    nodes.append(_layer_node(disk.top.stem, below))
-    for node in nodes:
-        words += ["-blockdev", json.dumps(node)]
+    handles = (fds.image, *fds.sealed, fds.top)
+    for number, ((node, path), fd) in enumerate(zip(_chain(disk), handles, strict=True), 1):
+        words += ["-add-fd", f"fd={fd},set={number}"]
+        opened = f"/dev/fdset/{number}"
+        file = _file_node(str(node["file"]), opened, read_only=path != disk.top)
+        words += ["-blockdev", json.dumps(file), "-blockdev", json.dumps(node)]
     return words
 
 
