@@ -21,10 +21,10 @@ from pathlib import Path
 
 from sandmartin.agent.server import serve
 from sandmartin.agent.vmm.freezer import Freezer
-from sandmartin.client.agent_socket import AgentSocket
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
-from sandmartin.client.transport import Command, Ended, NewSandbox, Stdout
 from sandmartin.model import Settings, new_sandbox_id
+from sandmartin.transport import Command, Ended, NewSandbox, Stdout
+from sandmartin.transport.agent import AgentSocket
 
 MB = 1 << 20
 _DIRTY_MB = 32

@@ -27,7 +27,13 @@ from connectrpc.errors import ConnectError
 from connectrpc.request import RequestContext
 from protobuf import Oneof
 
-from sandmartin.client.transport import (
+from sandmartin.errors import AlreadyExists, Conflict, NotFound, SandmartinError
+from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
+from sandmartin.rpc.hostagent.v1.hostagent_connect import (
+    HostAgentService,
+    HostAgentServiceASGIApplication,
+)
+from sandmartin.transport import (
     Checkpoint,
     Command,
     CreatedSandbox,
@@ -41,12 +47,6 @@ from sandmartin.client.transport import (
     SandboxInfo,
     Snapshot,
     Template,
-)
-from sandmartin.errors import AlreadyExists, Conflict, NotFound, SandmartinError
-from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
-from sandmartin.rpc.hostagent.v1.hostagent_connect import (
-    HostAgentService,
-    HostAgentServiceASGIApplication,
 )
 
 _Context = RequestContext[Any, Any]

@@ -27,9 +27,9 @@ from sandmartin.agent.guest import Command, Ended, Output, ProcessEvent, Started
 from sandmartin.agent.server import CODES, serve_machine
 from sandmartin.agent.service import MAX_MESSAGE_BYTES
 from sandmartin.agent.vmm import VmStatus
-from sandmartin.client.connect import error_from_body
 from sandmartin.errors import SandmartinError
 from sandmartin.rpc.hostagent.v1.hostagent_connect import HostAgentService
+from sandmartin.transport.connect import error_from_body
 from tests.fakes_agent import (
     IMAGE_MB,
     Fakes,

@@ -11,18 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sandmartin.client.agent_socket import CHUNK_BYTES, AgentSocket, agent_answers
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
-from sandmartin.client.transport import (
-    Command,
-    Ended,
-    NewSandbox,
-    PtySize,
-    Started,
-    Stderr,
-    Stdout,
-    Transport,
-)
 from sandmartin.errors import (
     AlreadyExists,
     Conflict,
@@ -35,6 +24,17 @@ from sandmartin.errors import (
     TimedOut,
     Unavailable,
 )
+from sandmartin.transport import (
+    Command,
+    Ended,
+    NewSandbox,
+    PtySize,
+    Started,
+    Stderr,
+    Stdout,
+    Transport,
+)
+from sandmartin.transport.agent import CHUNK_BYTES, AgentSocket, agent_answers
 from tests.fakes import FakeTransport, LocalAgent, serving
 
 NEW = NewSandbox(sandbox_id="sb1", vcpus=2, envs={"A": "b"})

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from sandmartin import errors
-from sandmartin.client.agent_socket import AgentSocket
-from sandmartin.client.connect import (
+from sandmartin.errors import SandmartinError, TimedOut, Unavailable
+from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
+from sandmartin.transport import Command, Started, Stdout
+from sandmartin.transport.agent import AgentSocket
+from sandmartin.transport.connect import (
     MAX_FRAME_BYTES,
     FrameReader,
     Message,
     encode_frame,
     error_from_body,
 )
-from sandmartin.client.transport import Command, Started, Stdout
-from sandmartin.errors import SandmartinError, TimedOut, Unavailable
-from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], AsyncIterator[bytes]]
 

@@ -19,10 +19,10 @@ import pytest
 
 from sandmartin.agent.journal import INSTANCE, DataDir
 from sandmartin.agent.server import serve
-from sandmartin.client.agent_socket import AgentSocket
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
-from sandmartin.client.transport import Command, Ended, NewSandbox, Stderr, Stdout
 from sandmartin.model import Settings, new_sandbox_id
+from sandmartin.transport import Command, Ended, NewSandbox, Stderr, Stdout
+from sandmartin.transport.agent import AgentSocket
 from tests import leaks, world
 
 #: Beside the uids that an agent of this machine gives out.

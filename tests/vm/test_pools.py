@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
-from sandmartin.client.transport import NewSandbox
 from sandmartin.model import Settings
+from sandmartin.transport import NewSandbox
 from tests import world
 from tests.vm.conftest import DEADLINE_S, RunningAgent, execute, run_agent
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from sandmartin.client.sandbox import AsyncSandbox
-from sandmartin.client.transport import Command, Ended, NewSandbox, Stdout
 from sandmartin.errors import (
     AlreadyExists,
     Conflict,
@@ -26,6 +25,7 @@ from sandmartin.errors import (
     NotStarted,
 )
 from sandmartin.model import new_sandbox_id
+from sandmartin.transport import Command, Ended, NewSandbox, Stdout
 from tests.vm.conftest import RunningAgent, execute
 
 MB = 1 << 20

@@ -10,8 +10,8 @@ from sandmartin.cli.connection import ask_sandbox
 from sandmartin.cli.options import add_json_flag, add_settings_flags, check_utf8
 from sandmartin.cli.talk import moment, print_json, print_table
 from sandmartin.client.sandbox import AsyncSandbox
-from sandmartin.client.transport import Checkpoint
 from sandmartin.model import check_name
+from sandmartin.transport import Checkpoint
 
 
 def configure_checkpoint(verbs: Any) -> None:

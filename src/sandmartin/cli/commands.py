@@ -25,7 +25,7 @@ from sandmartin.cli.options import (
 )
 from sandmartin.cli.pipes import stdin_is_open
 from sandmartin.cli.talk import print_json, print_table
-from sandmartin.client.transport import Command
+from sandmartin.transport import Command
 
 _DESCRIPTION = """\
 Run a command in a sandbox, with our standard input, output and error. The exit code is the

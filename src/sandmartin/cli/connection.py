@@ -14,11 +14,11 @@ from typing import TypeVar
 from sandmartin.cli import exitcode
 from sandmartin.cli.options import load_settings
 from sandmartin.cli.talk import print_json, say_error
-from sandmartin.client.agent_socket import AgentSocket
 from sandmartin.client.sandbox import AsyncSandbox
-from sandmartin.client.transport import Transport
 from sandmartin.errors import SandmartinError
 from sandmartin.model import check_name
+from sandmartin.transport import Transport
+from sandmartin.transport.agent import AgentSocket
 
 _T = TypeVar("_T")
 

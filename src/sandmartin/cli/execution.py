@@ -12,8 +12,8 @@ from sandmartin.cli.interrupts import Interrupts
 from sandmartin.cli.pipes import ByteSink, ByteSource
 from sandmartin.cli.talk import say
 from sandmartin.client.sandbox import Execution
-from sandmartin.client.transport import Ended, Stdout
 from sandmartin.errors import Conflict, NotFound, SandmartinError
+from sandmartin.transport import Ended, Stdout
 
 _END_S = 5.0
 

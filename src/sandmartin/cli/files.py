@@ -25,9 +25,9 @@ from sandmartin.cli.pipes import ByteSource
 from sandmartin.cli.progress import Progress
 from sandmartin.cli.talk import print_json, say, say_error
 from sandmartin.client.sandbox import AsyncSandbox
-from sandmartin.client.transport import FileInfo
 from sandmartin.errors import AlreadyExists, Denied, DiskFull, Invalid, NotFound, SandmartinError
 from sandmartin.model import check_name
+from sandmartin.transport import FileInfo
 
 _DESCRIPTION = """\
 Copy a file into a sandbox or out of it. One of SRC and DST is ID:PATH, the other a path on this

@@ -34,11 +34,11 @@ from sandmartin.cli.options import (
 from sandmartin.cli.own_agent import own_agent, require_root
 from sandmartin.cli.pipes import ByteSource, stdin_is_open
 from sandmartin.cli.talk import say
-from sandmartin.client.agent_socket import AgentSocket, agent_answers
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
-from sandmartin.client.transport import Command, NewSandbox
 from sandmartin.errors import Invalid
 from sandmartin.model import new_sandbox_id
+from sandmartin.transport import Command, NewSandbox
+from sandmartin.transport.agent import AgentSocket, agent_answers
 
 _DESCRIPTION = """\
 Run a command in a new sandbox, with our standard input, output and error, and destroy the

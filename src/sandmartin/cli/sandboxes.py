@@ -24,10 +24,10 @@ from sandmartin.cli.options import (
     seconds,
 )
 from sandmartin.cli.talk import moment, print_fields, print_json, print_table, say_error
-from sandmartin.client.agent_socket import reach_agent
 from sandmartin.client.sandbox import AsyncSandbox
-from sandmartin.client.transport import ForkedSandbox, NewSandbox, SandboxInfo
 from sandmartin.model import check_name, new_sandbox_id
+from sandmartin.transport import ForkedSandbox, NewSandbox, SandboxInfo
+from sandmartin.transport.agent import reach_agent
 
 _HEAD = ("ID", "STATE", "TEMPLATE", "VCPUS", "MEMORY_MB", "DISK_MB", "ADDRESS", "CREATED")
 _IDLE = "idle time after which it is paused; 0 is never"

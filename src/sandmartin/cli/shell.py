@@ -29,8 +29,8 @@ from sandmartin.cli.options import (
 )
 from sandmartin.cli.pipes import stdin_is_open
 from sandmartin.client.sandbox import Execution
-from sandmartin.client.transport import Command, PtySize
 from sandmartin.errors import Conflict, Invalid, NotFound
+from sandmartin.transport import Command, PtySize
 
 _STDIN = 0
 _LOGIN = "command -v bash >/dev/null 2>&1 && exec bash -i -l; exec sh -i -l"

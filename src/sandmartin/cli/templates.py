@@ -9,8 +9,8 @@ from typing import Any
 from sandmartin.cli.connection import ask, ask_sandbox, do_each
 from sandmartin.cli.options import add_json_flag, add_settings_flags
 from sandmartin.cli.talk import print_json, print_table
-from sandmartin.client.transport import Template
 from sandmartin.model import check_name
+from sandmartin.transport import Template
 
 _HEAD = ("NAME", "KIND", "VCPUS", "MEMORY_MB", "DISK_MB", "BYTES")
 

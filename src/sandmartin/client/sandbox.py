@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
-from sandmartin.client.transport import (
+from sandmartin.errors import AlreadyExists, NotFound, SandmartinError, TimedOut, Unavailable
+from sandmartin.model import new_sandbox_id
+from sandmartin.transport import (
     Checkpoint,
     Command,
     CreatedSandbox,
@@ -29,8 +31,6 @@ from sandmartin.client.transport import (
     Stdout,
     Transport,
 )
-from sandmartin.errors import AlreadyExists, NotFound, SandmartinError, TimedOut, Unavailable
-from sandmartin.model import new_sandbox_id
 
 _START_S = 60.0
 

@@ -1,4 +1,4 @@
-"""The transport to a host agent on this machine: `hostagent.v1` over its unix socket.
+"""The transport to a host agent: `hostagent.v1` over its unix socket, or TLS to another machine.
 
 The only module that knows that contract's messages: they end here, in both directions. JSON
 rules of protobuf that matter: bytes are base64, 64-bit integers are strings, a field with its
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
@@ -18,8 +19,8 @@ from typing import Any
 
 import httpx
 
-from sandmartin.client.connect import ConnectChannel, Message
-from sandmartin.client.transport import (
+from sandmartin.errors import Denied, SandmartinError, Unavailable, from_code
+from sandmartin.transport import (
     Checkpoint,
     Command,
     CreatedSandbox,
@@ -38,7 +39,7 @@ from sandmartin.client.transport import (
     Stdout,
     Template,
 )
-from sandmartin.errors import Denied, SandmartinError, Unavailable, from_code
+from sandmartin.transport.connect import ConnectChannel, Message
 
 _SERVICE = "hostagent.v1.HostAgentService"
 _CONNECT_S = 5.0
@@ -87,26 +88,23 @@ def _refusal(path: Path, error: OSError | None) -> SandmartinError:
     return Unavailable(f"the agent's socket {path} cannot be used{why}")
 
 
-class AgentSocket:
-    """A Transport to the agent that listens on the unix socket `path`."""
+#: A stream holds its connection: any limit would be one on running commands.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=10)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._http = httpx.AsyncClient(
-            # No TLS on a unix socket: without `verify=False` every start would load certificates.
-            transport=httpx.AsyncHTTPTransport(
-                uds=os.fspath(path),
-                verify=False,
-                # A stream holds its connection: any limit would be one on running commands.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=10),
-            ),
-            base_url="http://agent",
-            trust_env=False,
-        )
+
+class Agent:
+    """A Transport to the agent at the other end of `transport`."""
+
+    def __init__(self, transport: httpx.AsyncBaseTransport, base_url: str) -> None:
+        self._http = httpx.AsyncClient(transport=transport, base_url=base_url, trust_env=False)
         self._channel = ConnectChannel(self._http, _SERVICE)
 
     async def aclose(self) -> None:
         await self._http.aclose()
+
+    def _unreachable(self, error: OSError | None) -> SandmartinError:
+        """Why no connection could be made."""
+        raise NotImplementedError
 
     async def create(self, new: NewSandbox) -> CreatedSandbox:
         message = _without_defaults(
@@ -187,6 +185,21 @@ class AgentSocket:
         message = {"sandbox_id": sandbox_id, "range": time_range}
         answer = await self._call("GetSandboxMetrics", message)
         return tuple(_metric_point(each) for each in _parts(answer, "points"))
+
+    async def flush_metrics(self, sandbox_id: str) -> dict[str, tuple[MetricPoint, ...]]:
+        """All that is known of a sandbox by range, oldest first, which is forgotten then."""
+        answer = await self._call("FlushSandboxMetrics", {"sandbox_id": sandbox_id})
+        fields = {"10m": "points10m", "2h": "points2h", "24h": "points24h"}
+        return {
+            tier: tuple(_metric_point(each) for each in _parts(answer, field))
+            for tier, field in fields.items()
+        }
+
+    async def flatten(self, sandbox_id: str, name: str) -> int:
+        """Make an image of a sandbox's disk, and end it; the bytes that the image takes."""
+        message = {"sandbox_id": sandbox_id, "name": name}
+        answer = await self._call("FlattenRootfs", message, deadline_s=_SNAPSHOT_S)
+        return _int(answer, "sizeBytes")
 
     async def read_console(self, sandbox_id: str) -> bytes:
         return _bytes(await self._call("ReadConsole", {"sandbox_id": sandbox_id}), "content")
@@ -299,11 +312,38 @@ class AgentSocket:
 
     @contextmanager
     def _connect_errors_as_ours(self) -> Iterator[None]:
-        """Tell a missing, a silent and a forbidden socket apart; httpx has one error for all."""
+        """Tell a missing, a silent and a forbidden agent apart; httpx has one error for all."""
         try:
             yield
         except httpx.ConnectError as error:
-            raise _refusal(self._path, _os_error(error)) from error
+            raise self._unreachable(_os_error(error)) from error
+
+
+class AgentSocket(Agent):
+    """A Transport to the agent that listens on the unix socket `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # No TLS on a unix socket: without `verify=False` every start would load certificates.
+        transport = httpx.AsyncHTTPTransport(uds=os.fspath(path), verify=False, limits=_LIMITS)
+        super().__init__(transport, "http://agent")
+
+    def _unreachable(self, error: OSError | None) -> SandmartinError:
+        return _refusal(self._path, error)
+
+
+class RemoteAgent(Agent):
+    """A Transport to the agent at `url` on another machine; `tls` says who either side is."""
+
+    def __init__(self, url: str, tls: ssl.SSLContext) -> None:
+        self._url = url
+        super().__init__(httpx.AsyncHTTPTransport(verify=tls, limits=_LIMITS), url)
+
+    def _unreachable(self, error: OSError | None) -> SandmartinError:
+        return Unavailable(
+            f"the agent at {self._url} cannot be reached: {error or 'it does not answer'}",
+            hint="does it run, and do its certificate and ours fit?",
+        )
 
 
 def _os_error(error: BaseException) -> OSError | None:

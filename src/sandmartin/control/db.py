@@ -1,0 +1,140 @@
+"""The database: SQLite or PostgreSQL behind one way to read and one way to write.
+
+Every change is made in `write`, short and with no call to anything else inside: on SQLite it
+takes the one write lock at its beginning, so that what was read in it stays true. A database that
+does not answer is Unavailable, whatever its driver calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Double, Engine, String, event, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase
+
+from sandmartin.errors import Invalid, Unavailable
+
+#: How long a writer waits for the one before it.
+_BUSY_S = 10.0
+_POOL_SIZE = 10
+_POOL_WAIT_S = 10.0
+_CONNECT_S = 5.0
+_IMMEDIATE = "sandmartin_immediate"
+
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+asyncpg",
+    "postgres": "postgresql+asyncpg",
+}
+
+
+class Base(DeclarativeBase):
+    """What all tables have in common: texts without a limit, times in seconds since the epoch."""
+
+    type_annotation_map = {str: String(), float: Double()}  # noqa: RUF012
+
+
+class Database:
+    """One database. To be closed."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._read = async_sessionmaker(engine, expire_on_commit=False)
+        immediate = engine.execution_options(**{_IMMEDIATE: True})
+        self._write = async_sessionmaker(immediate, expire_on_commit=False)
+
+    @classmethod
+    def open(cls, url: str) -> Database:
+        """The database at `url`: `sqlite:///PATH` or `postgresql://…`. Raises Invalid."""
+        parsed = make_url(url)
+        driver = _DRIVERS.get(parsed.get_backend_name())
+        if driver is None:
+            raise Invalid(
+                f"no database of the kind {parsed.get_backend_name()!r} can be used",
+                hint="use sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME",
+            )
+        parsed = parsed.set(drivername=driver)
+        if driver.startswith("sqlite"):
+            engine = create_async_engine(
+                parsed, connect_args={"timeout": _BUSY_S}, pool_size=_POOL_SIZE, max_overflow=0
+            )
+            _prepare_sqlite(engine.sync_engine)
+        else:
+            engine = create_async_engine(
+                parsed,
+                pool_size=_POOL_SIZE,
+                max_overflow=_POOL_SIZE,
+                pool_timeout=_POOL_WAIT_S,
+                # One that the server has closed meanwhile is noticed before it is used.
+                pool_pre_ping=True,
+                connect_args={"timeout": _CONNECT_S},
+            )
+        return cls(engine)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.engine.dialect.name == "sqlite"
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that changes nothing. Raises Unavailable."""
+        with driver_errors_as_ours():
+            async with self._read() as session:
+                yield session
+
+    @contextlib.asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that is committed at the end, or undone on any error. Raises Unavailable."""
+        with driver_errors_as_ours():
+            async with self._write() as session, session.begin():
+                yield session
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+
+
+def sqlite_url(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+@contextlib.contextmanager
+def driver_errors_as_ours() -> Iterator[None]:
+    """A database that is not there, or does not come to it, is Unavailable."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError) as error:
+        raise _unavailable(error) from error
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    # Not the driver's own words: they may hold the address with its password.
+    what = type(getattr(error, "orig", None) or error).__name__
+    return Unavailable(f"the database does not answer ({what})", hint="try again in a moment")
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _record: object) -> None:
+        # Transactions are begun below, not by the driver when it thinks that one is needed.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")
+        # What was answered must survive a power cut.
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        immediate = connection.get_execution_options().get(_IMMEDIATE, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")

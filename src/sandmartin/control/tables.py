@@ -1,0 +1,455 @@
+"""All tables. Times are seconds since the epoch; ids of users, teams and hosts are UUIDs as text.
+
+Who may change a `state` column stands beside it. Secrets are kept as hashes where they need only
+be recognised, and sealed where they must be read again (`secrets_` of `seal`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from sandmartin.control.db import Base
+
+#: The owner of what comes with Sandmartin.
+PLATFORM_TEAM_ID = "00000000-0000-0000-0000-000000000000"
+
+_Json = JSON().with_variant(JSONB(), "postgresql")
+#: Numbered in order of insertion, on both databases.
+_Serial = BigInteger().with_variant(Integer(), "sqlite")
+
+
+# Accounts.
+
+
+class User(Base):
+    __tablename__ = "users"
+
+    user_id: Mapped[str] = mapped_column(primary_key=True)
+    #: In lower case.
+    email: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str] = mapped_column(default="")
+    #: argon2; None for one who logs in elsewhere.
+    password_hash: Mapped[str | None]
+    #: Administrator of the platform.
+    is_admin: Mapped[bool] = mapped_column(default=False)
+    active: Mapped[bool] = mapped_column(default=True)
+    created_at: Mapped[float]
+
+
+class OauthIdentity(Base):
+    __tablename__ = "oauth_identities"
+
+    provider: Mapped[str] = mapped_column(primary_key=True)
+    subject: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.user_id", ondelete="CASCADE"))
+
+
+class Team(Base):
+    __tablename__ = "teams"
+
+    team_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    created_at: Mapped[float]
+    deleted_at: Mapped[float | None]
+    # Quotas; None is the platform's default.
+    max_sandboxes: Mapped[int | None]
+    max_vcpus: Mapped[int | None]
+    max_memory_mb: Mapped[int | None]
+
+
+class Member(Base):
+    __tablename__ = "members"
+
+    team_id: Mapped[str] = mapped_column(
+        ForeignKey("teams.team_id", ondelete="CASCADE"), primary_key=True
+    )
+    user_id: Mapped[str] = mapped_column(
+        ForeignKey("users.user_id", ondelete="CASCADE"), primary_key=True
+    )
+    #: A `Role`.
+    role: Mapped[str]
+    created_at: Mapped[float]
+
+    __table_args__ = (Index("members_by_user", "user_id"),)
+
+
+class Invitation(Base):
+    __tablename__ = "invitations"
+
+    invitation_id: Mapped[str] = mapped_column(primary_key=True)
+    token_hash: Mapped[str] = mapped_column(unique=True)
+    #: Who alone may use it; empty for whoever has the token.
+    email: Mapped[str] = mapped_column(default="")
+    #: Joined when it is used; None for a team of one's own.
+    team_id: Mapped[str | None] = mapped_column(ForeignKey("teams.team_id", ondelete="CASCADE"))
+    role: Mapped[str] = mapped_column(default="member")
+    created_by: Mapped[str]
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    used_at: Mapped[float | None]
+
+
+class BrowserSession(Base):
+    __tablename__ = "browser_sessions"
+
+    #: SHA-256 of the cookie.
+    session_hash: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.user_id", ondelete="CASCADE"))
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id", ondelete="CASCADE"))
+    csrf_token: Mapped[str]
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+
+    __table_args__ = (Index("browser_sessions_by_user", "user_id"),)
+
+
+class ApiKey(Base):
+    __tablename__ = "api_keys"
+
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id", ondelete="CASCADE"))
+    created_by: Mapped[str]
+    name: Mapped[str]
+    #: The beginning of the key, to tell keys apart.
+    prefix: Mapped[str]
+    #: SHA-256 of the key.
+    key_hash: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[float]
+    last_used_at: Mapped[float | None]
+
+    __table_args__ = (Index("api_keys_by_team", "team_id"),)
+
+
+# Hosts.
+
+
+class Host(Base):
+    __tablename__ = "hosts"
+
+    host_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    #: `unix:PATH`, or `https://NAME:PORT`; empty before it is registered.
+    address: Mapped[str] = mapped_column(default="")
+    #: A `HostState`; changed by `hosts` alone.
+    state: Mapped[str]
+    #: Takes nothing new.
+    draining: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[float]
+    heartbeat_at: Mapped[float | None]
+    cpus: Mapped[int] = mapped_column(default=0)
+    memory_mb: Mapped[int] = mapped_column(default=0)
+    disk_free_mb: Mapped[int] = mapped_column(default=0)
+    cpu_overcommit: Mapped[float] = mapped_column(default=1.0)
+    accel: Mapped[str] = mapped_column(default="")
+    version: Mapped[str] = mapped_column(default="")
+    #: SHA-256 of the one-time token with which it may register, until then.
+    registration_hash: Mapped[str | None]
+    registration_expires_at: Mapped[float | None]
+    #: SHA-256 of the token with which it sends heartbeats and renews its certificate.
+    token_hash: Mapped[str | None] = mapped_column(unique=True)
+    certificate_serial: Mapped[str] = mapped_column(default="")
+    certificate_expires_at: Mapped[float | None]
+
+
+# Templates.
+
+
+class Template(Base):
+    __tablename__ = "templates"
+
+    template_id: Mapped[str] = mapped_column(primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id"))
+    name: Mapped[str]
+    #: Its name on the hosts, which know no teams.
+    agent_name: Mapped[str] = mapped_column(unique=True)
+    #: `image` (a disk) or `snapshot` (disk and memory).
+    kind: Mapped[str]
+    #: A `TemplateState`; changed by `templates` alone.
+    state: Mapped[str]
+    #: Of a snapshot, which fixes them; 0 for an image.
+    vcpus: Mapped[int] = mapped_column(default=0)
+    memory_mb: Mapped[int] = mapped_column(default=0)
+    disk_size_mb: Mapped[int] = mapped_column(default=0)
+    #: Allocated blocks.
+    size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    created_at: Mapped[float]
+    created_by: Mapped[str] = mapped_column(default="")
+
+    __table_args__ = (UniqueConstraint("team_id", "name"),)
+
+
+class TemplatePlacement(Base):
+    """A host that has a template."""
+
+    __tablename__ = "template_placements"
+
+    template_id: Mapped[str] = mapped_column(
+        ForeignKey("templates.template_id", ondelete="CASCADE"), primary_key=True
+    )
+    host_id: Mapped[str] = mapped_column(
+        ForeignKey("hosts.host_id", ondelete="CASCADE"), primary_key=True
+    )
+
+
+# Sandboxes.
+
+
+class Sandbox(Base):
+    __tablename__ = "sandboxes"
+
+    sandbox_id: Mapped[str] = mapped_column(primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id"))
+    host_id: Mapped[str | None] = mapped_column(ForeignKey("hosts.host_id"))
+    #: As it was asked for, and its name on the host.
+    template: Mapped[str]
+    agent_template: Mapped[str]
+    #: A `State`; changed by `sandboxes.move` alone.
+    state: Mapped[str]
+    state_at: Mapped[float]
+    #: Why it is in error, missing or stopped.
+    reason: Mapped[str] = mapped_column(default="")
+    #: The operation that is under way; None when none is.
+    operation_id: Mapped[str | None]
+    vcpus: Mapped[int]
+    memory_mb: Mapped[int]
+    disk_size_mb: Mapped[int]
+    timeout_s: Mapped[int] = mapped_column(default=0)
+    #: What happens at the end of its idle time: `pause` or `kill`.
+    on_timeout: Mapped[str] = mapped_column(default="pause")
+    #: Labels that its owner gave it.
+    labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
+    host_ip: Mapped[str] = mapped_column(default="")
+    #: The sandbox it was forked from.
+    parent_id: Mapped[str | None]
+    created_by: Mapped[str] = mapped_column(default="")
+    created_at: Mapped[float]
+    #: When it ran first, and when it was gone.
+    started_at: Mapped[float | None]
+    ended_at: Mapped[float | None]
+    last_active_at: Mapped[float | None]
+    idempotency_key: Mapped[str | None]
+    #: SHA-256 of the request that came with the key.
+    request_hash: Mapped[str | None]
+
+    __table_args__ = (
+        UniqueConstraint("team_id", "idempotency_key"),
+        Index("sandboxes_by_team", "team_id", "created_at", "sandbox_id"),
+        # What the reconciler and the scheduler look at: all that is not over.
+        Index(
+            "sandboxes_alive",
+            "host_id",
+            "state",
+            sqlite_where=text("state != 'stopped'"),
+            postgresql_where=text("state != 'stopped'"),
+        ),
+    )
+
+
+class Operation(Base):
+    """Long work on a sandbox. Whoever holds its lease does it, and nobody else."""
+
+    __tablename__ = "operations"
+
+    operation_id: Mapped[str] = mapped_column(primary_key=True)
+    sandbox_id: Mapped[str] = mapped_column(
+        ForeignKey("sandboxes.sandbox_id", ondelete="CASCADE")
+    )
+    #: A `Kind` of `operations`, and what it needs to know.
+    kind: Mapped[str]
+    arguments: Mapped[dict[str, Any]] = mapped_column(_Json, default=dict)
+    #: To go back to when it fails before anything was done.
+    state_before: Mapped[str]
+    created_at: Mapped[float]
+    #: Who works on it, with which token, until when unless renewed.
+    lease_owner: Mapped[str]
+    lease_token: Mapped[str]
+    lease_expires_at: Mapped[float]
+    attempts: Mapped[int] = mapped_column(default=1)
+    finished_at: Mapped[float | None]
+    #: Code of the error it ended with; empty for success.
+    error_code: Mapped[str] = mapped_column(default="")
+    error_message: Mapped[str] = mapped_column(default="")
+
+    __table_args__ = (
+        Index("operations_by_sandbox", "sandbox_id"),
+        Index(
+            "operations_open",
+            "lease_expires_at",
+            sqlite_where=text("finished_at IS NULL"),
+            postgresql_where=text("finished_at IS NULL"),
+        ),
+    )
+
+
+class Lease(Base):
+    """A role that one replica of the control plane has at a time."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    expires_at: Mapped[float]
+
+
+# What happened.
+
+
+class Event(Base):
+    """Something that happened to a sandbox, a template or a host, in order."""
+
+    __tablename__ = "events"
+
+    event_id: Mapped[int] = mapped_column(_Serial, primary_key=True, autoincrement=True)
+    team_id: Mapped[str]
+    #: Such as `sandbox.paused`.
+    kind: Mapped[str]
+    sandbox_id: Mapped[str | None]
+    at: Mapped[float]
+    data: Mapped[dict[str, Any]] = mapped_column(_Json, default=dict)
+
+    __table_args__ = (
+        Index("events_by_team", "team_id", "event_id"),
+        Index("events_by_sandbox", "sandbox_id", "event_id"),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class AuditRecord(Base):
+    """What somebody did. Only ever added to."""
+
+    __tablename__ = "audit"
+
+    audit_id: Mapped[int] = mapped_column(_Serial, primary_key=True, autoincrement=True)
+    at: Mapped[float]
+    team_id: Mapped[str]
+    #: `user`, `key`, `host` or `system`, and which.
+    actor_kind: Mapped[str]
+    actor_id: Mapped[str]
+    actor_name: Mapped[str] = mapped_column(default="")
+    #: In the past tense, such as `sandbox.created`.
+    action: Mapped[str]
+    resource_kind: Mapped[str]
+    resource_id: Mapped[str]
+    #: `team`: all members see it; `admin`: owners and administrators do.
+    scope: Mapped[str] = mapped_column(default="team")
+    #: `success`, `info`, `warning` or `error`.
+    status: Mapped[str] = mapped_column(default="success")
+    request_id: Mapped[str] = mapped_column(default="")
+    address: Mapped[str] = mapped_column(default="")
+    data: Mapped[dict[str, Any]] = mapped_column(_Json, default=dict)
+
+    __table_args__ = (
+        Index("audit_by_team", "team_id", "audit_id"),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class Channel(Base):
+    """Where a team wants to hear of events."""
+
+    __tablename__ = "channels"
+
+    channel_id: Mapped[str] = mapped_column(primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id", ondelete="CASCADE"))
+    name: Mapped[str]
+    #: `webhook`, or a service that `apprise` knows.
+    kind: Mapped[str]
+    #: Address and secrets, sealed.
+    sealed_config: Mapped[bytes] = mapped_column(LargeBinary)
+    #: Kinds of events; `*` is all.
+    events: Mapped[list[str]] = mapped_column(_Json, default=list)
+    active: Mapped[bool] = mapped_column(default=True)
+    created_at: Mapped[float]
+    #: Events up to this one were looked at.
+    seen_event_id: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class Delivery(Base):
+    """An event on its way to a channel."""
+
+    __tablename__ = "deliveries"
+
+    delivery_id: Mapped[str] = mapped_column(primary_key=True)
+    channel_id: Mapped[str] = mapped_column(
+        ForeignKey("channels.channel_id", ondelete="CASCADE")
+    )
+    event_id: Mapped[int] = mapped_column(BigInteger)
+    #: Deliveries of one sandbox go one after the other.
+    sandbox_id: Mapped[str | None]
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[float]
+    #: When it arrived or was given up.
+    finished_at: Mapped[float | None]
+    error: Mapped[str] = mapped_column(default="")
+    lease_token: Mapped[str] = mapped_column(default="")
+    lease_expires_at: Mapped[float] = mapped_column(default=0.0)
+
+    __table_args__ = (UniqueConstraint("channel_id", "event_id"),)
+
+
+# What was used.
+
+
+class MetricBlock(Base):
+    """Points of a sandbox in one tier, packed, as they were flushed by its host."""
+
+    __tablename__ = "metric_blocks"
+
+    block_id: Mapped[int] = mapped_column(_Serial, primary_key=True, autoincrement=True)
+    sandbox_id: Mapped[str] = mapped_column(
+        ForeignKey("sandboxes.sandbox_id", ondelete="CASCADE")
+    )
+    #: `10m`, `2h` or `24h`.
+    tier: Mapped[str]
+    begins_at: Mapped[float]
+    ends_at: Mapped[float]
+    points: Mapped[bytes] = mapped_column(LargeBinary)
+
+    __table_args__ = (Index("metric_blocks_by_sandbox", "sandbox_id", "tier", "begins_at"),)
+
+
+class TeamSample(Base):
+    """What a team's sandboxes held at one moment."""
+
+    __tablename__ = "team_samples"
+
+    team_id: Mapped[str] = mapped_column(primary_key=True)
+    at: Mapped[float] = mapped_column(primary_key=True)
+    running: Mapped[int]
+    vcpus: Mapped[int]
+    memory_mb: Mapped[int]
+
+
+class UsageDay(Base):
+    """What a team's sandboxes used on one day (UTC)."""
+
+    __tablename__ = "usage_days"
+
+    team_id: Mapped[str] = mapped_column(primary_key=True)
+    #: YYYY-MM-DD.
+    day: Mapped[str] = mapped_column(primary_key=True)
+    cpu_minutes: Mapped[float] = mapped_column(default=0.0)
+    memory_mb_minutes: Mapped[float] = mapped_column(default=0.0)
+
+
+class Secret(Base):
+    """What the platform itself must remember, sealed: the keys of its certificate authority."""
+
+    __tablename__ = "secrets"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    sealed: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[float]
