@@ -30,6 +30,8 @@ class SandmartinError(Exception):
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+    #: Whether the other side said so itself, and so knows what it did and did not do.
+    answered: bool = False
 
     def __init__(self, message: str | None = None, *, hint: str = "") -> None:
         super().__init__(message or (self.__doc__ or self.code).strip())

@@ -12,11 +12,11 @@ import secrets
 import string
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sandmartin.errors import Conflict, Invalid
 
@@ -201,26 +201,39 @@ class Settings:
         environ: Mapping[str, str] | None = None,
         file: Path | None = None,
     ) -> Settings:
-        """Settings from `flags` (None entries are ignored), `environ` and a TOML `file`.
+        """As `load_settings` has it. Raises Invalid."""
+        return load_settings(cls, flags, environ, file)
 
-        Raises Invalid for a name the file does not know or a value that does not parse.
-        """
-        environ = os.environ if environ is None else environ
-        known = {each.name: str(each.type) for each in fields(cls)}
-        raw: dict[str, Any] = {}
-        if file is not None:
-            raw |= _read_settings_file(file, known)
-        for name in known:
-            if (text := environ.get(f"SANDMARTIN_{name.upper()}")) is not None:
-                raw[name] = text
-        raw |= {name: value for name, value in (flags or {}).items() if value is not None}
-        values = {}
-        for name, value in raw.items():
-            try:
-                values[name] = _setting(str(value), known[name])
-            except ValueError as error:
-                raise Invalid(f"setting {name} is {value!r}: {error}") from error
-        return replace(cls(), **values)
+
+_S = TypeVar("_S")
+
+
+def load_settings(
+    cls: type[_S],
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> _S:
+    """Settings from `flags` (None entries are ignored), `environ` and a TOML `file`.
+
+    Raises Invalid for a name the file does not know or a value that does not parse.
+    """
+    environ = os.environ if environ is None else environ
+    known = {each.name: str(each.type) for each in fields(cls)}  # type: ignore[arg-type]
+    raw: dict[str, Any] = {}
+    if file is not None:
+        raw |= _read_settings_file(file, known)
+    for name in known:
+        if (text := environ.get(f"SANDMARTIN_{name.upper()}")) is not None:
+            raw[name] = text
+    raw |= {name: value for name, value in (flags or {}).items() if value is not None}
+    values = {}
+    for name, value in raw.items():
+        try:
+            values[name] = _setting(str(value), known[name])
+        except ValueError as error:
+            raise Invalid(f"setting {name} is {value!r}: {error}") from error
+    return cls(**values)
 
 
 def _read_settings_file(file: Path, known: Mapping[str, str]) -> dict[str, Any]:

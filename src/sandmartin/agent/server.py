@@ -241,16 +241,19 @@ async def serve(
     *,
     until_stdin_closes: bool = False,
     announce: Callable[[dict[str, Any]], None] = lambda _: None,
+    leave: asyncio.Event | None = None,
 ) -> None:
     """Run the agent until SIGTERM or SIGINT (VMs run on), Terminate, or the end of stdin.
 
     `announce` is called once requests are served. With `until_stdin_closes` the end of stdin
-    destroys every sandbox, as Terminate does.
+    destroys every sandbox, as Terminate does. With `leave` that ends it instead of a signal.
     """
     _forget_proxies()
     _raise_descriptor_limit()
     async with open_machine(settings) as machine:
-        await serve_machine(machine, until_stdin_closes=until_stdin_closes, announce=announce)
+        await serve_machine(
+            machine, until_stdin_closes=until_stdin_closes, announce=announce, leave=leave
+        )
 
 
 async def serve_machine(
@@ -258,17 +261,20 @@ async def serve_machine(
     *,
     until_stdin_closes: bool = False,
     announce: Callable[[dict[str, Any]], None] = lambda _: None,
+    leave: asyncio.Event | None = None,
 ) -> None:
     """Serve the sandboxes of `machine`, as `serve` has it."""
     path = machine.settings.socket
-    leave, stdin_ended = asyncio.Event(), asyncio.Event()
+    by_signal = leave is None
+    leave, stdin_ended = leave or asyncio.Event(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         host = Host(machine)
         stack.push_async_callback(host.close)
         await host.open()
         listener = stack.enter_context(contextlib.closing(bind_socket(machine.settings)))
         stack.callback(path.unlink, missing_ok=True)
-        stack.enter_context(_signals(leave.set))
+        if by_signal:
+            stack.enter_context(_signals(leave.set))
         if until_stdin_closes:
             stack.enter_context(_stdin_watch(stdin_ended.set))
         serving = await stack.enter_async_context(_serving(application(host), listener))

@@ -27,6 +27,7 @@ from sandmartin.cli import (
     setup,
     shell,
     templates,
+    up,
 )
 from sandmartin.cli.options import Parser
 from sandmartin.cli.pipes import drop_stdout, occupy_standard_streams
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the agent's log")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for configure in (
+        up.configure,
         run.configure,
         sandboxes.configure_create,
         sandboxes.configure_ls,

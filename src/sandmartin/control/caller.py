@@ -48,9 +48,7 @@ class Caller:
     def require_role(self, role: Role) -> None:
         """Raises Denied unless the caller has at least this role in the team."""
         if self.role is None or self.role.rank < role.rank:
-            raise Denied(
-                f"this needs the role {role} in the team", hint="ask an owner of the team"
-            )
+            raise Denied(f"this needs the role {role} in the team", hint="ask an owner of the team")
 
     def require_admin(self) -> None:
         """Raises Denied unless the caller administers the platform."""

@@ -15,7 +15,12 @@ from typing import Any
 from sqlalchemy import Connection, Double, Engine, String, event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import DeclarativeBase
 
 from sandmartin.errors import Invalid, Unavailable
@@ -90,7 +95,7 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
-        """A transaction that is committed at the end, or undone on any error. Raises Unavailable."""
+        """A transaction, committed at the end or undone on any error. Raises Unavailable."""
         with driver_errors_as_ours():
             async with self._write() as session, session.begin():
                 yield session

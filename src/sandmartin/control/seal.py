@@ -57,5 +57,5 @@ class Sealer:
 
 
 def digest(secret: str) -> str:
-    """What is kept of a secret that need only be recognised: it is random, so one hash is enough."""
+    """What is kept of a random secret that need only be recognised."""
     return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """All tables. Times are seconds since the epoch; ids of users, teams and hosts are UUIDs as text.
 
 Who may change a `state` column stands beside it. Secrets are kept as hashes where they need only
-be recognised, and sealed where they must be read again (`secrets_` of `seal`).
+be recognised, and sealed where they must be read again (`seal`).
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ class Host(Base):
     memory_mb: Mapped[int] = mapped_column(default=0)
     disk_free_mb: Mapped[int] = mapped_column(default=0)
     cpu_overcommit: Mapped[float] = mapped_column(default=1.0)
+    #: What the monitor of each sandbox takes beside its memory.
+    memory_overhead_mb: Mapped[int] = mapped_column(default=0)
     accel: Mapped[str] = mapped_column(default="")
     version: Mapped[str] = mapped_column(default="")
     #: SHA-256 of the one-time token with which it may register, until then.
@@ -216,7 +218,7 @@ class Sandbox(Base):
     #: As it was asked for, and its name on the host.
     template: Mapped[str]
     agent_template: Mapped[str]
-    #: A `State`; changed by `sandboxes.move` alone.
+    #: A `State`; changed by `sandboxes.move` and `sandboxes.observe` alone.
     state: Mapped[str]
     state_at: Mapped[float]
     #: Why it is in error, missing or stopped.
@@ -264,9 +266,7 @@ class Operation(Base):
     __tablename__ = "operations"
 
     operation_id: Mapped[str] = mapped_column(primary_key=True)
-    sandbox_id: Mapped[str] = mapped_column(
-        ForeignKey("sandboxes.sandbox_id", ondelete="CASCADE")
-    )
+    sandbox_id: Mapped[str] = mapped_column(ForeignKey("sandboxes.sandbox_id", ondelete="CASCADE"))
     #: A `Kind` of `operations`, and what it needs to know.
     kind: Mapped[str]
     arguments: Mapped[dict[str, Any]] = mapped_column(_Json, default=dict)
@@ -383,9 +383,7 @@ class Delivery(Base):
     __tablename__ = "deliveries"
 
     delivery_id: Mapped[str] = mapped_column(primary_key=True)
-    channel_id: Mapped[str] = mapped_column(
-        ForeignKey("channels.channel_id", ondelete="CASCADE")
-    )
+    channel_id: Mapped[str] = mapped_column(ForeignKey("channels.channel_id", ondelete="CASCADE"))
     event_id: Mapped[int] = mapped_column(BigInteger)
     #: Deliveries of one sandbox go one after the other.
     sandbox_id: Mapped[str | None]
@@ -409,9 +407,7 @@ class MetricBlock(Base):
     __tablename__ = "metric_blocks"
 
     block_id: Mapped[int] = mapped_column(_Serial, primary_key=True, autoincrement=True)
-    sandbox_id: Mapped[str] = mapped_column(
-        ForeignKey("sandboxes.sandbox_id", ondelete="CASCADE")
-    )
+    sandbox_id: Mapped[str] = mapped_column(ForeignKey("sandboxes.sandbox_id", ondelete="CASCADE"))
     #: `10m`, `2h` or `24h`.
     tier: Mapped[str]
     begins_at: Mapped[float]

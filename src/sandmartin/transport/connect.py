@@ -132,7 +132,9 @@ def error_from_body(body: object, http_status: int = 200) -> SandmartinError:
             info = _decode_error_info(str(detail.get("value", "")))
             # A code of a newer release is understood as far as Connect's own goes.
             cls, hint = errors.BY_CODE.get(info.get(1, ""), cls), info.get(2, "")
-    return cls(message, hint=hint)
+    error = cls(message, hint=hint)
+    error.answered = True
+    return error
 
 
 def _decode_error_info(value: str) -> dict[int, str]:

@@ -1,0 +1,272 @@
+"""`/v1/sandboxes`: their life. What is done inside them is in `inside`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from sandmartin.control import tables
+from sandmartin.control.api.access import TheCaller, ThePlatform
+from sandmartin.control.sandboxes import Filter, NewRow
+from sandmartin.control.states import LISTED
+from sandmartin.errors import Invalid
+from sandmartin.model import State
+from sandmartin.transport import Checkpoint
+
+router = APIRouter(tags=["sandboxes"])
+
+_MAX_KEY = 200
+_MAX_PAGE = 1000
+Strict = ConfigDict(extra="forbid")
+
+
+class NewSandbox(BaseModel):
+    model_config = Strict
+
+    template: str = Field("base", description="Name of a template.")
+    vcpus: int | None = Field(None, ge=1, le=64)
+    memory_mb: int | None = Field(None, ge=128, le=1 << 20)
+    disk_size_mb: int | None = Field(None, ge=1, le=1 << 24)
+    timeout_sec: int = Field(0, ge=0, le=1 << 30, description="Idle limit; 0 is never.")
+    on_timeout: str = Field("pause", description="`pause` or `kill`.")
+    metadata: dict[str, str] = Field(default_factory=dict)
+    envs: dict[str, str] = Field(default_factory=dict)
+
+
+class SandboxBody(BaseModel):
+    """A sandbox."""
+
+    id: str
+    template: str
+    status: str
+    reason: str = Field(description="Why it is in error, missing or stopped.")
+    vcpus: int
+    memory_mb: int
+    disk_size_mb: int
+    timeout_sec: int
+    on_timeout: str
+    metadata: dict[str, str]
+    host_ip: str
+    host_id: str | None
+    parent_id: str | None
+    created_at: float
+    started_at: float | None
+    last_active_at: float | None
+    last_updated: float
+
+    @classmethod
+    def of(cls, row: tables.Sandbox) -> SandboxBody:
+        return cls(
+            id=row.sandbox_id,
+            template=row.template,
+            status=row.state,
+            reason=row.reason,
+            vcpus=row.vcpus,
+            memory_mb=row.memory_mb,
+            disk_size_mb=row.disk_size_mb,
+            timeout_sec=row.timeout_s,
+            on_timeout=row.on_timeout,
+            metadata=row.labels,
+            host_ip=row.host_ip,
+            host_id=row.host_id,
+            parent_id=row.parent_id,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            last_active_at=row.last_active_at,
+            last_updated=row.state_at,
+        )
+
+
+class SandboxPage(BaseModel):
+    items: list[SandboxBody]
+    next: str = Field(description="`cursor` of the next page; empty at the end.")
+
+
+class ResumeBody(BaseModel):
+    model_config = Strict
+
+    timeout_sec: int | None = Field(None, ge=0, le=1 << 30)
+
+
+class ForkBody(BaseModel):
+    model_config = Strict
+
+    count: int = Field(1, ge=1, le=100)
+    timeout_sec: int | None = Field(None, ge=0, le=1 << 30)
+
+
+class CheckpointRequest(BaseModel):
+    model_config = Strict
+
+    comment: str = Field("", max_length=1000)
+
+
+class CheckpointBody(BaseModel):
+    id: str
+    comment: str
+    created_at: float
+    size_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> CheckpointBody:
+        return cls(
+            id=checkpoint.checkpoint_id,
+            comment=checkpoint.comment,
+            created_at=checkpoint.created_at,
+            size_bytes=checkpoint.size_bytes,
+        )
+
+
+class EventBody(BaseModel):
+    id: int
+    kind: str
+    sandbox_id: str | None
+    at: float
+    data: dict[str, Any]
+
+
+@router.post("", status_code=201)
+async def create(
+    body: NewSandbox,
+    caller: TheCaller,
+    platform: ThePlatform,
+    idempotency_key: Annotated[str, Header(max_length=_MAX_KEY)] = "",
+) -> SandboxBody:
+    """Start a sandbox. The same Idempotency-Key and body give the same sandbox."""
+    new = NewRow(
+        template=body.template,
+        vcpus=body.vcpus,
+        memory_mb=body.memory_mb,
+        disk_size_mb=body.disk_size_mb,
+        timeout_s=body.timeout_sec,
+        on_timeout=body.on_timeout,
+        labels=body.metadata,
+        envs=body.envs,
+    )
+    return SandboxBody.of(await platform.sandboxes.create(caller, new, idempotency_key))
+
+
+@router.get("")
+async def list_sandboxes(
+    caller: TheCaller,
+    platform: ThePlatform,
+    state: Annotated[list[State] | None, Query()] = None,
+    metadata: Annotated[list[str] | None, Query(description="`name=value`, all of them.")] = None,
+    limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 100,
+    cursor: Annotated[str, Query(max_length=200)] = "",
+) -> SandboxPage:
+    """The team's sandboxes, newest first; stopped ones and errors only when asked for."""
+    wanted = Filter(
+        states=frozenset(state) if state else LISTED,
+        labels=_labels(metadata or []),
+        limit=limit,
+        cursor=cursor,
+    )
+    page = await platform.sandboxes.list(caller, wanted)
+    return SandboxPage(items=[SandboxBody.of(row) for row in page.rows], next=page.next)
+
+
+def _labels(conditions: list[str]) -> dict[str, str]:
+    labels = {}
+    for each in conditions:
+        name, equals, value = each.partition("=")
+        if not name or not equals:
+            raise Invalid(f"metadata is {each[:80]!r}", hint="use name=value")
+        labels[name] = value
+    return labels
+
+
+@router.get("/{sandbox_id}")
+async def get(sandbox_id: str, caller: TheCaller, platform: ThePlatform) -> SandboxBody:
+    return SandboxBody.of(await platform.sandboxes.get(caller, sandbox_id))
+
+
+@router.delete("/{sandbox_id}", status_code=204)
+async def destroy(sandbox_id: str, caller: TheCaller, platform: ThePlatform) -> Response:
+    """End a sandbox and remove all it held. Already gone is success."""
+    await platform.sandboxes.destroy(caller, sandbox_id)
+    return Response(status_code=204)
+
+
+@router.post("/{sandbox_id}/pause")
+async def pause(sandbox_id: str, caller: TheCaller, platform: ThePlatform) -> SandboxBody:
+    """Write memory and disk to the host's storage, and free processor and RAM."""
+    return SandboxBody.of(await platform.sandboxes.pause(caller, sandbox_id))
+
+
+@router.post("/{sandbox_id}/resume")
+async def resume(
+    sandbox_id: str, caller: TheCaller, platform: ThePlatform, body: ResumeBody | None = None
+) -> SandboxBody:
+    timeout_s = body.timeout_sec if body else None
+    return SandboxBody.of(await platform.sandboxes.resume(caller, sandbox_id, timeout_s))
+
+
+@router.post("/{sandbox_id}/ping", status_code=204)
+async def ping(sandbox_id: str, caller: TheCaller, platform: ThePlatform) -> Response:
+    """Reset the idle clock."""
+    await platform.sandboxes.ping(caller, sandbox_id)
+    return Response(status_code=204)
+
+
+@router.post("/{sandbox_id}/fork", status_code=201)
+async def fork(
+    sandbox_id: str, body: ForkBody, caller: TheCaller, platform: ThePlatform
+) -> SandboxPage:
+    """Sandboxes that go on from where this one is, which goes on too."""
+    rows = await platform.sandboxes.fork(caller, sandbox_id, body.count, body.timeout_sec)
+    return SandboxPage(items=[SandboxBody.of(row) for row in rows], next="")
+
+
+@router.get("/{sandbox_id}/checkpoints")
+async def list_checkpoints(
+    sandbox_id: str, caller: TheCaller, platform: ThePlatform
+) -> list[CheckpointBody]:
+    found = await platform.sandboxes.checkpoints(caller, sandbox_id)
+    return [CheckpointBody.of(each) for each in found]
+
+
+@router.post("/{sandbox_id}/checkpoints", status_code=201)
+async def create_checkpoint(
+    sandbox_id: str, body: CheckpointRequest, caller: TheCaller, platform: ThePlatform
+) -> CheckpointBody:
+    """Keep where the sandbox is; it goes on."""
+    made = await platform.sandboxes.checkpoint(caller, sandbox_id, body.comment)
+    return CheckpointBody.of(made)
+
+
+@router.delete("/{sandbox_id}/checkpoints/{checkpoint_id}", status_code=204)
+async def delete_checkpoint(
+    sandbox_id: str, checkpoint_id: str, caller: TheCaller, platform: ThePlatform
+) -> Response:
+    await platform.sandboxes.delete_checkpoint(caller, sandbox_id, checkpoint_id)
+    return Response(status_code=204)
+
+
+@router.post("/{sandbox_id}/checkpoints/{checkpoint_id}/rollback")
+async def rollback(
+    sandbox_id: str, checkpoint_id: str, caller: TheCaller, platform: ThePlatform
+) -> SandboxBody:
+    """Return to a checkpoint, in memory and on disk; what came after it is gone."""
+    row = await platform.sandboxes.rollback(caller, sandbox_id, checkpoint_id)
+    return SandboxBody.of(row)
+
+
+@router.get("/{sandbox_id}/timeline")
+async def timeline(
+    sandbox_id: str,
+    caller: TheCaller,
+    platform: ThePlatform,
+    after: Annotated[int, Query(ge=0)] = 0,
+) -> list[EventBody]:
+    """What happened to the sandbox, oldest first, after an event."""
+    await platform.sandboxes.get(caller, sandbox_id)
+    found = await platform.events.since(after, sandbox_id=sandbox_id)
+    return [
+        EventBody(
+            id=each.event_id, kind=each.kind, sandbox_id=sandbox_id, at=each.at, data=each.data
+        )
+        for each in found
+    ]

@@ -1,0 +1,191 @@
+"""The web application: routes, and what holds for all of them.
+
+Every answer carries a request id; every error is `{error: {code, message, hint, retryable,
+request_id}}`. Bodies are bounded before they are read. What is no error of ours is a bug: logged
+once, told without detail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sandmartin import __version__, errors
+from sandmartin.control.api import sandboxes, templates
+from sandmartin.control.platform import Platform
+from sandmartin.errors import SandmartinError
+from sandmartin.model import random_id
+
+_log = logging.getLogger(__name__)
+
+#: HTTP status of each error of ours.
+STATUS: Mapping[str, int] = {
+    errors.SandmartinError.code: 500,
+    errors.Invalid.code: 400,
+    errors.Unauthenticated.code: 401,
+    errors.Denied.code: 403,
+    errors.NotFound.code: 404,
+    errors.Conflict.code: 409,
+    errors.AlreadyExists.code: 409,
+    errors.NotStarted.code: 400,
+    errors.Exhausted.code: 429,
+    errors.DiskFull.code: 507,
+    errors.Unavailable.code: 503,
+    errors.GuestSilent.code: 502,
+    errors.TimedOut.code: 504,
+    errors.Unimplemented.code: 501,
+    errors.ToolFailed.code: 502,
+    "overtaken": 409,
+}
+#: Of what is no error of ours, by status.
+_FOREIGN = {401: "unauthenticated", 403: "denied", 404: "not_found", 405: "method_not_allowed"}
+_MAX_JSON_BYTES = 1 << 20
+_REQUEST_ID = "sandmartin.request_id"
+
+
+def create_app(platform: Platform) -> FastAPI:
+    """The application that serves `platform`."""
+    app = FastAPI(
+        title="Sandmartin",
+        version=__version__,
+        description="A microVM for every AI agent, user or job, on your own hosts.",
+        docs_url="/docs",
+        openapi_url="/openapi.json",
+    )
+    app.state.platform = platform
+    app.include_router(sandboxes.router, prefix="/v1/sandboxes")
+    # The same, for clients of the prior surface.
+    app.include_router(sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
+    app.include_router(templates.router, prefix="/v1")
+    app.add_exception_handler(SandmartinError, _on_own_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_foreign)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(RequestIds)
+    app.add_middleware(BoundedBodies)
+
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> dict[str, str]:
+        """This process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operations"])
+    async def readyz() -> dict[str, str]:
+        """Requests can be served: the database answers."""
+        await platform.events.last_id()
+        return {"status": "ok"}
+
+    return app
+
+
+# Errors.
+
+
+def error_body(
+    code: str, message: str, *, hint: str = "", retryable: bool = False, request_id: str = ""
+) -> dict[str, Any]:
+    told = {"code": code, "message": message, "hint": hint, "retryable": retryable}
+    return {"error": told | {"request_id": request_id}}
+
+
+def _answer(request: Request, status: int, code: str, message: str, **more: Any) -> JSONResponse:
+    request_id = str(request.scope.get(_REQUEST_ID, ""))
+    return JSONResponse(error_body(code, message, request_id=request_id, **more), status)
+
+
+async def _on_own_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SandmartinError)
+    status = STATUS.get(error.code, 500)
+    if status == 500:
+        _log.error("request %s: %s", request.scope.get(_REQUEST_ID), error, exc_info=error)
+    return _answer(
+        request, status, error.code, error.message, hint=error.hint, retryable=error.retryable
+    )
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5]]
+    return _answer(
+        request, 400, errors.Invalid.code, "; ".join(found), hint="see /docs for what is expected"
+    )
+
+
+async def _on_foreign(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _FOREIGN.get(error.status_code, "invalid")
+    return _answer(request, error.status_code, code, str(error.detail))
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    _log.error("request %s failed", request.scope.get(_REQUEST_ID), exc_info=error)
+    return _answer(request, 500, "internal", "internal error; the server's log says more")
+
+
+# Middleware, as plain ASGI: it costs nothing per chunk.
+
+
+class RequestIds:
+    """Gives each request an id, which goes back in `X-Request-Id` and into the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in {"http", "websocket"}:
+            await self._app(scope, receive, send)
+            return
+        request_id = scope[_REQUEST_ID] = f"rq{random_id(16)}"
+
+        async def tell(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        await self._app(scope, receive, tell)
+
+
+class BoundedBodies:
+    """Refuses a JSON body that is larger than any of ours, as soon as that is known."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _is_json(scope):
+            await self._app(scope, receive, send)
+            return
+        await self._app(scope, _bounded(receive), send)
+
+
+def _is_json(scope: Scope) -> bool:
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    # Whatever says nothing, or JSON, is read whole; files come as something else.
+    return not kinds or b"json" in kinds[0].lower()
+
+
+def _bounded(receive: Receive) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:
+    size = 0
+
+    async def count() -> MutableMapping[str, Any]:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > _MAX_JSON_BYTES:
+            raise errors.Invalid(
+                f"the body is larger than {_MAX_JSON_BYTES} bytes",
+                hint="send files to the file routes",
+            )
+        return message
+
+    return count

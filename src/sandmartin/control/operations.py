@@ -1,0 +1,291 @@
+"""Operations: long work on a sandbox, each a row with a lease.
+
+Whoever begins one changes the sandbox's state in the same transaction, before anything is sent to
+a host. The work is done outside any transaction and belongs to this replica, not to the request
+that asked for it. Its result is applied in one transaction fenced by the lease's token and by the
+sandbox's `operation_id`: what was overtaken (a destroy always wins) changes nothing any more.
+Where it cannot be known what a host did, the operation stays open; its lease expires, and this or
+another replica takes it and does it again. Every step is one that can be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sandmartin.control import tables
+from sandmartin.control.db import Database
+from sandmartin.errors import SandmartinError, TimedOut, Unavailable, from_code
+from sandmartin.model import random_id
+
+_log = logging.getLogger(__name__)
+
+
+class Kind(StrEnum):
+    CREATE = "create"
+    PAUSE = "pause"
+    RESUME = "resume"
+    DESTROY = "destroy"
+    FORK = "fork"
+    SNAPSHOT = "snapshot"
+    CHECKPOINT = "checkpoint"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long leases last, and how soon what is left lying is taken up."""
+
+    lease_s: float = 30.0
+    pick_up_s: float = 2.0
+    #: How long what could not be done now waits before it is tried again.
+    retry_s: float = 5.0
+    #: How long a stopping replica waits for its own work.
+    grace_s: float = 25.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """An operation whose lease this replica holds."""
+
+    operation_id: str
+    sandbox_id: str
+    kind: Kind
+    arguments: Mapping[str, Any] = field(repr=False)
+    state_before: str
+    token: str
+    attempts: int
+
+    @classmethod
+    def of(cls, row: tables.Operation) -> Held:
+        return cls(
+            operation_id=row.operation_id,
+            sandbox_id=row.sandbox_id,
+            kind=Kind(row.kind),
+            arguments=row.arguments,
+            state_before=row.state_before,
+            token=row.lease_token,
+            attempts=row.attempts,
+        )
+
+
+#: Does the work of one kind, applies its result by `Operations.apply`, and returns what it gave.
+Work = Callable[[Held], Awaitable[Any]]
+
+
+class Overtaken(SandmartinError):
+    """Something else was done to the sandbox meanwhile."""
+
+    code = "overtaken"
+
+
+class Operations:
+    """The operations of one replica, whose name is `owner`."""
+
+    def __init__(self, db: Database, owner: str, timing: Timing = Timing()) -> None:
+        self._db = db
+        self._owner = owner
+        self._timing = timing
+        self._works: dict[Kind, Work] = {}
+        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._closing = False
+        #: Called with the name of each step: for tests that end the process there.
+        self.step: Callable[[str], None] = lambda _: None
+
+    def register(self, kind: Kind, work: Work) -> None:
+        self._works[kind] = work
+
+    # Beginning.
+
+    def begin(
+        self,
+        session: AsyncSession,
+        sandbox_id: str,
+        kind: Kind,
+        *,
+        state_before: str,
+        **arguments: Any,
+    ) -> Held:
+        """A new operation with its lease, in the transaction that changes the sandbox's state."""
+        row = tables.Operation(
+            operation_id=f"op{random_id(20)}",
+            sandbox_id=sandbox_id,
+            kind=kind,
+            arguments=arguments,
+            state_before=state_before,
+            created_at=time.time(),
+            lease_owner=self._owner,
+            lease_token=random_id(20),
+            lease_expires_at=time.time() + self._timing.lease_s,
+            attempts=1,
+        )
+        session.add(row)
+        return Held.of(row)
+
+    async def run(self, held: Held) -> Any:
+        """Do the work; a caller that gives up waiting does not end it. Raises what it raises."""
+        return await asyncio.shield(self._start(held))
+
+    def _start(self, held: Held) -> asyncio.Task[Any]:
+        task = asyncio.create_task(self._do(held), name=f"{held.kind} {held.sandbox_id}")
+        self._running[held.operation_id] = task
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            self._running.pop(held.operation_id, None)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                # Whoever waits is told as well; nobody may be left who does.
+                bug = None if isinstance(error, SandmartinError) else error
+                _log.log(
+                    logging.ERROR if bug else logging.INFO,
+                    "%s of sandbox %s failed: %s",
+                    held.kind,
+                    held.sandbox_id,
+                    error,
+                    exc_info=bug,
+                )
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _do(self, held: Held) -> Any:
+        self.step(f"{held.kind}:begun")
+        renewing = asyncio.create_task(self._renew(held), name=f"lease {held.operation_id}")
+        try:
+            return await self._works[held.kind](held)
+        except (Unavailable, TimedOut) as error:
+            if error.answered:
+                raise
+            # What the host did is not known: it is found out when it can be asked again.
+            await self._leave(held)
+            raise Unavailable(
+                f"{held.kind} of sandbox {held.sandbox_id} is not finished: {error.message}",
+                hint="it is taken up again by itself; look at the sandbox's state",
+            ) from error
+        finally:
+            renewing.cancel()
+            await asyncio.wait({renewing})
+
+    async def _renew(self, held: Held) -> None:
+        while True:
+            await asyncio.sleep(self._timing.lease_s / 3)
+            with contextlib.suppress(Unavailable):
+                if not await self._set_expiry(held, time.time() + self._timing.lease_s):
+                    return
+
+    async def _leave(self, held: Held) -> None:
+        """Let it be taken up again soon."""
+        with contextlib.suppress(Unavailable):
+            await self._set_expiry(held, time.time() + self._timing.retry_s)
+
+    async def _set_expiry(self, held: Held, expires_at: float) -> bool:
+        async with self._db.write() as session:
+            done = await session.execute(
+                update(tables.Operation).where(*_held(held)).values(lease_expires_at=expires_at)
+            )
+        return bool(done.rowcount)  # type: ignore[attr-defined]
+
+    # Ending.
+
+    async def finish(
+        self, session: AsyncSession, held: Held, error: SandmartinError | None = None
+    ) -> None:
+        """Close an operation, in the transaction that applies its result. Raises Overtaken."""
+        done = await session.execute(
+            update(tables.Operation)
+            .where(*_held(held))
+            .values(
+                finished_at=time.time(),
+                error_code=error.code if error else "",
+                error_message=error.message if error else "",
+                # What it needed to know may hold secrets.
+                arguments={},
+            )
+        )
+        if not done.rowcount:  # type: ignore[attr-defined]
+            raise Overtaken(f"{held.kind} of sandbox {held.sandbox_id} was overtaken")
+
+    # What others left.
+
+    async def pick_up(self) -> None:
+        """Take up what nobody works on, for ever."""
+        while True:
+            await asyncio.sleep(self._timing.pick_up_s)
+            try:
+                for held in await self.take_expired():
+                    self._start(held)
+            except Unavailable as error:
+                _log.warning("operations are not looked at: %s", error)
+
+    async def take_expired(self) -> list[Held]:
+        """Take the leases of operations whose owners are gone."""
+        if self._closing:
+            return []
+        now = time.time()
+        expired = (tables.Operation.finished_at.is_(None), tables.Operation.lease_expires_at < now)
+        taken = []
+        async with self._db.write() as session:
+            rows = (await session.scalars(select(tables.Operation).where(*expired).limit(50))).all()
+            for row in rows:
+                if row.operation_id in self._running:
+                    # Ours, and only the renewal is late.
+                    continue
+                token = random_id(20)
+                done = await session.execute(
+                    update(tables.Operation)
+                    .where(tables.Operation.operation_id == row.operation_id, *expired)
+                    .values(
+                        lease_owner=self._owner,
+                        lease_token=token,
+                        lease_expires_at=now + self._timing.lease_s,
+                        attempts=row.attempts + 1,
+                    )
+                )
+                if done.rowcount:  # type: ignore[attr-defined]
+                    await session.refresh(row)
+                    taken.append(Held.of(row))
+        return taken
+
+    async def wait(self, operation_id: str) -> None:
+        """Wait for an operation's end, whoever does it. Raises the error it ended with."""
+        if (task := self._running.get(operation_id)) is not None:
+            await asyncio.shield(task)
+            return
+        while True:
+            async with self._db.read() as session:
+                row = await session.get(tables.Operation, operation_id)
+            if row is None:
+                return
+            if row.finished_at is not None:
+                if row.error_code:
+                    raise from_code(row.error_code, row.error_message)
+                return
+            await asyncio.sleep(0.2)
+
+    async def close(self) -> None:
+        """Wait for the work under way; what does not end is left to other replicas."""
+        self._closing = True
+        tasks = set(self._running.values())
+        if tasks:
+            _, left = await asyncio.wait(tasks, timeout=self._timing.grace_s)
+            for task in left:
+                task.cancel()
+            if left:
+                await asyncio.wait(left)
+
+
+def _held(held: Held) -> tuple[Any, ...]:
+    row = tables.Operation
+    return (
+        row.operation_id == held.operation_id,
+        row.lease_token == held.token,
+        row.finished_at.is_(None),
+    )

@@ -1,0 +1,107 @@
+"""One replica of the control plane: its parts, put together and taken apart in reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from sandmartin.control.db import Database
+from sandmartin.control.events import Events
+from sandmartin.control.hosts import Hosts
+from sandmartin.control.keys import Keys
+from sandmartin.control.leader import Leader
+from sandmartin.control.migrations import upgrade
+from sandmartin.control.operations import Operations, Timing
+from sandmartin.control.quotas import Quotas
+from sandmartin.control.reconciler import Pace, Reconciler
+from sandmartin.control.sandboxes import Sandboxes
+from sandmartin.control.seal import Sealer
+from sandmartin.control.settings import ControlSettings
+from sandmartin.control.templates import Templates
+from sandmartin.control.usage import Usage
+from sandmartin.model import random_id
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """All that requests are served with."""
+
+    settings: ControlSettings
+    db: Database
+    sealer: Sealer
+    events: Events
+    keys: Keys
+    hosts: Hosts
+    templates: Templates
+    operations: Operations
+    sandboxes: Sandboxes
+    usage: Usage
+    reconciler: Reconciler
+    leader: Leader
+
+    @contextlib.asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """What is done without being asked for, for as long as the context lasts."""
+        tasks = [
+            asyncio.create_task(self.operations.pick_up(), name="operations"),
+            asyncio.create_task(self.leader.lead(self.reconciler.run), name="reconciler"),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await self.operations.close()
+
+
+@contextlib.asynccontextmanager
+async def open_platform(
+    settings: ControlSettings, *, timing: Timing | None = None, pace: Pace | None = None
+) -> AsyncIterator[Platform]:
+    """The parts of one replica, its database brought to this release's form.
+
+    Raises Unavailable, Invalid.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    sealer = (
+        Sealer(settings.secret_key)
+        if settings.secret_key
+        else await asyncio.to_thread(Sealer.open, settings.data_dir / "secret.key")
+    )
+    await asyncio.to_thread(upgrade, settings.url)
+    async with contextlib.AsyncExitStack() as stack:
+        db = Database.open(settings.url)
+        stack.push_async_callback(db.close)
+        happenings, usage = Events(db), Usage(db)
+        hosts = Hosts(db)
+        stack.push_async_callback(hosts.close)
+        templates = Templates(db, hosts)
+        owner = random_id(12)
+        operations = Operations(db, owner, timing or Timing())
+        quotas = Quotas(
+            max_sandboxes=settings.max_sandboxes,
+            max_vcpus=settings.max_vcpus,
+            max_memory_mb=settings.max_memory_mb,
+        )
+        sandboxes = Sandboxes(db, operations, hosts, templates, quotas, happenings, usage, sealer)
+        pace = pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s)
+        yield Platform(
+            settings=settings,
+            db=db,
+            sealer=sealer,
+            events=happenings,
+            keys=Keys(db),
+            hosts=hosts,
+            templates=templates,
+            operations=operations,
+            sandboxes=sandboxes,
+            usage=usage,
+            reconciler=Reconciler(db, hosts, sandboxes, templates, happenings, pace),
+            leader=Leader(db, owner),
+        )

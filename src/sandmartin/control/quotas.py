@@ -1,0 +1,51 @@
+"""Quotas: how much of the platform one team may hold at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sandmartin.control import tables
+from sandmartin.control.states import HOLDING
+from sandmartin.errors import Exhausted
+from sandmartin.model import SandboxSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quotas:
+    """What a team may hold where nothing else is said for it."""
+
+    max_sandboxes: int = 100
+    max_vcpus: int = 200
+    max_memory_mb: int = 200 * 1024
+
+    async def check(self, session: AsyncSession, team_id: str, more: Sequence[SandboxSpec]) -> None:
+        """Raises Exhausted when the team may not hold `more` beside what it holds."""
+        row = tables.Sandbox
+        query = select(func.count(), func.sum(row.vcpus), func.sum(row.memory_mb)).where(
+            row.team_id == team_id, row.state.in_(HOLDING)
+        )
+        count, vcpus, memory_mb = (await session.execute(query)).one()
+        team = await session.get(tables.Team, team_id)
+        own = (
+            (None,) * 3
+            if team is None
+            else (team.max_sandboxes, team.max_vcpus, team.max_memory_mb)
+        )
+        defaults = (self.max_sandboxes, self.max_vcpus, self.max_memory_mb)
+        wants = (
+            count + len(more),
+            (vcpus or 0) + sum(each.vcpus for each in more),
+            (memory_mb or 0) + sum(each.memory_mb for each in more),
+        )
+        words = ("sandboxes", "vCPUs", "MB of memory")
+        for what, wanted, limit, default in zip(words, wants, own, defaults, strict=True):
+            limit = default if limit is None else limit
+            if wanted > limit:
+                raise Exhausted(
+                    f"the team would have {wanted} {what}, and may have {limit}",
+                    hint="pause or destroy sandboxes, or ask for a higher quota",
+                )

@@ -1,0 +1,898 @@
+"""Sandboxes: their rows, what may be done to them, and how a row and its VM stay one.
+
+A row changes state by one guarded UPDATE, in the transaction that begins or ends an operation;
+no row matched is a Conflict. What was asked for goes by the table of legal transitions, what was
+seen on a host goes without. A destroy takes a sandbox from whatever else is done to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sqlalchemy import select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sandmartin.control import audit, events, tables
+from sandmartin.control.caller import Caller, system
+from sandmartin.control.db import Database
+from sandmartin.control.hosts import Hosts
+from sandmartin.control.operations import Held, Kind, Operations, Overtaken
+from sandmartin.control.quotas import Quotas
+from sandmartin.control.scheduler import Need, choose_host
+from sandmartin.control.seal import Sealer
+from sandmartin.control.states import LISTED, TRANSITIONAL, sources_of
+from sandmartin.control.templates import Templates, find_template
+from sandmartin.control.usage import Usage
+from sandmartin.errors import (
+    AlreadyExists,
+    Conflict,
+    Exhausted,
+    Invalid,
+    NotFound,
+    SandmartinError,
+    TimedOut,
+    Unavailable,
+)
+from sandmartin.model import (
+    DEFAULT_DISK_SIZE_MB,
+    DEFAULT_MEMORY_MB,
+    DEFAULT_VCPUS,
+    SandboxSpec,
+    State,
+    new_sandbox_id,
+)
+from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox, SandboxInfo
+from sandmartin.transport.agent import Agent
+
+_log = logging.getLogger(__name__)
+
+_MAX_CHILDREN = 100
+_MAX_LABELS = 64
+_MAX_LABEL_CHARS = 1024
+Row = tables.Sandbox
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRow:
+    """A sandbox that a team asks for. What is None is left to the defaults. Raises Invalid."""
+
+    template: str = "base"
+    vcpus: int | None = None
+    memory_mb: int | None = None
+    disk_size_mb: int | None = None
+    timeout_s: int = 0
+    on_timeout: str = "pause"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    envs: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.on_timeout not in {"pause", "kill"}:
+            raise Invalid(f"on_timeout is {self.on_timeout!r}", hint="use `pause` or `kill`")
+        check_labels(self.labels)
+
+    def digest(self) -> str:
+        """The same for the same request."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raises Invalid when there are too many, or they are too long."""
+    if len(labels) > _MAX_LABELS:
+        raise Invalid(f"metadata has {len(labels)} entries", hint=f"use at most {_MAX_LABELS}")
+    if any(len(key) + len(value) > _MAX_LABEL_CHARS or not key for key, value in labels.items()):
+        raise Invalid(
+            "an entry of metadata is too long, or has no name",
+            hint=f"use at most {_MAX_LABEL_CHARS} characters for name and value together",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which sandboxes a list is to show."""
+
+    states: Collection[State] = LISTED
+    labels: Mapping[str, str] = field(default_factory=dict)
+    limit: int = 100
+    #: `next` of the page before.
+    cursor: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    rows: Sequence[Row]
+    next: str
+
+
+class Sandboxes:
+    """The sandboxes of all teams."""
+
+    def __init__(
+        self,
+        db: Database,
+        operations: Operations,
+        hosts: Hosts,
+        templates: Templates,
+        quotas: Quotas,
+        happenings: events.Events,
+        usage: Usage,
+        sealer: Sealer,
+    ) -> None:
+        self._db = db
+        self._operations = operations
+        self._hosts = hosts
+        self._templates = templates
+        self._quotas = quotas
+        self._events = happenings
+        self._usage = usage
+        self._sealer = sealer
+        works = {
+            Kind.CREATE: self._do_create,
+            Kind.PAUSE: self._do_pause,
+            Kind.RESUME: self._do_resume,
+            Kind.DESTROY: self._do_destroy,
+            Kind.FORK: self._do_fork,
+            Kind.SNAPSHOT: self._do_snapshot,
+            Kind.CHECKPOINT: self._do_checkpoint,
+            Kind.ROLLBACK: self._do_rollback,
+        }
+        for kind, work in works.items():
+            operations.register(kind, work)
+
+    # Looking.
+
+    async def get(self, caller: Caller, sandbox_id: str) -> Row:
+        """A sandbox of the caller's team, whatever its state. Raises NotFound."""
+        async with self._db.read() as session:
+            return await _find(session, caller, sandbox_id)
+
+    async def list(self, caller: Caller, wanted: Filter) -> Page:
+        """Sandboxes of the caller's team, newest first. Raises Invalid."""
+        query = select(Row).where(
+            Row.team_id == caller.team_id, Row.state.in_(sorted(wanted.states))
+        )
+        for key, value in wanted.labels.items():
+            query = query.where(Row.labels[key].as_string() == value)
+        if wanted.cursor:
+            query = query.where(
+                tuple_(Row.created_at, Row.sandbox_id) < _read_cursor(wanted.cursor)
+            )
+        query = query.order_by(Row.created_at.desc(), Row.sandbox_id.desc())
+        async with self._db.read() as session:
+            rows = (await session.scalars(query.limit(wanted.limit + 1))).all()
+        shown = rows[: wanted.limit]
+        more = len(rows) > wanted.limit
+        return Page(rows=shown, next=_cursor(shown[-1]) if more else "")
+
+    async def reach(self, caller: Caller, sandbox_id: str) -> Agent:
+        """The agent of a running sandbox, to do something inside it.
+
+        Raises NotFound, Conflict, Unavailable.
+        """
+        async with self._db.read() as session:
+            row = await _find(session, caller, sandbox_id)
+        if row.state != State.RUNNING:
+            raise _unfit(row, "be used")
+        return await self._agent(row)
+
+    async def ping(self, caller: Caller, sandbox_id: str) -> None:
+        """Reset the idle clock. Raises NotFound, Conflict, Unavailable."""
+        await (await self.reach(caller, sandbox_id)).ping(sandbox_id)
+
+    async def checkpoints(self, caller: Caller, sandbox_id: str) -> tuple[Checkpoint, ...]:
+        """Oldest first. Raises NotFound, Unavailable."""
+        row = await self.get(caller, sandbox_id)
+        if row.state == State.STOPPED:
+            return ()
+        return await (await self._agent(row)).list_checkpoints(sandbox_id)
+
+    async def delete_checkpoint(self, caller: Caller, sandbox_id: str, checkpoint_id: str) -> None:
+        """Forget a checkpoint. Raises NotFound, Conflict, Unavailable."""
+        row = await self.get(caller, sandbox_id)
+        await (await self._agent(row)).delete_checkpoint(sandbox_id, checkpoint_id)
+        async with self._db.write() as session:
+            audit.record(
+                session,
+                caller,
+                "checkpoint.deleted",
+                "sandbox",
+                sandbox_id,
+                checkpoint_id=checkpoint_id,
+            )
+
+    async def _agent(self, row: Row) -> Agent:
+        if row.host_id is None:
+            raise Unavailable(f"sandbox {row.sandbox_id} has no host")
+        return await self._hosts.agent(row.host_id)
+
+    # Creating.
+
+    async def create(self, caller: Caller, new: NewRow, idempotency_key: str = "") -> Row:
+        """Start a sandbox; the same key and request give the same sandbox.
+
+        Raises NotFound (template), Invalid, Exhausted, Unavailable; Conflict when the key was
+        used for another request.
+        """
+        if idempotency_key and (row := await self._repeated(caller, new, idempotency_key)):
+            if row.operation_id is not None:
+                await self._operations.wait(row.operation_id)
+            return await self.get(caller, row.sandbox_id)
+        try:
+            async with self._db.write() as session:
+                held = await self._begin_create(session, caller, new, idempotency_key)
+        except IntegrityError:
+            # Somebody was faster with the same key.
+            return await self.create(caller, new, idempotency_key)
+        return await self._finished(caller, held)
+
+    async def _repeated(self, caller: Caller, new: NewRow, key: str) -> Row | None:
+        query = select(Row).where(Row.team_id == caller.team_id, Row.idempotency_key == key)
+        async with self._db.read() as session:
+            row = await session.scalar(query)
+        if row is not None and row.request_hash != new.digest():
+            raise Conflict(
+                "this idempotency key was used for another request",
+                hint="use a new key for each request",
+            )
+        return row
+
+    async def _begin_create(
+        self, session: AsyncSession, caller: Caller, new: NewRow, key: str
+    ) -> Held:
+        template = await find_template(session, caller.team_id, new.template)
+        spec = _spec_of(new, template)
+        await self._quotas.check(session, caller.team_id, [spec])
+        need = _need(spec, template)
+        choice = await choose_host(session, need)
+        now = time.time()
+        row = Row(
+            sandbox_id=spec.sandbox_id,
+            team_id=caller.team_id,
+            host_id=choice.host.host_id,
+            template=new.template,
+            agent_template=template.agent_name,
+            state=State.STARTING,
+            state_at=now,
+            vcpus=spec.vcpus,
+            memory_mb=spec.memory_mb,
+            disk_size_mb=spec.disk_size_mb,
+            timeout_s=spec.timeout_s,
+            on_timeout=new.on_timeout,
+            labels=dict(new.labels),
+            created_by=caller.actor_id,
+            created_at=now,
+            idempotency_key=key or None,
+            request_hash=new.digest() if key else None,
+        )
+        session.add(row)
+        await session.flush()
+        held = self._operations.begin(
+            session,
+            row.sandbox_id,
+            Kind.CREATE,
+            state_before=State.STARTING,
+            envs=self._sealer.seal(dict(new.envs)).decode(),
+            template_id=template.template_id,
+        )
+        row.operation_id = held.operation_id
+        data = {"host": choice.host.name, "load": choice.load, "others": choice.others}
+        _tell(session, row, "sandbox.starting", template=row.template, **data)
+        audit.record(
+            session,
+            caller,
+            "sandbox.created",
+            "sandbox",
+            row.sandbox_id,
+            template=row.template,
+            vcpus=row.vcpus,
+            memory_mb=row.memory_mb,
+        )
+        return held
+
+    async def _do_create(self, held: Held) -> None:
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            envs = self._sealer.unseal(held.arguments["envs"].encode())
+            new = NewSandbox(
+                sandbox_id=row.sandbox_id,
+                template=row.agent_template,
+                vcpus=row.vcpus,
+                memory_mb=row.memory_mb,
+                disk_size_mb=row.disk_size_mb,
+                timeout_s=row.timeout_s,
+                envs=envs,
+            )
+            made = await self._create_somewhere(agent, row, new, held)
+            return {"host_ip": made.address, "started_at": time.time()}
+
+        await self._perform(held, act, State.RUNNING, "sandbox.running")
+
+    async def _create_somewhere(
+        self, agent: Agent, row: Row, new: NewSandbox, held: Held
+    ) -> CreatedSandbox:
+        """Create it where it was placed, or on another host when that one has too little left."""
+        refused: set[str] = set()
+        while True:
+            try:
+                return await agent.create(new)
+            except AlreadyExists:
+                # Made by a try whose answer was lost; what it is now is seen afterwards.
+                there = {each.sandbox_id: each for each in await agent.list_sandboxes()}
+                info = there.get(row.sandbox_id)
+                if info is None or info.state != State.RUNNING:
+                    raise
+                return CreatedSandbox(
+                    sandbox_id=info.sandbox_id, state=info.state, address=info.address
+                )
+            except Exhausted as error:
+                assert row.host_id is not None
+                refused.add(row.host_id)
+                agent = await self._place_elsewhere(row, held, refused, error)
+
+    async def _place_elsewhere(
+        self, row: Row, held: Held, refused: set[str], error: Exhausted
+    ) -> Agent:
+        """Another host for a sandbox that its own has refused. Raises `error` without one."""
+        need = Need(
+            template_id=held.arguments["template_id"],
+            template=row.template,
+            vcpus=row.vcpus,
+            memory_mb=row.memory_mb,
+        )
+        async with self._db.write() as session:
+            try:
+                choice = await choose_host(session, need, without=refused)
+            except SandmartinError:
+                raise error from None
+            host_id = choice.host.host_id
+            await observe(
+                session, row, State.STARTING, operation=held.operation_id, host_id=host_id
+            )
+            _tell(session, row, "sandbox.moved", host=choice.host.name, reason=error.message)
+        return await self._hosts.agent(host_id)
+
+    # Pausing, resuming, ending.
+
+    async def pause(self, caller: Caller, sandbox_id: str) -> Row:
+        """Put a sandbox to sleep. Raises NotFound, Conflict, Unavailable."""
+        return await self._operate(
+            caller, sandbox_id, Kind.PAUSE, {State.RUNNING}, State.PAUSING, "paused"
+        )
+
+    async def _do_pause(self, held: Held) -> None:
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            await self._usage.flush(agent, row)
+            await agent.pause(row.sandbox_id)
+            return {"host_ip": ""}
+
+        await self._perform(held, act, State.PAUSED, "sandbox.paused")
+
+    async def resume(self, caller: Caller, sandbox_id: str, timeout_s: int | None = None) -> Row:
+        """Wake a sandbox up, with a new idle limit or its own. Raises NotFound, Conflict."""
+        if timeout_s is not None and timeout_s < 0:
+            raise Invalid(f"timeout_s is {timeout_s}", hint="use 0 for no idle limit")
+        values = {} if timeout_s is None else {"timeout_s": timeout_s}
+        return await self._operate(
+            caller,
+            sandbox_id,
+            Kind.RESUME,
+            {State.PAUSED},
+            State.RESUMING,
+            "resumed",
+            values=values,
+        )
+
+    async def _do_resume(self, held: Held) -> None:
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            woken = await agent.resume(row.sandbox_id, row.timeout_s)
+            return {"host_ip": woken.address}
+
+        await self._perform(held, act, State.RUNNING, "sandbox.resumed")
+
+    async def destroy(self, caller: Caller, sandbox_id: str) -> None:
+        """End a sandbox, whatever is done to it. Already gone is success.
+
+        Raises NotFound. Where its host cannot be reached it is ended as soon as it can.
+        """
+        try:
+            held = await self._begin_destroy(caller, sandbox_id)
+            if isinstance(held, Held):
+                await self._operations.run(held)
+            elif held:
+                await self._operations.wait(held)
+        except Unavailable as error:
+            _log.info("sandbox %s is destroyed later: %s", sandbox_id, error)
+
+    async def _begin_destroy(self, caller: Caller, sandbox_id: str) -> Held | str | None:
+        """A new operation, or the id of one that is under way; None when it is gone already."""
+        async with self._db.write() as session:
+            row = await _find(session, caller, sandbox_id)
+            if row.state == State.STOPPED:
+                return None
+            if row.state == State.STOPPING and row.operation_id is not None:
+                return row.operation_id
+            await _overtake(session, row)
+            held = self._operations.begin(session, sandbox_id, Kind.DESTROY, state_before=row.state)
+            await observe(session, row, State.STOPPING, operation_id=held.operation_id)
+            _tell(session, row, "sandbox.stopping")
+            audit.record(session, caller, "sandbox.destroyed", "sandbox", sandbox_id)
+        self._events.wake()
+        return held
+
+    async def _do_destroy(self, held: Held) -> None:
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            await self._usage.flush(agent, row)
+            await agent.destroy(row.sandbox_id)
+            return {"host_ip": "", "ended_at": time.time()}
+
+        await self._perform(held, act, State.STOPPED, "sandbox.stopped")
+
+    async def end_all(self, *, kill: bool) -> int:
+        """Pause or destroy all that runs, at once; how many that were."""
+        async with self._db.read() as session:
+            rows = (await session.scalars(select(Row).where(Row.state == State.RUNNING))).all()
+        act = self.destroy if kill else self.pause
+        ends = [act(system(row.team_id), row.sandbox_id) for row in rows]
+        results = await asyncio.gather(*ends, return_exceptions=True)
+        failures = [each for each in results if isinstance(each, BaseException)]
+        for failure in failures:
+            _log.warning("a sandbox is left as it is: %s", failure)
+        return len(rows) - len(failures)
+
+    # Forks, checkpoints, templates.
+
+    async def fork(
+        self, caller: Caller, sandbox_id: str, count: int, timeout_s: int | None = None
+    ) -> Sequence[Row]:
+        """Sandboxes that go on from where this one is, which goes on too.
+
+        One that could not be made is in state `error`. Raises NotFound, Conflict, Exhausted.
+        """
+        if not 1 <= count <= _MAX_CHILDREN:
+            raise Invalid(f"count is {count}", hint=f"use 1 to {_MAX_CHILDREN}")
+        ids = [new_sandbox_id() for _ in range(count)]
+        async with self._db.write() as session:
+            row = await _find(session, caller, sandbox_id)
+            children = [_child(row, each, caller, timeout_s) for each in ids]
+            await self._quotas.check(session, caller.team_id, [_shape(each) for each in children])
+            held = await self._begin(
+                session, row, Kind.FORK, {State.RUNNING}, State.SNAPSHOTTING, children=ids
+            )
+            for child in children:
+                child.operation_id = held.operation_id
+                session.add(child)
+                _tell(session, child, "sandbox.starting", parent=sandbox_id)
+            audit.record(session, caller, "sandbox.forked", "sandbox", sandbox_id, children=ids)
+        self._events.wake()
+        await self._operations.run(held)
+        async with self._db.read() as session:
+            rows = await session.scalars(select(Row).where(Row.sandbox_id.in_(ids)))
+            return sorted(rows, key=lambda each: ids.index(each.sandbox_id))
+
+    async def _do_fork(self, held: Held) -> None:
+        made: dict[str, str | SandmartinError] = {}
+
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            ids: list[str] = held.arguments["children"]
+            # Those of a try whose answer was lost.
+            there = {each.sandbox_id: each.address for each in await agent.list_sandboxes()}
+            made.update({each: there[each] for each in ids if each in there})
+            missing = tuple(each for each in ids if each not in there)
+            if missing:
+                for child in await agent.fork(row.sandbox_id, missing, row.timeout_s):
+                    made[child.sandbox_id] = child.error or child.address
+            return {}
+
+        async def settle(session: AsyncSession, _: Row, error: SandmartinError | None) -> None:
+            for each in held.arguments["children"]:
+                child = await session.get(Row, each)
+                if child is None or child.operation_id != held.operation_id:
+                    continue
+                outcome = made.get(each, error or Unavailable("it was not made"))
+                await _settle_child(session, child, outcome)
+
+        await self._perform(held, act, State.RUNNING, "sandbox.forked", settle=settle)
+
+    async def checkpoint(self, caller: Caller, sandbox_id: str, comment: str = "") -> Checkpoint:
+        """A snapshot in a sandbox's own history; it goes on. Raises NotFound, Conflict."""
+        async with self._db.write() as session:
+            row = await _find(session, caller, sandbox_id)
+            held = await self._begin(
+                session,
+                row,
+                Kind.CHECKPOINT,
+                {State.RUNNING},
+                State.SNAPSHOTTING,
+                comment=comment[:1000],
+            )
+            audit.record(session, caller, "checkpoint.created", "sandbox", sandbox_id)
+        self._events.wake()
+        checkpoint = await self._operations.run(held)
+        assert isinstance(checkpoint, Checkpoint)
+        return checkpoint
+
+    async def _do_checkpoint(self, held: Held) -> Checkpoint:
+        made: list[Checkpoint] = []
+
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            if held.attempts > 1:
+                # Whoever asked is gone, and it may be there already.
+                raise Conflict("the answer to a checkpoint was lost")
+            made.append(await agent.create_checkpoint(row.sandbox_id, held.arguments["comment"]))
+            return {}
+
+        await self._perform(held, act, State.RUNNING, "checkpoint.created")
+        return made[0]
+
+    async def rollback(self, caller: Caller, sandbox_id: str, checkpoint_id: str) -> Row:
+        """Return to a checkpoint; what came after it is gone. Raises NotFound, Conflict."""
+        row = await self.get(caller, sandbox_id)
+        known = await (await self._agent(row)).list_checkpoints(sandbox_id)
+        if checkpoint_id not in {each.checkpoint_id for each in known}:
+            raise NotFound(f"sandbox {sandbox_id} has no checkpoint {checkpoint_id[:80]!r}")
+        during = State.PAUSING if row.state == State.RUNNING else State.RESUMING
+        return await self._operate(
+            caller,
+            sandbox_id,
+            Kind.ROLLBACK,
+            {State(row.state)} & {State.RUNNING, State.PAUSED},
+            during,
+            "rolled_back",
+            checkpoint_id=checkpoint_id,
+        )
+
+    async def _do_rollback(self, held: Held) -> None:
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            woken = await agent.rollback(row.sandbox_id, held.arguments["checkpoint_id"])
+            return {"host_ip": woken.address}
+
+        await self._perform(held, act, State.RUNNING, "sandbox.rolled_back")
+
+    async def snapshot(
+        self, caller: Caller, sandbox_id: str, name: str, *, live: bool = False
+    ) -> tables.Template:
+        """Make a template of a sandbox, which is paused then, or goes on if `live`.
+
+        Raises NotFound, Invalid, AlreadyExists, Conflict.
+        """
+        sources = {State.RUNNING} if live else {State.RUNNING, State.PAUSED}
+        async with self._db.write() as session:
+            row = await _find(session, caller, sandbox_id)
+            template = await self._templates.add(session, caller, name, row)
+            held = await self._begin(
+                session,
+                row,
+                Kind.SNAPSHOT,
+                sources,
+                State.SNAPSHOTTING,
+                template_id=template.template_id,
+                agent_name=template.agent_name,
+                live=live,
+            )
+            audit.record(
+                session, caller, "template.created", "template", name, sandbox_id=sandbox_id
+            )
+        self._events.wake()
+        await self._operations.run(held)
+        async with self._db.read() as session:
+            made = await session.get(tables.Template, template.template_id)
+        if made is None:
+            raise NotFound(f"template {name!r} was deleted as soon as it was made")
+        return made
+
+    async def _do_snapshot(self, held: Held) -> None:
+        name, live = held.arguments["agent_name"], held.arguments["live"]
+        size_bytes: list[int] = []
+
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            there = {each.name: each for each in await agent.list_templates()}
+            if name in there:
+                # Made by a try whose answer was lost.
+                size_bytes.append(there[name].size_bytes)
+            else:
+                if held.state_before == State.PAUSED:
+                    await agent.resume(row.sandbox_id, None)
+                made = await agent.create_snapshot(row.sandbox_id, name, live=live)
+                size_bytes.append(made.size_bytes)
+            return {} if live else {"host_ip": ""}
+
+        async def settle(session: AsyncSession, row: Row, error: SandmartinError | None) -> None:
+            assert row.host_id is not None
+            template_id = held.arguments["template_id"]
+            if error is None:
+                await self._templates.made(session, template_id, row.host_id, size_bytes[0])
+            else:
+                await self._templates.forget(session, template_id)
+
+        done = State.RUNNING if live else State.PAUSED
+        await self._perform(held, act, done, "template.created", settle=settle)
+
+    # How all of it goes.
+
+    async def _operate(
+        self,
+        caller: Caller,
+        sandbox_id: str,
+        kind: Kind,
+        sources: Collection[State],
+        during: State,
+        action: str,
+        *,
+        values: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Row:
+        async with self._db.write() as session:
+            row = await _find(session, caller, sandbox_id)
+            held = await self._begin(
+                session, row, kind, sources, during, values=values, **arguments
+            )
+            audit.record(session, caller, f"sandbox.{action}", "sandbox", sandbox_id)
+        self._events.wake()
+        return await self._finished(caller, held)
+
+    async def _finished(self, caller: Caller, held: Held) -> Row:
+        self._events.wake()
+        await self._operations.run(held)
+        return await self.get(caller, held.sandbox_id)
+
+    async def _begin(
+        self,
+        session: AsyncSession,
+        row: Row,
+        kind: Kind,
+        sources: Collection[State],
+        during: State,
+        *,
+        values: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Held:
+        """Change the state and note the operation, in one transaction. Raises Conflict."""
+        if row.state not in sources:
+            raise _unfit(row, f"be {_DONE[kind]}")
+        held = self._operations.begin(
+            session, row.sandbox_id, kind, state_before=row.state, **arguments
+        )
+        changes = {**(values or {}), "operation_id": held.operation_id}
+        await move(session, row, during, sources=sources, **changes)
+        _tell(session, row, f"sandbox.{during}")
+        return held
+
+    async def _perform(
+        self,
+        held: Held,
+        act: Callable[[Agent, Row], Awaitable[dict[str, Any]]],
+        done: State,
+        event: str,
+        *,
+        settle: Callable[[AsyncSession, Row, SandmartinError | None], Awaitable[None]]
+        | None = None,
+    ) -> None:
+        """Do an operation's work on its host and apply what came of it.
+
+        An error that the host reports is applied as what the host then has. Raises it.
+        """
+        async with self._db.read() as session:
+            row = await session.get(Row, held.sandbox_id)
+        if row is None or row.operation_id != held.operation_id:
+            raise Overtaken(f"{held.kind} of sandbox {held.sandbox_id} was overtaken")
+        agent = await self._agent(row)
+        error: SandmartinError | None = None
+        values: dict[str, Any] = {}
+        try:
+            values = await act(agent, row)
+        except (Unavailable, TimedOut) as failure:
+            if not failure.answered:
+                raise
+            error = failure
+        except SandmartinError as failure:
+            error = failure
+        self._operations.step(f"{held.kind}:done")
+        reason = ""
+        if error is not None:
+            done, values = await self._seen(agent, row, held)
+            reason, event = error.message if done is State.ERROR else "", f"sandbox.{done}"
+        async with self._db.write() as session:
+            await self._operations.finish(session, held, error)
+            fresh = await session.get(Row, held.sandbox_id)
+            assert fresh is not None
+            changes = {**values, "operation_id": None, "reason": reason}
+            await observe(session, fresh, done, operation=held.operation_id, **changes)
+            if settle is not None:
+                await settle(session, fresh, error)
+            told = {"error": error.message} if error else {}
+            _tell(session, fresh, event, **told)
+        self._operations.step(f"{held.kind}:applied")
+        self._events.wake()
+        if error is not None:
+            raise error
+
+    async def _seen(self, agent: Agent, row: Row, held: Held) -> tuple[State, dict[str, Any]]:
+        """What a host has of a sandbox after something failed. Raises Unavailable."""
+        infos = {each.sandbox_id: each for each in await agent.list_sandboxes()}
+        info = infos.get(row.sandbox_id)
+        if info is None:
+            gone = held.kind is Kind.DESTROY
+            ended = {"ended_at": time.time()} if gone else {}
+            return State.STOPPED if gone else State.ERROR, {"host_ip": "", **ended}
+        state = state_of(info)
+        if state in TRANSITIONAL:
+            raise Unavailable(f"sandbox {row.sandbox_id} is still {state} on its host")
+        return state, {"host_ip": info.address}
+
+
+# Rows.
+
+
+_DONE = {
+    Kind.PAUSE: "paused",
+    Kind.RESUME: "resumed",
+    Kind.FORK: "forked",
+    Kind.SNAPSHOT: "made a template of",
+    Kind.CHECKPOINT: "checkpointed",
+    Kind.ROLLBACK: "rolled back",
+}
+
+
+async def _find(session: AsyncSession, caller: Caller, sandbox_id: str) -> Row:
+    row = await session.get(Row, sandbox_id)
+    if row is None or row.team_id != caller.team_id:
+        raise NotFound(f"there is no sandbox {sandbox_id[:80]!r}")
+    return row
+
+
+def _unfit(row: Row, what: str) -> Conflict:
+    hint = {State.PAUSED: "resume it first", State.ERROR: "destroy it"}.get(State(row.state), "")
+    why = f" ({row.reason})" if row.reason else ""
+    return Conflict(f"sandbox {row.sandbox_id} is {row.state}{why} and cannot {what}", hint=hint)
+
+
+async def move(
+    session: AsyncSession, row: Row, to: State, *, sources: Collection[State], **values: Any
+) -> None:
+    """What was asked for: one guarded change of state. Raises Conflict."""
+    legal = frozenset(sources) & sources_of(to)
+    await _change(session, row, to, Row.state.in_(legal), Row.operation_id.is_(None), **values)
+
+
+async def observe(
+    session: AsyncSession, row: Row, to: State, *, operation: str | None = None, **values: Any
+) -> None:
+    """What was seen on a host, or ended: one guarded change of state. Raises Overtaken.
+
+    With `operation` only while that is what is done to the sandbox.
+    """
+    fence = [Row.operation_id == operation] if operation is not None else []
+    try:
+        await _change(session, row, to, Row.state == row.state, *fence, **values)
+    except Conflict as error:
+        raise Overtaken(error.message) from error
+
+
+async def _change(
+    session: AsyncSession, row: Row, to: State, *conditions: Any, **values: Any
+) -> None:
+    values = {"state": to, "state_at": time.time(), **values}
+    if to is State.RUNNING:
+        values.setdefault("reason", "")
+    done = await session.execute(
+        update(Row)
+        .where(Row.sandbox_id == row.sandbox_id, *conditions)
+        .values(values)
+        .execution_options(synchronize_session=False)
+    )
+    if not done.rowcount:  # type: ignore[attr-defined]
+        raise Conflict(
+            f"sandbox {row.sandbox_id} is {row.state}, and something else is being done to it",
+            hint="try again in a moment",
+        )
+    await session.refresh(row)
+
+
+async def _overtake(session: AsyncSession, row: Row) -> None:
+    """Whatever is done to the sandbox counts no more."""
+    if row.operation_id is not None:
+        await session.execute(
+            update(tables.Operation)
+            .where(
+                tables.Operation.operation_id == row.operation_id,
+                tables.Operation.finished_at.is_(None),
+            )
+            .values(finished_at=time.time(), error_code=Overtaken.code, arguments={})
+        )
+
+
+def state_of(info: SandboxInfo) -> State:
+    """What a host says of a sandbox, in our words."""
+    try:
+        return State(info.state)
+    except ValueError:
+        return State.ERROR
+
+
+def _tell(session: AsyncSession, row: Row, kind: str, **data: Any) -> None:
+    events.record(session, row.team_id, kind, row.sandbox_id, state=row.state, **data)
+
+
+def _spec_of(new: NewRow, template: tables.Template) -> SandboxSpec:
+    """What the agent will be asked for, defaults filled in. Raises Invalid."""
+    snapshot = template.kind == "snapshot"
+    return SandboxSpec(
+        sandbox_id=new_sandbox_id(),
+        template=template.agent_name,
+        vcpus=template.vcpus if snapshot else new.vcpus or DEFAULT_VCPUS,
+        memory_mb=template.memory_mb if snapshot else new.memory_mb or DEFAULT_MEMORY_MB,
+        disk_size_mb=max(new.disk_size_mb or DEFAULT_DISK_SIZE_MB, template.disk_size_mb),
+        timeout_s=new.timeout_s,
+    )
+
+
+def _need(spec: SandboxSpec, template: tables.Template) -> Need:
+    return Need(
+        template_id=template.template_id,
+        template=template.name,
+        vcpus=spec.vcpus,
+        memory_mb=spec.memory_mb,
+    )
+
+
+def _shape(row: Row) -> SandboxSpec:
+    return SandboxSpec(
+        sandbox_id=row.sandbox_id,
+        template=row.agent_template,
+        vcpus=row.vcpus,
+        memory_mb=row.memory_mb,
+        disk_size_mb=row.disk_size_mb,
+    )
+
+
+def _child(parent: Row, child_id: str, caller: Caller, timeout_s: int | None) -> Row:
+    now = time.time()
+    return Row(
+        sandbox_id=child_id,
+        team_id=parent.team_id,
+        host_id=parent.host_id,
+        template=parent.template,
+        agent_template=parent.agent_template,
+        state=State.STARTING,
+        state_at=now,
+        vcpus=parent.vcpus,
+        memory_mb=parent.memory_mb,
+        disk_size_mb=parent.disk_size_mb,
+        timeout_s=parent.timeout_s if timeout_s is None else timeout_s,
+        on_timeout=parent.on_timeout,
+        labels=dict(parent.labels),
+        parent_id=parent.sandbox_id,
+        created_by=caller.actor_id,
+        created_at=now,
+    )
+
+
+async def _settle_child(session: AsyncSession, child: Row, outcome: str | SandmartinError) -> None:
+    """A child runs at an address, or is the error why it does not."""
+    if isinstance(outcome, str):
+        now = time.time()
+        await observe(
+            session, child, State.RUNNING, operation_id=None, host_ip=outcome, started_at=now
+        )
+        _tell(session, child, "sandbox.running")
+    else:
+        await observe(session, child, State.ERROR, operation_id=None, reason=outcome.message)
+        _tell(session, child, "sandbox.error", error=outcome.message)
+
+
+def _cursor(row: Row) -> str:
+    return f"{row.created_at!r}_{row.sandbox_id}"
+
+
+def _read_cursor(cursor: str) -> tuple[float, str]:
+    created_at, _, sandbox_id = cursor.partition("_")
+    try:
+        return float(created_at), sandbox_id
+    except ValueError as error:
+        raise Invalid("the cursor is none of ours", hint="use `next` of the page before") from error

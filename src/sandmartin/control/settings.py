@@ -1,0 +1,55 @@
+"""Settings of one control plane, from flags, `SANDMARTIN_*` and a TOML file, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sandmartin.model import load_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """Settings of one replica of the control plane."""
+
+    #: The database where no URL is given, the secret key, and what `up` runs.
+    data_dir: Path = Path("/var/lib/sandmartin")
+    #: `postgresql://…` or `sqlite:///…`; empty for SQLite in the data directory.
+    database_url: str = field(default="", repr=False)
+    #: Seals what must be read again; empty for a key in the data directory.
+    secret_key: str = field(default="", repr=False)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    #: How the world reaches us: for links, OAuth and cookies. Empty for what we listen on.
+    public_url: str = ""
+    #: Who may sign up: `open`, `invited`, or `closed`.
+    sign_up: str = "invited"
+    github_client_id: str = ""
+    github_client_secret: str = field(default="", repr=False)
+    max_sandboxes: int = 100
+    max_vcpus: int = 200
+    max_memory_mb: int = 200 * 1024
+    #: A host that did not answer for so long is unreachable.
+    unreachable_s: float = 90.0
+    reconcile_s: float = 5.0
+
+    @classmethod
+    def load(
+        cls,
+        flags: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+        file: Path | None = None,
+    ) -> ControlSettings:
+        """As `Settings.load` has it. Raises Invalid."""
+        return load_settings(cls, flags, environ, file)
+
+    @property
+    def url(self) -> str:
+        """The database."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'control.sqlite3'}"
+
+    @property
+    def base_url(self) -> str:
+        return self.public_url.rstrip("/") or f"http://{self.host}:{self.port}"

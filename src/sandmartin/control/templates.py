@@ -1,0 +1,210 @@
+"""Templates: what sandboxes start from, each a team's or the platform's.
+
+Hosts know no teams: there a team's template has a name made from its id. The platform's templates
+are those that hosts bring with them, under their own names; they are nobody's to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from uuid import uuid4
+
+from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sandmartin.control import audit, events, tables
+from sandmartin.control.caller import Caller
+from sandmartin.control.db import Database
+from sandmartin.control.hosts import Hosts
+from sandmartin.control.states import ALIVE, TemplateState
+from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement
+from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound
+from sandmartin.model import check_name, random_id
+from sandmartin.transport import Template as AgentTemplate
+
+Row = tables.Template
+#: A team's template on a host.
+_OF_A_TEAM = "t-"
+
+
+async def find_template(session: AsyncSession, team_id: str, name: str) -> Row:
+    """The template that a team means by `name`: its own, or the platform's. Raises NotFound."""
+    query = select(Row).where(
+        Row.team_id.in_([team_id, PLATFORM_TEAM_ID]), Row.name == check_name(name, "template name")
+    )
+    rows = {row.team_id: row for row in await session.scalars(query)}
+    row = rows.get(team_id) or rows.get(PLATFORM_TEAM_ID)
+    if row is None or row.state == TemplateState.DELETING:
+        raise NotFound(
+            f"there is no template {name!r}", hint="`sandmartin template ls` shows those there are"
+        )
+    if row.state == TemplateState.MAKING:
+        raise Conflict(f"template {name!r} is still being made", hint="try again in a moment")
+    return row
+
+
+class Templates:
+    """The templates of all teams."""
+
+    def __init__(self, db: Database, hosts: Hosts) -> None:
+        self._db = db
+        self._hosts = hosts
+
+    async def list(self, caller: Caller, kind: str = "") -> Sequence[Row]:
+        """The team's own and the platform's, newest first."""
+        query = select(Row).where(
+            Row.team_id.in_([caller.team_id, PLATFORM_TEAM_ID]), Row.state == TemplateState.READY
+        )
+        if kind:
+            query = query.where(Row.kind == kind)
+        async with self._db.read() as session:
+            return (await session.scalars(query.order_by(Row.created_at.desc()))).all()
+
+    # Made of a sandbox, in the transactions of the operation that makes it.
+
+    async def add(
+        self, session: AsyncSession, caller: Caller, name: str, sandbox: tables.Sandbox
+    ) -> Row:
+        """A template that is about to be made. Raises Invalid, AlreadyExists."""
+        check_name(name, "template name")
+        taken = select(Row).where(
+            Row.team_id.in_([caller.team_id, PLATFORM_TEAM_ID]), Row.name == name
+        )
+        if (await session.scalar(taken)) is not None:
+            raise AlreadyExists(
+                f"template {name!r} exists already", hint="choose another name, or delete it first"
+            )
+        row = Row(
+            template_id=str(uuid4()),
+            team_id=caller.team_id,
+            name=name,
+            agent_name=f"{_OF_A_TEAM}{random_id(20)}",
+            kind="snapshot",
+            state=TemplateState.MAKING,
+            vcpus=sandbox.vcpus,
+            memory_mb=sandbox.memory_mb,
+            disk_size_mb=sandbox.disk_size_mb,
+            created_at=time.time(),
+            created_by=caller.actor_id,
+        )
+        session.add(row)
+        await session.flush()
+        return row
+
+    async def made(
+        self, session: AsyncSession, template_id: str, host_id: str, size_bytes: int
+    ) -> None:
+        """It is there, on one host."""
+        row = await session.get(Row, template_id)
+        if row is not None:
+            row.state, row.size_bytes = TemplateState.READY, size_bytes
+            session.add(TemplatePlacement(template_id=template_id, host_id=host_id))
+
+    async def forget(self, session: AsyncSession, template_id: str) -> None:
+        """It was not made."""
+        await session.execute(delete(Row).where(Row.template_id == template_id))
+
+    # Deleting.
+
+    async def delete(self, caller: Caller, name: str) -> None:
+        """Delete a template of the caller's team, here and on every host that has it.
+
+        Raises NotFound, Denied for one of the platform's, Conflict while something needs it,
+        Unavailable when a host that has it cannot be reached.
+        """
+        async with self._db.write() as session:
+            row = await find_template(session, caller.team_id, name)
+            if row.team_id == PLATFORM_TEAM_ID and caller.team_id != PLATFORM_TEAM_ID:
+                raise Denied(
+                    f"template {name!r} belongs to the platform",
+                    hint="only an administrator of the platform can delete it",
+                )
+            await _check_unneeded(session, row)
+            row.state = TemplateState.DELETING
+            placed = select(TemplatePlacement.host_id).where(
+                TemplatePlacement.template_id == row.template_id
+            )
+            host_ids = (await session.scalars(placed)).all()
+        try:
+            for host_id in host_ids:
+                agent = await self._hosts.agent(host_id)
+                with contextlib.suppress(NotFound):
+                    await agent.delete_snapshot(row.agent_name)
+        except BaseException:
+            async with self._db.write() as session:
+                kept = await session.get(Row, row.template_id)
+                if kept is not None:
+                    kept.state = TemplateState.READY
+            raise
+        async with self._db.write() as session:
+            await self.forget(session, row.template_id)
+            events.record(session, row.team_id, "template.deleted", name=row.name)
+            audit.record(session, caller, "template.deleted", "template", name)
+
+    # What hosts bring.
+
+    async def sync(self, host_id: str, found: Sequence[AgentTemplate]) -> None:
+        """Note which templates a host has; what it brings itself is the platform's."""
+        by_name = {each.name: each for each in found}
+        async with self._db.write() as session:
+            known = {row.agent_name: row for row in await session.scalars(select(Row))}
+            placed = set(
+                await session.scalars(
+                    select(TemplatePlacement.template_id).where(
+                        TemplatePlacement.host_id == host_id
+                    )
+                )
+            )
+            for name, each in by_name.items():
+                row = known.get(name)
+                if row is None and not name.startswith(_OF_A_TEAM):
+                    row = _of_the_platform(each)
+                    session.add(row)
+                    await session.flush()
+                ready = row is not None and row.state == TemplateState.READY
+                if row is not None and ready and row.template_id not in placed:
+                    session.add(TemplatePlacement(template_id=row.template_id, host_id=host_id))
+            gone = [
+                row.template_id
+                for row in known.values()
+                if row.template_id in placed and row.agent_name not in by_name
+            ]
+            if gone:
+                await session.execute(
+                    delete(TemplatePlacement).where(
+                        TemplatePlacement.host_id == host_id,
+                        TemplatePlacement.template_id.in_(gone),
+                    )
+                )
+
+
+async def _check_unneeded(session: AsyncSession, row: Row) -> None:
+    sandbox = tables.Sandbox
+    query = select(sandbox.sandbox_id).where(
+        sandbox.agent_template == row.agent_name, sandbox.state.in_(ALIVE)
+    )
+    users = (await session.scalars(query.limit(6))).all()
+    if users:
+        more = " and more" if len(users) > 5 else ""
+        raise Conflict(
+            f"template {row.name!r} is needed by {', '.join(users[:5])}{more}",
+            hint="destroy them first",
+        )
+
+
+def _of_the_platform(found: AgentTemplate) -> Row:
+    return Row(
+        template_id=str(uuid4()),
+        team_id=PLATFORM_TEAM_ID,
+        name=found.name,
+        agent_name=found.name,
+        kind=found.kind,
+        state=TemplateState.READY,
+        vcpus=found.vcpus,
+        memory_mb=found.memory_mb,
+        disk_size_mb=found.disk_size_mb,
+        size_bytes=found.size_bytes,
+        created_at=time.time(),
+    )
