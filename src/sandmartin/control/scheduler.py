@@ -109,7 +109,7 @@ async def _used(session: AsyncSession) -> dict[str, _Used]:
     found = await session.execute(query)
     return {
         host: _Used(int(vcpus), int(mb), count)
-        for host, vcpus, mb, count in found.tuples()
+        for host, vcpus, mb, count in found
         if host is not None
     }
 

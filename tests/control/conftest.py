@@ -1,0 +1,201 @@
+"""Fixtures of the control plane's tests: a database of each kind, hosts on fakes, a client.
+
+A test that takes `database_url` runs on SQLite and on a real PostgreSQL. The hosts are real agents
+over their real RPC, whose VMs are fakes (`tests.fakes_agent`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from sandmartin.agent.server import serve_machine
+from sandmartin.control import tables
+from sandmartin.control.app import create_app
+from sandmartin.control.bootstrap import ensure_platform
+from sandmartin.control.hosts import HostFacts
+from sandmartin.control.keys import add_key
+from sandmartin.control.migrations import upgrade
+from sandmartin.control.operations import Timing
+from sandmartin.control.platform import Platform, open_platform
+from sandmartin.control.reconciler import Pace
+from sandmartin.control.settings import ControlSettings
+from sandmartin.model import random_id
+from tests import postgres
+from tests.fakes_agent import Fakes, machine_directory, make_machine
+
+#: Nothing waits for longer than a moment.
+TIMING = Timing(lease_s=2.0, pick_up_s=0.05, retry_s=0.05, grace_s=5.0)
+PACE = Pace(period_s=0.05, unreachable_s=0.5, unknown_s=0.3, grace_s=0.2)
+DEADLINE_S = 20.0
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Server]:
+    with postgres.running_server() as server:
+        upgrade(server.create("migrated"))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.sqlite3"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A fresh database, its tables there."""
+    if request.param == "sqlite":
+        path = tmp_path / "control.sqlite3"
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), path)
+        yield f"sqlite:///{path}"
+        return
+    server: postgres.Server = request.getfixturevalue("postgres_server")
+    name = f"test_{random_id(12)}"
+    yield server.create(name, template="migrated")
+    server.drop(name)
+
+
+@dataclass
+class RunningHost:
+    """An agent that serves, and its fakes."""
+
+    name: str
+    directory: Path
+    fakes: Fakes = field(repr=False)
+    leave: asyncio.Event
+    task: asyncio.Task[None]
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.fakes.machine.settings.socket}"
+
+    async def stop(self) -> None:
+        """End the agent; its VMs run on."""
+        self.leave.set()
+        await asyncio.wait({self.task})
+        self.fakes.data.close()
+
+
+async def start_host(directory: Path, name: str = "one", **settings: object) -> RunningHost:
+    """An agent on `directory`; a second one on the same finds what the first one left."""
+    fakes = make_machine(directory, **settings)  # type: ignore[arg-type]
+    leave, ready = asyncio.Event(), asyncio.Event()
+    task = asyncio.create_task(
+        serve_machine(fakes.machine, announce=lambda _: ready.set(), leave=leave)
+    )
+    waiting = asyncio.ensure_future(ready.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+    return RunningHost(name, directory, fakes, leave, task)
+
+
+@contextlib.asynccontextmanager
+async def running_host(name: str = "one", **settings: object) -> AsyncIterator[RunningHost]:
+    with machine_directory() as directory:
+        host = await start_host(directory, name, **settings)
+        try:
+            yield host
+        finally:
+            await host.stop()
+
+
+@pytest.fixture
+async def host() -> AsyncIterator[RunningHost]:
+    async with running_host() as host:
+        yield host
+
+
+def facts_of(host: RunningHost) -> HostFacts:
+    return HostFacts(
+        name=host.name,
+        address=host.address,
+        cpus=4,
+        memory_mb=16 * 1024,
+        disk_free_mb=100 * 1024,
+        cpu_overcommit=16.0,
+        memory_overhead_mb=0,
+        accel="tcg",
+        version="0",
+    )
+
+
+@contextlib.asynccontextmanager
+async def running_platform(
+    database_url: str, directory: Path, *hosts: RunningHost, **settings: object
+) -> AsyncIterator[Platform]:
+    """A replica that works, with these hosts."""
+    made = ControlSettings(
+        data_dir=directory / "control",
+        database_url=database_url,
+        **settings,  # type: ignore[arg-type]
+    )
+    async with open_platform(made, timing=TIMING, pace=PACE) as platform:
+        await ensure_platform(platform.db)
+        for host in hosts:
+            await platform.hosts.ensure_local(facts_of(host))
+        await platform.reconciler.tick()
+        async with platform.working():
+            yield platform
+
+
+@pytest.fixture
+async def platform(database_url: str, tmp_path: Path, host: RunningHost) -> AsyncIterator[Platform]:
+    async with running_platform(database_url, tmp_path, host) as platform:
+        yield platform
+
+
+@dataclass(frozen=True)
+class Team:
+    """A team with a key, and a client that has it."""
+
+    team_id: str
+    key: str
+    http: httpx.AsyncClient
+
+
+async def make_team(platform: Platform, name: str = "swifts") -> tuple[str, str]:
+    """A new team's id, and its key."""
+    team_id = str(uuid4())
+    async with platform.db.write() as session:
+        session.add(tables.Team(team_id=team_id, name=name, created_at=time.time()))
+        await session.flush()
+        _, key = add_key(session, team_id, "test", "test")
+    return team_id, key
+
+
+@contextlib.asynccontextmanager
+async def client_of(platform: Platform, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application itself, without a network between."""
+    transport = httpx.ASGITransport(create_app(platform), raise_app_exceptions=False)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://control", headers=headers, timeout=DEADLINE_S
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+async def team(platform: Platform) -> AsyncIterator[Team]:
+    team_id, key = await make_team(platform)
+    async with client_of(platform, **{"x-api-key": key}) as http:
+        yield Team(team_id, key, http)
+
+
+@pytest.fixture
+async def other_team(platform: Platform) -> AsyncIterator[Team]:
+    team_id, key = await make_team(platform, "swallows")
+    async with client_of(platform, **{"x-api-key": key}) as http:
+        yield Team(team_id, key, http)

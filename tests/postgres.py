@@ -1,0 +1,96 @@
+"""A real PostgreSQL server of the tests' own, on a socket and port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+
+_BINARIES = "/usr/lib/postgresql/*/bin"
+_OWNER = "postgres"
+_PORT = 54329
+#: A database that is lost with the machine need not be synced.
+_OPTIONS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+
+
+def find_binaries() -> Path | None:
+    """Where the newest installed server is; None when there is none."""
+    found = sorted(Path("/").glob(_BINARIES.lstrip("/")))
+    return found[-1] if found else None
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def url(self, name: str) -> str:
+        return f"postgresql://{_OWNER}@/{name}?host={self.directory}&port={_PORT}"
+
+    def execute(self, statement: str) -> None:
+        async def run() -> None:
+            connection = await asyncpg.connect(
+                host=str(self.directory), port=_PORT, user=_OWNER, database="postgres"
+            )
+            try:
+                await connection.execute(statement)
+            finally:
+                await connection.close()
+
+        asyncio.run(run())
+
+    def create(self, name: str, template: str = "template0") -> str:
+        """Make a database and return its URL."""
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        return self.url(name)
+
+    def drop(self, name: str) -> None:
+        self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+
+@contextlib.contextmanager
+def running_server() -> Iterator[Server]:
+    """A server for as long as the context lasts; it runs as a user of its own."""
+    binaries = find_binaries()
+    assert binaries is not None, "PostgreSQL is not installed"
+    directory = Path(tempfile.mkdtemp(prefix="smpg-", dir="/var/tmp"))
+    try:
+        if os.geteuid() == 0:
+            owner = pwd.getpwnam(_OWNER)
+            os.chown(directory, owner.pw_uid, owner.pw_gid)
+        data = directory / "data"
+        _run(binaries / "initdb", "-D", data, "-A", "trust", "-U", _OWNER, "--no-sync")
+        options = ["-k", directory, "-p", str(_PORT), "-c", "listen_addresses="]
+        options += [word for option in _OPTIONS for word in ("-c", option)]
+        words = " ".join(map(str, options))
+        _run(binaries / "pg_ctl", "-D", data, "-w", "-l", directory / "log", "-o", words, "start")
+        try:
+            yield Server(directory)
+        finally:
+            _run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _run(*words: object) -> None:
+    # The server refuses to run as root.
+    as_owner = []
+    if os.geteuid() == 0:
+        as_owner = ["setpriv", f"--reuid={_OWNER}", f"--regid={_OWNER}", "--init-groups", "--"]
+    subprocess.run(
+        [*as_owner, *map(os.fspath, words)],  # type: ignore[arg-type]
+        cwd="/",
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
