@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from sandmartin.agent.disk import (
     check_free,
     check_layer,
     check_size,
+    publish,
 )
-from sandmartin.errors import Exhausted, Invalid, NotFound
+from sandmartin.errors import Exhausted, Invalid, NotFound, ToolFailed
 
 
 def _image(path: Path, size_bytes: int) -> Path:
@@ -80,6 +83,34 @@ def test_layer_with_a_forged_header_is_refused(tmp_path: Path, header: bytes) ->
     layer.write_bytes(header)
     with pytest.raises(Invalid, match="layer-one"):
         check_layer(layer)
+
+
+def test_what_is_no_file_of_its_own_becomes_no_image(tmp_path: Path) -> None:
+    # A program that parses what guests wrote, and was misled, leaves something in its place.
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x")
+    secret.chmod(0o600)
+    target = tmp_path / "new" / "rootfs.ext4"
+    target.parent.mkdir()
+    found = tmp_path / "found"
+    leaves: list[Callable[[], None]] = [
+        lambda: found.symlink_to(secret),
+        lambda: found.hardlink_to(secret),
+        lambda: os.mkfifo(found),
+        lambda: found.mkdir(),
+    ]
+    for leave in leaves:
+        leave()
+        with pytest.raises(ToolFailed, match="image new was not made"):
+            publish(found, target)
+        if found.is_dir():
+            found.rmdir()
+        else:
+            found.unlink()
+    assert secret.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ToolFailed, match="No such file"):
+        publish(found, target)
+    assert list(target.parent.iterdir()) == []
 
 
 def test_floor_of_free_space(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandmartin.agent import files
-from sandmartin.agent.proc import run
+from sandmartin.agent.proc import run, unprivileged
 from sandmartin.errors import DiskFull, Exhausted, Invalid, NotFound, ToolFailed
 from sandmartin.model import random_id
 
@@ -140,16 +141,17 @@ class Layers:
             target.parent.chmod(0o711)
             flat = Path(directory, "rootfs.ext4")
             source = "json:" + json.dumps(self._chain(image, names))
-            as_owner = ["setpriv", f"--reuid={self._uid}", f"--regid={self._uid}"]
-            as_owner += ["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--"]
             convert = ["qemu-img", "convert", "-W", "-S", "4k", "-O", "raw", source]
+            words = [*unprivileged(self._uid), *convert, os.fspath(flat)]
             try:
-                await run([*as_owner, *convert, os.fspath(flat)], deadline_s=_COPY_DEADLINE_S)
+                await run(words, deadline_s=_COPY_DEADLINE_S)
             except ToolFailed as error:
                 if os.strerror(errno.ENOSPC) in error.message:
                     raise files.disk_full(target) from error
                 raise
-            await asyncio.to_thread(_publish, flat, target)
+            # Nobody puts another file there from here on.
+            os.chown(directory, 0, 0)
+            await asyncio.to_thread(publish, flat, target)
 
     def _chain(self, image: Path, names: Sequence[str]) -> dict[str, object]:
         node: dict[str, object] = {"driver": "raw", "file": _file_node(image)}
@@ -159,10 +161,24 @@ class Layers:
         return node
 
 
-def _publish(image: Path, target: Path) -> None:
-    os.chown(image, 0, 0)
-    image.chmod(0o444)
-    files.sync(image)
+def publish(image: Path, target: Path) -> None:
+    """Put an image in its place, whole, root's and read-only; it then survives a power cut.
+
+    Raises ToolFailed when it is not a plain file, as a program that a guest misled might leave.
+    """
+    try:
+        handle = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ToolFailed(f"image {target.parent.name} was not made: {error.strerror}") from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise ToolFailed(f"image {target.parent.name} was not made as a file of its own")
+        os.fchown(handle, 0, 0)
+        os.fchmod(handle, 0o444)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
     image.rename(target)
     files.sync(target.parent)
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from sandmartin.agent import disk
 from sandmartin.agent.admission import check_room, memory_left_mb
 from sandmartin.agent.disk import Image
+from sandmartin.agent.images import Growth
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.metrics import Point
-from sandmartin.agent.microvm import Shape
 from sandmartin.agent.pools import ReadySandboxes, WaitingVms
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
@@ -36,7 +36,7 @@ from sandmartin.errors import (
     SandmartinError,
     Unavailable,
 )
-from sandmartin.model import SandboxSpec, State, random_id
+from sandmartin.model import SandboxSpec, Shape, State, random_id
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Host:
         await asyncio.gather(*(sandbox.adopt() for sandbox in self._sandboxes.values()))
         self._forget_stopped()
         self._templates.clean()
+        await self._grow_images()
         await machine.storage.sweep(self._needed)
         machine.tasks.watch("disk space", self._check_disk_space())
         machine.tasks.watch("activity", self._save_activity())
@@ -75,6 +76,19 @@ class Host:
         machine.tasks.watch("metrics", machine.sampler.run())
         machine.tasks.watch("waiting VMs", self._waiting.run())
         machine.tasks.watch("ready sandboxes", self._ready.run())
+        self._warm.open()
+
+    async def _grow_images(self) -> None:
+        machine = self._machine
+        growth = Growth(
+            machine.data.images,
+            machine.settings.layers_uid,
+            floor_mb=machine.settings.disk_floor_mb,
+            step=machine.step,
+        )
+        needed = {each.manifest.image for each in self._templates.snapshots()}
+        needed |= {each.image for each in self.sandboxes() if each.image is not None}
+        await growth.run(needed)
 
     async def _read_journal(self) -> None:
         """Fill the table, and end what no entry speaks for."""
@@ -101,6 +115,7 @@ class Host:
     async def close(self) -> None:
         """End the agent; the VMs run on and the next agent adopts them."""
         self._closing = True
+        self._warm.close()
         if self._termination is not None:
             await asyncio.wait({self._termination})
         await self._machine.tasks.close()
@@ -123,6 +138,7 @@ class Host:
     async def _terminate(self) -> None:
         if self.terminated.is_set():
             return
+        self._warm.close()
         # A create in flight ends first, so that nothing is born behind the last destroy.
         await self._machine.tasks.settle()
         try:
@@ -256,11 +272,10 @@ class Host:
         origin: Image | Snapshot,
     ) -> None:
         try:
-            if isinstance(origin, Image):
-                origin = await self._warmed(origin, sandbox.entry.spec)
-            needed = names_in(origin.manifest) if isinstance(origin, Snapshot) else set()
-            with self._machine.storage.pinned(needed):
-                await start(origin)
+            async with self._warmed(origin, sandbox.entry.spec) as origin:
+                needed = names_in(origin.manifest) if isinstance(origin, Snapshot) else set()
+                with self._machine.storage.pinned(needed):
+                    await start(origin)
         except BaseException:
             # What failed before its own life began is removed here; later it undoes itself.
             if sandbox.state is State.PENDING:
@@ -269,15 +284,19 @@ class Host:
         finally:
             self._forget_stopped()
 
-    async def _warmed(self, image: Image, spec: SandboxSpec) -> Image | Snapshot:
-        """The warm snapshot of an image; the image itself where there is none to be had."""
-        if not self._machine.settings.warm:
-            return image
-        try:
-            return await self._warm.get(image, Shape(vcpus=spec.vcpus, memory_mb=spec.memory_mb))
-        except SandmartinError as error:
-            _log.warning("image %s boots cold: %s", image.name, error)
-            return image
+    @contextlib.asynccontextmanager
+    async def _warmed(
+        self, origin: Image | Snapshot, spec: SandboxSpec
+    ) -> AsyncIterator[Image | Snapshot]:
+        """The warm snapshot of an image; the origin itself where there is none to be had."""
+        shape = Shape(vcpus=spec.vcpus, memory_mb=spec.memory_mb)
+        async with contextlib.AsyncExitStack() as stack:
+            if isinstance(origin, Image) and self._warm.covers(shape):
+                try:
+                    origin = await stack.enter_async_context(self._warm.use(origin, shape))
+                except SandmartinError as error:
+                    _log.warning("template %s boots cold: %s", spec.template, error)
+            yield origin
 
     async def destroy(self, sandbox_id: str) -> None:
         """End a sandbox and free all it held. Already gone is success."""

@@ -36,6 +36,16 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | dict(extra or {})
 
 
+def unprivileged(uid: int, group: int | None = None) -> list[str]:
+    """The words before those of a program that runs as nobody but `uid`, without any right.
+
+    With `group` it has the rights of that group too.
+    """
+    words = ["setpriv", f"--reuid={uid}", f"--regid={uid}"]
+    words += ["--clear-groups" if group is None else f"--groups={group}"]
+    return [*words, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]
+
+
 @dataclass(frozen=True)
 class Finished:
     """A child that ended; `stdout` and `stderr` are bytes."""

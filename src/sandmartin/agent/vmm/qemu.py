@@ -513,10 +513,8 @@ def _confined(spec: VmSpec) -> list[str]:
     words = ["/bin/sh", "-c", _ENTER, "sandmartin-vm", *groups, "--"]
     if spec.netns is not None:
         words += ["nsenter", f"--net={spec.netns}", "--"]
-    words += ["setpriv", f"--reuid={spec.uid}", f"--regid={spec.uid}"]
     kvm = kvm_group() if spec.accel is Accel.KVM else None
-    words += ["--clear-groups" if kvm is None else f"--groups={kvm}"]
-    return [*words, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]
+    return words + proc.unprivileged(spec.uid, kvm)
 
 
 def kvm_group() -> int | None:
