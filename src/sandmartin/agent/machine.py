@@ -53,6 +53,8 @@ class Patience:
     activity_save_s: float = 15.0
     #: How often sandboxes that have idled past their time are looked for.
     reap_s: float = 1.0
+    #: How long nothing must have been asked of the host before something is folded.
+    fold_s: float = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

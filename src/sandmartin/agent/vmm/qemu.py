@@ -39,6 +39,7 @@ from sandmartin.model import Accel
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_Node = dict[str, object]
 
 BINARY = "qemu-system-x86_64"
 MACHINE = "microvm"
@@ -60,6 +61,8 @@ _LOG_TAIL_BYTES = 600
 _TRANSLATION_MB = 256
 _VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?(?: \(([^()\n]*)\))?")
 _OLDEST = (7, 2)
+#: Name of a file that was handed over, as QEMU tells it.
+_PASSED = re.compile(r"/dev/fdset/(\d+)")
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,7 @@ class QemuVm:
             below = ""
             if top is not None:
                 below, _ = _root_disk(freezer.execute("query-block"))
-                _add_layer(freezer, top)
+                _add_layer(freezer, top, _layer_node(top.stem, None))
             began = time.monotonic()
             with freezer.stopped(cont=cont):
                 read_state = freezer.save_state()
@@ -229,6 +232,13 @@ class QemuVm:
                 # The number stands in the record too, for whoever measures.
                 _log.info("a VM stood still for %.1f ms", stopped_s * 1000, extra={"s": stopped_s})
         return read_state(), done
+
+    async def relink(self, disk: Disk) -> None:
+        def relink() -> None:
+            with Freezer(self.freezer) as freezer:
+                _relink(freezer, disk)
+
+        await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(relink)))
 
     async def load(self, state: bytes) -> None:
         def load() -> None:
@@ -284,15 +294,67 @@ def _root_disk(devices: object) -> tuple[str, int]:
     raise ToolFailed("QEMU gave something else than its disks")
 
 
-def _add_layer(freezer: Freezer, top: Path) -> None:
-    """Have QEMU open a new layer, not yet part of any disk."""
-    handle = os.open(top, os.O_RDWR | os.O_CLOEXEC)
+def _add_layer(freezer: Freezer, layer: Path, node: _Node) -> None:
+    """Have QEMU open a layer as `node`, not yet part of any disk."""
+    read_only = bool(node["read-only"])
+    handle = os.open(layer, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
         with freezer.passed(handle) as name:
-            freezer.execute("blockdev-add", _file_node(f"{top.stem}-file", name))
-            freezer.execute("blockdev-add", _layer_node(top.stem, None))
+            file = _file_node(f"{layer.stem}-file", name, read_only=read_only)
+            freezer.execute("blockdev-add", file)
+            freezer.execute("blockdev-add", node)
     finally:
         os.close(handle)
+
+
+def _relink(freezer: Freezer, disk: Disk) -> None:
+    """Have QEMU use the layers of `disk`; those it used before are closed."""
+    below, chain = "image", []
+    for path in disk.sealed:
+        chain.append(_layer_node(path.stem, below, read_only=True))
+        below = path.stem
+    chain.append(_layer_node(disk.top.stem, below))
+    there = _layer_files(freezer)
+    for path, node in zip(disk.sealed, chain, strict=False):
+        if path.stem not in there:
+            _add_layer(freezer, path, node)
+    # All at once or not at all; each must be told again what it is.
+    freezer.execute("blockdev-reopen", {"options": chain})
+    unused = {name: there[name] for name in there if name not in {n["node-name"] for n in chain}}
+    while unused:
+        closed = [name for name in unused if _close_layer(freezer, name, unused[name])]
+        if not closed:
+            _log.warning("QEMU keeps layers open: %s", ", ".join(unused))
+            return
+        for name in closed:
+            del unused[name]
+
+
+def _layer_files(freezer: Freezer) -> dict[str, str]:
+    """The layers that QEMU has open, the newest first, and by which name it opened each."""
+    nodes = freezer.execute("query-named-block-nodes", {"flat": True})
+    layers, opened = [], {}
+    for node in nodes if isinstance(nodes, list) else []:
+        match node:
+            case {"node-name": str(name), "drv": "qcow2"}:
+                layers.append(name)
+            case {"node-name": str(name), "drv": "file", "file": str(file)}:
+                opened[name] = file
+    return {name: opened.get(f"{name}-file", "") for name in layers}
+
+
+def _close_layer(freezer: Freezer, name: str, file: str) -> bool:
+    """Have QEMU close a layer; False while another stands over it."""
+    try:
+        freezer.execute("blockdev-del", {"node-name": name})
+    except ToolFailed:
+        return False
+    freezer.execute("blockdev-del", {"node-name": f"{name}-file"})
+    if passed := _PASSED.fullmatch(file):
+        # What came with QEMU's start would stay open, and its space taken, as long as QEMU lives.
+        with contextlib.suppress(ToolFailed):
+            freezer.execute("remove-fd", {"fdset-id": int(passed[1])})
+    return True
 
 
 def trim_log(log: Path) -> None:
@@ -583,7 +645,6 @@ def _device(driver: str, device_id: str, **members: object) -> list[str]:
 
 #: The layer is synced by the agent where state must survive, never by the guest's flushes.
 _CACHE = {"direct": False, "no-flush": True}
-_Node = dict[str, object]
 
 
 def _file_node(name: str, path: str, *, read_only: bool = False) -> _Node:
