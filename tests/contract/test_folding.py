@@ -15,17 +15,19 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from sandmartin.agent import proc
+from sandmartin.agent.disk import Layers
 from sandmartin.agent.folding import DEPTH
 from sandmartin.agent.host import Host
 from sandmartin.agent.memory import PAGE
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Manifest, Snapshot
-from sandmartin.errors import SandmartinError, ToolFailed
+from sandmartin.errors import Invalid, SandmartinError, ToolFailed
 from sandmartin.model import State
 from tests.contract.test_host_crash import Killer
 from tests.fakes_agent import (
@@ -48,6 +50,8 @@ MARK = b"remember this"
 #: Above a quarter of the RAM of 128 MB.
 LARGE = 33 << 20
 SOON = replace(HASTE, fold_s=0.01)
+#: Owner of sealed layers; far from those of any agent.
+_LAYERS_UID = 2_980_001
 _KIB = 1 << 10
 _DEADLINE_S = 60
 
@@ -180,28 +184,34 @@ async def test_large_checkpoint_is_folded_and_one_that_is_returned_to_often(
 
 
 async def test_who_starts_from_a_template_while_it_is_folded_gets_all_of_it(
-    fakes: Fakes, host: Host, steps: Steps, directory: Path
+    steps: Steps, directory: Path
 ) -> None:
-    await host.create(make_spec(), {})
-    make_large(fakes)
-    before = ram(fakes)
-    spec = replace(make_spec("sb3"), template=TEMPLATE)
-    # The first reads the old manifest, the others the new one while the old diff is still there.
-    for number, step in enumerate(("fold:began", "fold:replaced", "fold:dropped")):
-        child = replace(spec, sandbox_id=f"sb1{number}")
-        steps.then[step] = lambda child=child: host.create(child, {})  # type: ignore[misc]
-    await host.create_snapshot(ONE, TEMPLATE, live=True)
-    await folded(fakes, template)
-    await until(lambda: len(steps.done) == 3, "the children")
-    origins = [child.entry.ram for child in await steps.results() if isinstance(child, Sandbox)]
-    named = [origin.base for origin in origins if origin is not None]
-    new = template(fakes).manifest.base
-    assert [base == new for base in named] == [False, True, True]
-    assert {ram(fakes, f"sb1{number}") for number in range(3)} == {before}
-    for sandbox in host.sandboxes():
-        await host.destroy(sandbox.sandbox_id)
-    await host.delete_snapshot(TEMPLATE)
-    assert not find_leaks(directory)
+    first = make_machine(directory)
+    async with first.host() as host:
+        await host.create(make_spec(), {})
+        make_large(first)
+        before = ram(first)
+        await host.create_snapshot(ONE, TEMPLATE, live=True)
+    fakes = make_machine(directory, step=steps, patience=SOON)
+    spec = replace(make_spec(), template=TEMPLATE)
+    async with fakes.host() as host:
+        # The first has read the old manifest when it is replaced, and, as it is the first of this
+        # agent, makes an empty layer before it reads the diff.
+        for number, step in enumerate(("fold:base", "fold:replaced", "fold:dropped")):
+            child = replace(spec, sandbox_id=f"sb1{number}")
+            steps.then[step] = partial(host.create, child, {})
+        await folded(fakes, template)
+        await until(lambda: len(steps.done) == 3, "the children")
+        origins = [child.entry.ram for child in await steps.results() if isinstance(child, Sandbox)]
+        new = template(fakes).manifest.base
+        assert [origin is not None and origin.base == new for origin in origins] == [
+            *(False, True, True)
+        ]
+        assert {ram(fakes, f"sb1{number}") for number in range(3)} == {before}
+        for sandbox in host.sandboxes():
+            await host.destroy(sandbox.sandbox_id)
+        await host.delete_snapshot(TEMPLATE)
+        assert not find_leaks(directory)
 
 
 async def test_template_that_is_removed_while_it_is_folded_is_gone(
@@ -463,6 +473,51 @@ async def test_merge_that_cannot_be_recorded_or_taken_over_loses_nothing(
     assert not find_leaks(directory)
 
 
+@pytest.mark.root
+async def test_merge_believes_no_layer(directory: Path) -> None:
+    store, secret = directory / "store", directory / "secret"
+    store.mkdir(mode=0o711)
+    secret.write_bytes(b"secret" * 30_000)
+    image = directory / "image.raw"
+    image.write_bytes(bytes(1 << 20))
+    layers = Layers(store, _LAYERS_UID)
+    names = []
+    for pattern in (1, 2, 3):
+        top = await layers.create(directory, 2)
+        at = f"{pattern * 128}k"
+        await proc.run(["qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {at} 192k", top])
+        names.append(layers.seal(top))
+
+    async def pause() -> None:
+        pass
+
+    await layers.merge(names, 2, "merged", pause)
+    whole, merged = directory / "whole" / "rootfs", directory / "merged" / "rootfs"
+    for chain, target in ((names, whole), (["merged"], merged)):
+        target.parent.mkdir()
+        await layers.flatten(image, chain, target)
+    kib = [b"\1" * 128, b"\2" * 128, b"\3" * 192]
+    expected = b"".join(pattern * _KIB for pattern in kib)
+    assert whole.read_bytes() == merged.read_bytes()
+    assert merged.read_bytes() == (bytes(128 * _KIB) + expected).ljust(2 << 20, b"\0")
+    status = layers.path("merged").stat()
+    assert (status.st_uid, status.st_mode & 0o777) == (_LAYERS_UID, 0o400)
+    # What a guest may write into the header of its layer: more and more of it.
+    await proc.run(["qemu-img", "rebase", "-u", "-b", secret, "-F", "raw", layers.path(names[2])])
+    with pytest.raises(ToolFailed, match="null-co"):
+        await layers.merge(names, 2, "other", pause)
+    await proc.run(["qemu-img", "resize", layers.path(names[1]), "1T"])
+    with pytest.raises(ToolFailed, match="smaller"):
+        await layers.merge(names, 2, "other", pause)
+    with layers.path(names[0]).open("rb+") as file:
+        # Its data is in a file that the header names.
+        file.seek(79)
+        file.write(b"\4")
+    with pytest.raises(Invalid, match="damaged"):
+        await layers.merge(names, 2, "other", pause)
+    assert {path.name for path in store.iterdir()} == {f"{n}.qcow2" for n in (*names, "merged")}
+
+
 # Killed.
 
 
@@ -572,7 +627,7 @@ async def test_killed_at_every_step_of_a_fold(kind: str, directory: Path) -> Non
     await _fold(kind, begin, killer)
     steps = [step for step in dict.fromkeys(killer.seen) if step.startswith("fold:")]
     memory = ["fold:began", "fold:base", "fold:replaced", "fold:dropped"]
-    layers = ["fold:began", "fold:merged", "fold:recorded", "fold:relinked"]
+    layers = ["fold:began", "fold:layer", "fold:merged", "fold:recorded", "fold:relinked"]
     assert steps == (memory if kind in {"pause", "template"} else layers)
     fakes = make_machine(begin)
     async with fakes.host() as host:

@@ -316,6 +316,7 @@ class Folding:
 
     async def _merge(self, names: Sequence[str], size_mb: int, merged: str, check: _Check) -> None:
         async def pause() -> None:
+            self._machine.step("fold:layer")
             check.raise_if_unwanted()
             await self._quiet(0)
 
