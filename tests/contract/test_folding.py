@@ -474,6 +474,23 @@ async def test_merge_that_cannot_be_recorded_or_taken_over_loses_nothing(
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("step", ["fold:began", "fold:layer", "fold:merged", "fold:base"])
+async def test_agent_that_ends_in_the_middle_of_a_fold_leaves_nothing(
+    fakes: Fakes, host: Host, steps: Steps, directory: Path, step: str
+) -> None:
+    await host.create(make_spec(), {})
+    steps.then[step] = host.terminate
+    if step in {"fold:layer", "fold:merged"}:
+        await deepen(host, fakes, Content(fakes), DEPTH + 1)
+    else:
+        make_large(fakes)
+        await host.pause(ONE)
+    await until(lambda: bool(steps.done), "the fold")
+    await steps.results()
+    assert not find_leaks(directory)
+
+
+@pytest.mark.root
 async def test_merge_believes_no_layer(directory: Path) -> None:
     store, secret = directory / "store", directory / "secret"
     store.mkdir(mode=0o711)
@@ -636,11 +653,12 @@ async def test_killed_at_every_step_of_a_fold(kind: str, directory: Path) -> Non
         await host.resume(ONE, None)
         name = OTHER if kind == "template" else ONE
         expected = ram(fakes, name), await disk(fakes, host.get(ONE).entry.layers)
-    for step in steps:
-        path = directory / step.replace(":", "-")
+    cases = [(kind, step, directory / step.replace(":", "-")) for step in steps]
+    for _, _, path in cases:
         path.mkdir(mode=0o711)
         await _prepare_in(kind, path)
-        await _kill([(kind, step, path)])
+    await _kill(cases)
+    for _, step, path in cases:
         fakes = make_machine(path)
         async with fakes.host() as host:
             _assert_whole(host, fakes)
