@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from sandmartin.agent import disk
 from sandmartin.agent.admission import check_room, memory_left_mb
 from sandmartin.agent.disk import Image
+from sandmartin.agent.folding import Folding
 from sandmartin.agent.images import Growth
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
@@ -52,6 +53,7 @@ class Host:
         self._warm = WarmSnapshots(machine)
         self._waiting = WaitingVms(machine)
         self._ready = ReadySandboxes(machine, self._make_ready, self._crowded)
+        self._folding = Folding(machine, self.sandboxes, self._templates, self._needed)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -69,6 +71,7 @@ class Host:
         self._forget_stopped()
         self._templates.clean()
         await self._grow_images()
+        self._folding.tidy()
         await machine.storage.sweep(self._needed)
         machine.tasks.watch("disk space", self._check_disk_space())
         machine.tasks.watch("activity", self._save_activity())
@@ -76,6 +79,7 @@ class Host:
         machine.tasks.watch("metrics", machine.sampler.run())
         machine.tasks.watch("waiting VMs", self._waiting.run())
         machine.tasks.watch("ready sandboxes", self._ready.run())
+        machine.tasks.watch("folding", self._folding.run())
         self._warm.open()
 
     async def _grow_images(self) -> None:
@@ -330,6 +334,7 @@ class Host:
         sandbox = self.get(sandbox_id)
         if sandbox.state is State.PAUSED:
             self._admit(sandbox.entry.spec)
+        self._folding.note_start(sandbox_id, checkpoint_id)
         await self._operate("rollback", sandbox_id, sandbox.rollback(checkpoint_id))
         await self._machine.storage.sweep(self._needed)
         return sandbox
@@ -341,7 +346,10 @@ class Host:
         await self._machine.storage.sweep(self._needed)
 
     async def _operate(self, what: str, sandbox_id: str, work: Coroutine[Any, Any, _T]) -> _T:
-        return await self._machine.tasks.operate(f"{what} {sandbox_id}", work)
+        try:
+            return await self._machine.tasks.operate(f"{what} {sandbox_id}", work)
+        finally:
+            self._folding.look()
 
     async def fork(
         self, sandbox_id: str, child_ids: Sequence[str], timeout_s: int | None
@@ -394,7 +402,8 @@ class Host:
     async def delete_snapshot(self, name: str) -> None:
         """Remove a template. Raises NotFound, and Conflict when something depends on it."""
         await self._ready.drop(name)
-        await asyncio.to_thread(self._templates.remove, name, self.sandboxes())
+        async with self._folding.replacing:
+            await asyncio.to_thread(self._templates.remove, name, self.sandboxes())
         await self._machine.storage.sweep(self._needed)
 
     async def flatten(self, sandbox_id: str, name: str) -> int:

@@ -141,9 +141,13 @@ class Sandbox(Inside):
         needed = {*entry.layers, entry.top, entry.next_top}
         if entry.ram is not None:
             needed.add(entry.ram.base)
-        for snapshot in (*self._snapshots(self._paths.path), *self.checkpoints()):
+        for snapshot in self.kept_snapshots():
             needed |= names_in(snapshot.manifest)
         return needed
+
+    def kept_snapshots(self) -> list[Snapshot]:
+        """What it sleeps in while it is paused, and its checkpoints, oldest first."""
+        return [*self._snapshots(self._paths.path), *self.checkpoints()]
 
     def _snapshots(self, directory: Path) -> list[Snapshot]:
         return self._machine.storage.snapshots.list(directory)
@@ -660,6 +664,31 @@ class Sandbox(Inside):
             f"sandbox {self.sandbox_id} has no checkpoint {checkpoint_id[:80]!r}",
             hint="ListCheckpoints shows those that it has",
         )
+
+    # Folding. Whoever changes what it is made of holds `lifecycle`.
+
+    @property
+    def lifecycle(self) -> asyncio.Lock:
+        """The lock that orders its life cycle."""
+        return self._lock
+
+    def asleep_in(self) -> Snapshot | None:
+        """The snapshot of its pause, if it sleeps in that."""
+        if self.state is not State.PAUSED or self._entry.sleeps_in != self._paths.paused.name:
+            return None
+        with contextlib.suppress(NotFound, Invalid):
+            return self._machine.storage.snapshots.read(self._paths.paused)
+        return None
+
+    def replace_layers(self, layers: tuple[str, ...]) -> None:
+        """Have other sealed layers, which hold the same. Raises DiskFull."""
+        with self._all_or_nothing():
+            self._record(sync=True, layers=layers)
+
+    async def relink(self) -> None:
+        """Have the VM, if it runs, use the layers that the entry names."""
+        if self.state is State.RUNNING:
+            await self._microvm.running.relink(self._disk)
 
     # Adopting.
 

@@ -140,6 +140,13 @@ class Vm(Protocol):
         """
         ...
 
+    async def relink(self, disk: Disk) -> None:
+        """Use these sealed layers below the one that is written, instead of others.
+
+        Together they must hold the same. The VM goes on meanwhile, and as before after an error.
+        """
+        ...
+
     async def load(self, state: bytes) -> None:
         """Load a device state into a VM that was started with `incoming`; it stands still then.
 
