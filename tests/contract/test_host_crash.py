@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -327,6 +327,8 @@ _LEFT: dict[str, dict[str, tuple[State | None, bytes]]] = {
         "rollback:recorded": (State.PAUSED, THEN),
         "rollback:committed": (State.RUNNING, THEN),
     },
+    "create": {"": (None, b""), "create:running": (State.RUNNING, b"")},
+    "destroy": {"": (None, b"")},
     "flatten": {
         "": (State.RUNNING, THEN),
         "write:whole": (State.PAUSED, THEN),
@@ -336,6 +338,15 @@ _LEFT: dict[str, dict[str, tuple[State | None, bytes]]] = {
 _STAYS = {"": (State.RUNNING, THEN)}
 
 
+def left_after(operation: str, steps: Sequence[str]) -> Iterator[tuple[str, State | None, bytes]]:
+    """Each step, and what the sandbox is, and has in its memory, when the agent dies there."""
+    changes = _LEFT.get(operation, _STAYS)
+    state, content = changes[""]
+    for step in steps:
+        state, content = changes.get(step, (state, content))
+        yield step, state, content
+
+
 @pytest.mark.parametrize("operation", [*_SNAPSHOTS, _FLATTEN])
 async def test_killed_between_sleep_and_waking(
     operation: str, directories: Callable[[], Path]
@@ -343,10 +354,8 @@ async def test_killed_between_sleep_and_waking(
     cases = [(operation, step, directories()) for step in await _steps(operation)]
     assert len(cases) > 5
     _kill_agents(cases)
-    changes = _LEFT.get(operation, _STAYS)
-    state, content = changes[""]
-    for _, step, directory in cases:
-        state, content = changes.get(step, (state, content))
+    left = left_after(operation, [step for _, step, _ in cases])
+    for (_, _, directory), (step, state, content) in zip(cases, left, strict=True):
         survivors = await _survivors(directory)
         assert survivors.get(ONE) is state, f"after {step}"
         assert {survivors[each] for each in survivors if each != ONE} <= {State.RUNNING}

@@ -169,11 +169,22 @@ class Network:
             self._wanted.clear()
             try:
                 while len(self._ready) < self._settings.slot_pool_size:
-                    self._ready.append(await self._make())
+                    await self._make_ahead()
             except SandmartinError as error:
                 _log.warning("no network slot can be made ahead: %s", error)
                 await asyncio.sleep(_RETRY_S)
                 self._wanted.set()
+
+    async def _make_ahead(self) -> None:
+        making = asyncio.ensure_future(self._make())
+        try:
+            self._ready.append(await asyncio.shield(making))
+        except asyncio.CancelledError:
+            # A thread that makes one cannot be stopped: whoever ends the pool gets a whole slot.
+            await asyncio.wait({making})
+            if making.exception() is None:
+                self._ready.append(making.result())
+            raise
 
     async def _stop_refilling(self) -> None:
         if self._refilling is not None:
