@@ -242,6 +242,10 @@ class FakeVm:
             self.condition = VmStatus.RUNNING
         return state.encode(), done
 
+    async def only_read(self, layer: Path) -> None:
+        self._require()
+        assert layer.exists() and layer.stem != self._know()["top"]
+
     async def load(self, state: bytes) -> None:
         self._require()
         if self.load_failure is not None:

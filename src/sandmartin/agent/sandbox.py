@@ -611,12 +611,19 @@ class Sandbox(Inside):
         if not entry.next_top:
             return
         if await self._microvm.running.top_layer() == entry.next_top:
+            # What may be others' too is not to be changed by a monitor that was taken over.
+            await self._microvm.running.only_read(self._layer(entry.top))
             self._machine.storage.layers.seal(self._paths.layer(entry.top))
             layers = (*entry.layers, entry.top)
             self._record(sync=True, layers=layers, top=entry.next_top, next_top="")
         else:
             self._paths.layer(entry.next_top).unlink(missing_ok=True)
             self._record(next_top="")
+
+    def _layer(self, name: str) -> Path:
+        """File of a layer, sealed or not."""
+        own = self._paths.layer(name)
+        return own if own.exists() else self._machine.storage.layers.path(name)
 
     async def checkpoint(self, comment: str) -> Snapshot:
         """A snapshot that stays in its own history."""

@@ -230,6 +230,13 @@ class QemuVm:
                 _log.info("a VM stood still for %.1f ms", stopped_s * 1000, extra={"s": stopped_s})
         return read_state(), done
 
+    async def only_read(self, layer: Path) -> None:
+        def reopen() -> None:
+            with Freezer(self.freezer) as freezer:
+                _reopen_to_read(freezer, layer)
+
+        await asyncio.to_thread(reopen)
+
     async def load(self, state: bytes) -> None:
         def load() -> None:
             with Freezer(self.freezer) as freezer:
@@ -293,6 +300,26 @@ def _add_layer(freezer: Freezer, top: Path) -> None:
             freezer.execute("blockdev-add", _layer_node(top.stem, None))
     finally:
         os.close(handle)
+
+
+def _reopen_to_read(freezer: Freezer, layer: Path) -> None:
+    """Have QEMU hold no descriptor of `layer`, which lies below its top, that can write."""
+    # Putting a layer over another reopens the latter's format, but not the file below that.
+    name = f"{layer.stem}-file"
+    nodes = freezer.execute("query-named-block-nodes", {"flat": True})
+    (node,) = (each for each in nodes if each["node-name"] == name)
+    number = int(str(node["file"]).removeprefix("/dev/fdset/"))
+    if not node["ro"]:
+        handle = os.open(layer, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            freezer.execute("add-fd", {"fdset-id": number}, fd=handle)
+        finally:
+            os.close(handle)
+        options = _file_node(name, str(node["file"]), read_only=True)
+        freezer.execute("blockdev-reopen", {"options": [options]})
+    # All of them: what QEMU reads by is a descriptor beside these.
+    with contextlib.suppress(ToolFailed):
+        freezer.execute("remove-fd", {"fdset-id": number})
 
 
 def trim_log(log: Path) -> None:
