@@ -44,7 +44,8 @@ from tests.contract.test_host_crash import (
     left_after,
 )
 
-pytestmark = pytest.mark.full
+#: A point takes some seconds, and an operation has up to twenty of them.
+pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
 
 OPERATIONS = (
     "create",

@@ -100,10 +100,12 @@ async def test_vms_can_change_nothing_that_others_use(agent: RunningAgent) -> No
     """Neither by the descriptors that the monitor holds nor by opening them anew."""
     async with agent.sandbox() as sandbox:
         name = sandbox.sandbox_id
-        # A layer is sealed under the running VM, which had it open to write to.
-        await call(agent, "CreateCheckpoint", sandboxId=name)
+        # Layers are sealed under the running VM, which had them open to write to: the one it was
+        # started with, and one that it was given.
+        for _ in range(2):
+            await call(agent, "CreateCheckpoint", sandboxId=name)
         entry = entry_of(agent, name)
-        assert entry.vm is not None and entry.image is not None and len(entry.layers) >= 2
+        assert entry.vm is not None and entry.image is not None and len(entry.layers) >= 3
         pid = entry.vm.process.pid
         uid = int(Path(f"/proc/{pid}/status").read_text().partition("Uid:")[2].split()[0])
         own = {f"{entry.top}.qcow2", "vmm.log", "qemu.log"}
