@@ -32,18 +32,20 @@ from sandmartin.agent.journal import DataDir
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.vmm import VmSpec
-from sandmartin.errors import NotFound, ToolFailed
+from sandmartin.errors import NotFound, TimedOut, ToolFailed
 from sandmartin.model import State
 from tests import fakes_agent
 from tests.fakes_agent import (
     IMAGE,
     SCRATCH,
     Fakes,
+    FakeVm,
     find_leaks,
     find_vms,
     machine_directory,
     make_machine,
     make_spec,
+    no_step,
 )
 
 pytestmark = pytest.mark.qemu_img
@@ -414,6 +416,29 @@ async def test_guest_that_cannot_be_told_is_an_error(directories: Callable[[], P
         sandbox = host.get(ONE)
         reason = "it did not come back: the guest refused"
         assert (sandbox.state, sandbox.reason) == (State.ERROR, reason)
+        await host.terminate()
+    assert not find_leaks(directory)
+
+
+async def test_vm_that_does_not_end_does_not_keep_the_agent_from_starting(
+    directories: Callable[[], Path],
+) -> None:
+    directory = directories()
+    _kill_agents([("pause", "pause:paused", directory)])
+    fakes = make_machine(directory)
+    entry = dict(fakes.data.read_all())[ONE]
+    assert entry is not None and entry.vm is not None
+    vm = fakes.vmm.vms[ONE] = FakeVm(entry.vm, no_step)
+    vm.stuck = TimedOut("the process does not end")
+    async with fakes.host() as host:
+        sandbox = host.get(ONE)
+        assert sandbox.state is State.PAUSED
+        with pytest.raises(TimedOut):
+            await host.resume(ONE, None)
+        vm.stuck = None
+        await host.resume(ONE, None)
+        assert fakes.vmm.vms[ONE].read(SCRATCH, len(THEN)) == THEN
+        await _assert_usable(sandbox)
         await host.terminate()
     assert not find_leaks(directory)
 

@@ -657,9 +657,12 @@ class Sandbox(Inside):
         async with self._lock:
             try:
                 await self._adopt()
-            except SandmartinError as error:
+            except (SandmartinError, OSError) as error:
                 _log.error("sandbox %s cannot be adopted: %s", self.sandbox_id, error)
-                self._fail(error.message)
+                # One that sleeps has all it needs; what could not be ended yet is ended first when
+                # it is woken.
+                if self.state is not State.PAUSED:
+                    self._fail(str(error))
 
     async def _adopt(self) -> None:
         self._clean()
