@@ -274,6 +274,10 @@ class FakeVm:
         assert not any(file.stat().st_mode & 0o222 for file in disk.sealed)
         self.learn(sealed=[file.stem for file in disk.sealed])
 
+    async def only_read(self, layer: Path) -> None:
+        self._require()
+        assert layer.exists() and layer.stem != self._know()["top"]
+
     async def load(self, state: bytes) -> None:
         self._require()
         if self.load_failure is not None:

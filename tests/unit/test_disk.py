@@ -15,8 +15,10 @@ from sandmartin.agent.disk import (
     check_free,
     check_layer,
     check_size,
+    holds_data,
     publish,
 )
+from sandmartin.agent.proc import run
 from sandmartin.errors import Exhausted, Invalid, NotFound, ToolFailed
 
 
@@ -53,6 +55,23 @@ def test_disk_below_its_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Invalid, match="disk_size_mb is 7") as caught:
         check_size(image, 7)
     assert caught.value.hint == "use 8 or more"
+
+
+@pytest.mark.qemu_img
+async def test_layer_that_was_written_to_is_told_from_an_empty_one(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.qcow2"
+    assert not holds_data(layer)
+    await run(["qemu-img", "create", "-q", "-f", "qcow2", layer, "5G"])
+    assert not holds_data(layer)
+    # To the disk's last cluster, which the last entry of the table is for.
+    last = str((5 << 30) - 65536)
+    await run(["qemu-io", "-f", "qcow2", "-c", f"write -q {last} 64k", layer])
+    assert holds_data(layer)
+    content = layer.read_bytes()
+    # What a power cut may leave, and what a guest may have made of it.
+    for damaged in (b"", content[:40], content[:64], content[:40] + b"\xff" * 8 + content[48:]):
+        layer.write_bytes(damaged)
+        assert not holds_data(layer)
 
 
 def _header(*, magic: bytes = b"QFI\xfb", version: int = 3, features: int = 0) -> bytes:

@@ -243,6 +243,25 @@ def check_layer(path: Path) -> None:
         raise Invalid(f"layer {path.stem} is damaged", hint="destroy the sandbox it belongs to")
 
 
+#: Number and place of the entries of its first table, in the same document: one that is not
+#: zero leads to clusters.
+_QCOW2_TABLE = struct.Struct(">36xIQ")
+_MAX_TABLE_BYTES = 32 << 20
+
+
+def holds_data(layer: Path) -> bool:
+    """Whether anything was written to a layer; not to one that is gone or cut off."""
+    try:
+        with layer.open("rb") as file:
+            count, at = _QCOW2_TABLE.unpack(file.read(_QCOW2_TABLE.size))
+            if at > layer.stat().st_size:
+                return False
+            file.seek(at)
+            return any(file.read(min(8 * count, _MAX_TABLE_BYTES)))
+    except (FileNotFoundError, struct.error):
+        return False
+
+
 def check_size(image: Image, size_mb: int) -> None:
     """Raises Invalid when a disk of `size_mb` is smaller than its image."""
     if size_mb < image.size_mb:

@@ -147,6 +147,10 @@ class Vm(Protocol):
         """
         ...
 
+    async def only_read(self, layer: Path) -> None:
+        """Give up the right to write to a layer that was the top. Idempotent."""
+        ...
+
     async def load(self, state: bytes) -> None:
         """Load a device state into a VM that was started with `incoming`; it stands still then.
 

@@ -251,6 +251,13 @@ class QemuVm:
 
         await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(relink)))
 
+    async def only_read(self, layer: Path) -> None:
+        def reopen() -> None:
+            with Freezer(self.freezer) as freezer:
+                _reopen_to_read(freezer, layer)
+
+        await asyncio.to_thread(reopen)
+
     async def load(self, state: bytes) -> None:
         def load() -> None:
             with Freezer(self.freezer) as freezer:
@@ -372,6 +379,26 @@ def _close_layer(freezer: Freezer, name: str, file: str) -> bool:
         with contextlib.suppress(ToolFailed):
             freezer.execute("remove-fd", {"fdset-id": int(passed[1])})
     return True
+
+
+def _reopen_to_read(freezer: Freezer, layer: Path) -> None:
+    """Have QEMU hold no descriptor of `layer`, which lies below its top, that can write."""
+    # Putting a layer over another reopens the latter's format, but not the file below that.
+    name = f"{layer.stem}-file"
+    nodes = freezer.execute("query-named-block-nodes", {"flat": True})
+    (node,) = (each for each in nodes if each["node-name"] == name)
+    number = int(str(node["file"]).removeprefix("/dev/fdset/"))
+    if not node["ro"]:
+        handle = os.open(layer, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            freezer.execute("add-fd", {"fdset-id": number}, fd=handle)
+        finally:
+            os.close(handle)
+        options = _file_node(name, str(node["file"]), read_only=True)
+        freezer.execute("blockdev-reopen", {"options": [options]})
+    # All of them: what QEMU reads by is a descriptor beside these.
+    with contextlib.suppress(ToolFailed):
+        freezer.execute("remove-fd", {"fdset-id": number})
 
 
 def trim_log(log: Path) -> None:
