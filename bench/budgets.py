@@ -6,7 +6,6 @@ those are what the ratchet keeps.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,8 +22,7 @@ class Budget:
     measure: Callable[[Figures], float]
     limit: float
     unit: str = ""
-    #: More is better.
-    at_least: bool = False
+    more_is_better: bool = False
 
     def find(self, figures: Figures) -> float | None:
         """The number, None when this run did not measure what it is made of."""
@@ -33,17 +31,16 @@ class Budget:
         return self.measure(figures)
 
     def keeps(self, found: float) -> bool:
-        return found >= self.limit if self.at_least else found <= self.limit
+        return found >= self.limit if self.more_is_better else found <= self.limit
 
 
-def ratio(figure: str, baseline: str, limit: float, *, at_least: bool = False) -> Budget:
+def ratio(figure: str, baseline: str, limit: float) -> Budget:
     """The ratio of two medians."""
     return Budget(
         f"{figure} / {baseline}",
         (figure, baseline),
         lambda figures: figures[figure].median / figures[baseline].median,
         limit,
-        at_least=at_least,
     )
 
 
@@ -61,6 +58,11 @@ def quantile(figure: str, share: float, limit: float, unit: str = "ms") -> Budge
     """A quantile of one figure."""
     name = f"{figure}, p{round(share * 100)}"
     return Budget(name, (figure,), lambda figures: figures[figure].quantile(share), limit, unit)
+
+
+def at_least(figure: str, limit: float, unit: str) -> Budget:
+    """A median that must not be smaller."""
+    return Budget(figure, (figure,), lambda f: f[figure].median, limit, unit, more_is_better=True)
 
 
 def total(name: str, parts: tuple[str, ...], limit: float, unit: str) -> Budget:
@@ -90,6 +92,7 @@ WRITE, READ = "write of 64 MB", "read of 64 MB"
 RAW_IN, RAW_OUT = "raw TCP of 64 MB, in", "raw TCP of 64 MB, out"
 PSS_20 = "PSS of an idle sandbox of 20"
 PSS_50 = "PSS of an idle sandbox of 50"
+HELD = "idle sandboxes held"
 AGENT_RSS = "agent's RSS with 50 sandboxes"
 AGENT_CPU = "agent's CPU, 50 idle sandboxes sampled"
 GUEST_CPU = "CPU of answering the sampler, all of 50"
@@ -129,23 +132,25 @@ BUDGETS: tuple[Budget, ...] = (
     ratio(WRITE, RAW_IN, 2),
     ratio(READ, RAW_OUT, 2),
     quantile(PSS_20, 0.5, 60, "MB"),
+    at_least(HELD, 50, "sandboxes"),
     quantile(AGENT_RSS, 0.5, 150, "MB"),
     total("sampling of 50, agent and guests", (AGENT_CPU, GUEST_CPU), 3, "% of a core"),
 )
 
 
 def judge(figures: Figures) -> str:
-    """The table of all budgets."""
-    lines = [f"{'budget':<72}{'found':>9}{'limit':>9}"]
+    """The table of all budgets; what this run did not measure comes last."""
+    lines = [f"{'budget':<76}{'found':>9}{'limit':>9}"]
+    left_out = []
     for budget in BUDGETS:
         found = budget.find(figures)
-        unit = f" {budget.unit}" if budget.unit else ""
         if found is None:
-            lines.append(f"{budget.name:<72}{'-':>9}{budget.limit:9.2f}  not measured")
-        else:
-            verdict = "kept" if budget.keeps(found) else "missed"
-            lines.append(f"{budget.name:<72}{found:9.3f}{budget.limit:9.2f}  {verdict}{unit}")
-    return "\n".join(lines)
+            left_out.append(f"not measured: {budget.name}")
+            continue
+        verdict = "kept" if budget.keeps(found) else "missed"
+        numbers = f"{found:9.3f}{budget.limit:9.2f}  {verdict:<8}{budget.unit}"
+        lines.append(f"{budget.name:<76}{numbers}".rstrip())
+    return "\n".join([*lines, *left_out])
 
 
 def to_json(figures: Figures) -> list[dict[str, object]]:
@@ -160,8 +165,3 @@ def to_json(figures: Figures) -> list[dict[str, object]]:
         }
         for budget, number in found
     ]
-
-
-def worse(budget: Budget) -> Callable[[float, float], bool]:
-    """Whether its first argument is worse than the second."""
-    return operator.lt if budget.at_least else operator.gt

@@ -17,8 +17,8 @@ _SERIES = 20
 async def measure_pause(bench: Bench) -> None:
     """Sandboxes that are paused 20 times each, the same pages dirtied before each time."""
     async with bench.agent() as agent:
-        for _ in range(max(1, bench.runs // 7)):
-            async with fresh(agent) as sandbox:
+        for _ in range(max(1, bench.runs // 6)):
+            async with fresh(agent.transport) as sandbox:
                 for number in range(_SERIES):
                     await dirty_memory(sandbox)
                     names = [budgets.PAUSE]
@@ -50,7 +50,7 @@ async def measure_memories(bench: Bench) -> None:
     """Pauses with the same set of dirty pages in RAM of several sizes, in turns."""
     async with bench.agent() as agent, AsyncExitStack() as stack:
         sandboxes = {
-            memory_mb: await stack.enter_async_context(fresh(agent, memory_mb))
+            memory_mb: await stack.enter_async_context(fresh(agent.transport, memory_mb))
             for memory_mb in budgets.MEMORIES_MB
         }
         for _ in range(max(3, bench.runs // 2)):
@@ -62,7 +62,7 @@ async def measure_memories(bench: Bench) -> None:
 
 async def measure_checkpoint(bench: Bench) -> None:
     """How long a source stands still, and how much of its memory was dirty at that moment."""
-    async with bench.agent() as agent, fresh(agent) as sandbox:
+    async with bench.agent() as agent, fresh(agent.transport) as sandbox:
         for _ in range(bench.runs):
             await _dirty(sandbox)
             made = await sandbox.checkpoint()
@@ -72,7 +72,7 @@ async def measure_checkpoint(bench: Bench) -> None:
 
 async def measure_snapshot(bench: Bench) -> None:
     """As for a checkpoint, of a template made from a sandbox that goes on."""
-    async with bench.agent() as agent, fresh(agent) as sandbox:
+    async with bench.agent() as agent, fresh(agent.transport) as sandbox:
         for number in range(max(3, bench.runs // 2)):
             await _dirty(sandbox)
             made = await sandbox.snapshot(f"bench-{number}", live=True)
@@ -82,7 +82,7 @@ async def measure_snapshot(bench: Bench) -> None:
 
 async def measure_cached(bench: Bench) -> None:
     """A checkpoint after a file was written through the guest's page cache: it is RAM as well."""
-    async with bench.agent() as agent, fresh(agent) as sandbox:
+    async with bench.agent() as agent, fresh(agent.transport) as sandbox:
         for _ in range(max(3, bench.runs // 2)):
             await dirty_memory(sandbox)
             await run(sandbox, "dd", "if=/dev/urandom", "of=/root/c", "bs=1M", f"count={DIRTY_MB}")
@@ -105,7 +105,7 @@ def _add_stop(bench: Bench, agent: Agent, name: str, size_bytes: int) -> None:
 
 async def measure_fork(bench: Bench) -> None:
     """Eight children at once of one sandbox, until all of them are there."""
-    async with bench.agent() as agent, fresh(agent) as sandbox:
+    async with bench.agent() as agent, fresh(agent.transport) as sandbox:
         await dirty_memory(sandbox)
         for _ in range(max(2, bench.runs // 4)):
             began = time.monotonic()

@@ -18,7 +18,6 @@ from pathlib import Path
 from bench import budgets, processes
 from bench.agents import Agent, Bench
 from bench.inside import TRUE, new, run
-from sandmartin.agent.host import memory_total_mb
 from sandmartin.agent.limits import OVERHEAD_MB
 from sandmartin.agent.metrics import MEMORY_PERIOD_S
 from sandmartin.agent.vmm.freezer import Freezer
@@ -26,6 +25,8 @@ from sandmartin.client.sandbox import AsyncSandbox
 from sandmartin.model import DEFAULT_MEMORY_MB, Accel, Settings
 
 _COUNT = 50
+_COUNTED = "sandboxes"
+_SHARE = "% of a core"
 _AT_ONCE = 4
 #: A new VM is asked for its memory more often at first: after 1, 2, 4 and 8 seconds.
 _SETTLE_S = 18.0
@@ -38,10 +39,12 @@ _WINDOW_S = 5.0
 async def measure_density(bench: Bench) -> None:
     """The default shape, so many that admission alone would refuse them on a small machine."""
     async with bench.agent(memory_reserve_mb=_reserve_mb()) as agent:
-        fit = (memory_total_mb() - agent.settings.memory_reserve_mb) // _admitted_mb(agent.accel)
+        fit = (processes.memory_total_mb() - agent.settings.memory_reserve_mb) // _admitted_mb(
+            agent.accel
+        )
         sandboxes = await _create_all(agent, min(_COUNT, fit))
-        bench.figures.add("idle sandboxes held", len(sandboxes), "")
-        bench.figures.add("idle sandboxes that admission lets in", _let_in(agent.accel), "")
+        bench.figures.add(budgets.HELD, len(sandboxes), _COUNTED)
+        bench.figures.add("idle sandboxes that admission lets in", _let_in(agent.accel), _COUNTED)
         await _use(bench, agent, sandboxes)
         await asyncio.sleep(_SETTLE_S)
         pids = [processes.vm_pid(agent.data_dir, each.sandbox_id) for each in sandboxes]
@@ -57,7 +60,7 @@ def _reserve_mb() -> int:
 
     It counts what a sandbox may use at most, and idle ones use a tenth of that.
     """
-    return min(Settings.load().memory_reserve_mb, memory_total_mb() - _COUNT * 1024)
+    return min(Settings.load().memory_reserve_mb, processes.memory_total_mb() - _COUNT * 1024)
 
 
 def _admitted_mb(accel: str) -> int:
@@ -65,7 +68,7 @@ def _admitted_mb(accel: str) -> int:
 
 
 def _let_in(accel: str) -> int:
-    return (memory_total_mb() - Settings.load().memory_reserve_mb) // _admitted_mb(accel)
+    return (processes.memory_total_mb() - Settings.load().memory_reserve_mb) // _admitted_mb(accel)
 
 
 async def _create_all(agent: Agent, count: int) -> list[AsyncSandbox]:
@@ -94,9 +97,8 @@ async def _measure_idle(bench: Bench, agent: Agent, pids: list[int]) -> None:
     await asyncio.sleep(_IDLE_S)
     agent_s, vms_s = processes.cpu_s(agent.pid) - agent_s, _sum_cpu_s(pids) - vms_s
     elapsed_s = time.monotonic() - began
-    share = "% of a core"
-    bench.figures.add(budgets.AGENT_CPU, agent_s / elapsed_s * 100, share)
-    bench.figures.add("CPU of an idle sandbox", vms_s / len(pids) / elapsed_s * 100, share)
+    bench.figures.add(budgets.AGENT_CPU, agent_s / elapsed_s * 100, _SHARE)
+    bench.figures.add("CPU of an idle sandbox", vms_s / len(pids) / elapsed_s * 100, _SHARE)
     bench.figures.add(budgets.AGENT_RSS, processes.rss_mb(agent.pid), "MB")
 
 
@@ -113,7 +115,7 @@ def _monitor(agent: Agent, sandbox: AsyncSandbox) -> Path:
 
 def _measure_answering(bench: Bench, monitors: list[Path], pids: list[int]) -> None:
     with _connected(monitors) as connections:
-        for number in range(max(2, bench.runs // 2)):
+        for number in range(max(2, bench.runs // 4)):
             asked, silent = 0.0, 0.0
             # In the order A B B A, so that what only changes with time falls out.
             for asking in (True, False, False, True):
@@ -122,7 +124,7 @@ def _measure_answering(bench: Bench, monitors: list[Path], pids: list[int]) -> N
             # The first time the windows' code is new to the VMs.
             if number:
                 found = (asked - silent) / 2 / _FASTER * 100
-                bench.figures.add(budgets.GUEST_CPU, found, "% of a core")
+                bench.figures.add(budgets.GUEST_CPU, found, _SHARE)
 
 
 @contextlib.contextmanager

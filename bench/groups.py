@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bench import baselines, copies, density, life, steps, transfer
 from bench.agents import Bench
@@ -20,7 +20,7 @@ class Group:
     name: str
     about: str
     measure: Callable[[Bench], Awaitable[None]]
-    #: Something else is compared with it: one half before all others, one half after them.
+    #: Something else is compared with it: measured before all others and once more after them.
     baseline: bool = False
     #: Only when it is asked for by name.
     extra: bool = False
@@ -53,15 +53,12 @@ async def measure(bench: Bench, names: Sequence[str]) -> list[str]:
     halves = [each for each in chosen if each.baseline]
     failed: list[str] = []
     for group in [*chosen, *halves]:
-        runs = -(-bench.runs // 2) if group.baseline else bench.runs
         print(group.name, end=" ", file=sys.stderr, flush=True)
         try:
-            await group.measure(part := replace(bench, runs=runs))
+            await group.measure(bench)
         # One group that fails must not take the figures of the others with it.
         except Exception:  # noqa: BLE001
             _log.exception("group %s failed", group.name)
             failed.append(group.name)
-        else:
-            bench.accel = part.accel if part.accel != "unknown" else bench.accel
     print(file=sys.stderr)
     return failed

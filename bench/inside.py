@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 
-from bench.agents import Agent
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
-from sandmartin.client.transport import Command, Ended, NewSandbox, Stdout
+from sandmartin.client.transport import Command, Ended, NewSandbox, Stdout, Transport
 from sandmartin.model import new_sandbox_id
 
 MB = 1 << 20
@@ -21,9 +20,11 @@ def new(memory_mb: int | None = None) -> NewSandbox:
     return NewSandbox(sandbox_id=new_sandbox_id(), memory_mb=memory_mb)
 
 
-def fresh(agent: Agent, memory_mb: int | None = None) -> AbstractAsyncContextManager[AsyncSandbox]:
+def fresh(
+    transport: Transport, memory_mb: int | None = None
+) -> AbstractAsyncContextManager[AsyncSandbox]:
     """A sandbox for as long as the context lasts."""
-    return temporary_sandbox(agent.transport, new(memory_mb))
+    return temporary_sandbox(transport, new(memory_mb))
 
 
 async def run(sandbox: AsyncSandbox, *words: str) -> bytes:

@@ -17,11 +17,14 @@ from sandmartin.client.sandbox import AsyncSandbox
 _CROWD = 20
 #: What is settled after this time is not the create's any more.
 _SETTLE_S = 5.0
+_OVER = "exec of true, over the agent"
+_DIRECT = "exec of true, of the guest agent directly"
+_UNCOUNTED = 4
 
 
 async def _create_to_true(bench: Bench, agent: Agent, create: str, to_true: str) -> None:
     began = time.monotonic()
-    async with fresh(agent) as sandbox:
+    async with fresh(agent.transport) as sandbox:
         created = time.monotonic()
         await run(sandbox, TRUE)
         ended = time.monotonic()
@@ -31,7 +34,7 @@ async def _create_to_true(bench: Bench, agent: Agent, create: str, to_true: str)
 
 async def _warm_up(agent: Agent) -> None:
     """The first create of an agent makes what is missing, and the first command loads code."""
-    async with fresh(agent) as sandbox:
+    async with fresh(agent.transport) as sandbox:
         await run(sandbox, TRUE)
 
 
@@ -44,20 +47,24 @@ async def measure_create(bench: Bench) -> None:
 
 
 async def measure_exec(bench: Bench) -> None:
-    """Each command over the agent, and asked of the guest agent directly, in turns."""
-    async with bench.agent() as agent, fresh(agent) as sandbox, _direct(agent, sandbox) as guest:
-        for number in range(bench.runs + 3):
-            began = time.monotonic()
-            await run(sandbox, TRUE)
-            between = time.monotonic()
-            await _run_directly(guest)
-            ended = time.monotonic()
-            over_ms, direct_ms = (between - began) * 1000, (ended - between) * 1000
+    """Each command over the agent, and asked of the guest agent directly, first in turns."""
+    async with (
+        bench.agent() as agent,
+        fresh(agent.transport) as sandbox,
+        _direct(agent, sandbox) as guest,
+    ):
+        for number in range(2 * bench.runs + _UNCOUNTED):
+            took_ms = {}
+            ways = [(_OVER, run(sandbox, TRUE)), (_DIRECT, _run_directly(guest))]
+            for name, work in ways if number % 2 else reversed(ways):
+                began = time.monotonic()
+                await work
+                took_ms[name] = (time.monotonic() - began) * 1000
             # The first ones load code, in the guest and here.
-            if number >= 3:
-                bench.figures.add("exec of true, over the agent", over_ms)
-                bench.figures.add("exec of true, of the guest agent directly", direct_ms)
-                bench.figures.add(budgets.EXEC_EXTRA, over_ms - direct_ms)
+            if number >= _UNCOUNTED:
+                bench.figures.add(_OVER, took_ms[_OVER])
+                bench.figures.add(_DIRECT, took_ms[_DIRECT])
+                bench.figures.add(budgets.EXEC_EXTRA, took_ms[_OVER] - took_ms[_DIRECT])
 
 
 @contextlib.asynccontextmanager
@@ -114,7 +121,9 @@ async def measure_waiting(bench: Bench) -> None:
     """With VMMs that wait for a state; before each create the pool is full again."""
     pool = 2
     async with bench.agent(vm_pool_size=pool, ready_sandboxes="") as agent:
-        await _warm_up(agent)
+        # The pool grows to its size with what is asked for.
+        for _ in range(pool):
+            await _warm_up(agent)
         for _ in range(bench.runs):
             await processes.quiet(agent.data_dir, spare=pool)
             name = "create, VMM waiting"
@@ -123,15 +132,15 @@ async def measure_waiting(bench: Bench) -> None:
 
 async def measure_ready(bench: Bench) -> None:
     """From ready sandboxes; before each create the pool is full again."""
-    async with bench.agent(ready_sandboxes="base=4") as agent:
+    async with bench.agent(vm_pool_size=1, ready_sandboxes="base=4") as agent:
         await _warm_up(agent)
         for _ in range(bench.runs):
-            await processes.quiet(agent.data_dir, spare=4)
+            await processes.quiet(agent.data_dir, spare=4 + 1)
             await _create_to_true(bench, agent, budgets.READY, budgets.READY_TO_TRUE)
 
 
 async def measure_ready_crowd(bench: Bench) -> None:
-    async with bench.agent(ready_sandboxes=f"base={_CROWD}") as agent:
+    async with bench.agent(vm_pool_size=1, ready_sandboxes=f"base={_CROWD}") as agent:
         for _ in range(max(1, bench.runs // 5)):
-            await processes.quiet(agent.data_dir, spare=_CROWD)
+            await processes.quiet(agent.data_dir, spare=_CROWD + 1)
             await _destroy(agent, await _crowd(bench, agent, budgets.TWENTY_READY))

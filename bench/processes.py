@@ -27,6 +27,11 @@ def pss_mb(pid: int) -> float:
     return _field_mb(Path(f"/proc/{pid}/smaps_rollup"), "Pss:")
 
 
+def memory_total_mb() -> int:
+    """All of the host's memory."""
+    return int(_field_mb(Path("/proc/meminfo"), "MemTotal:"))
+
+
 def _field_mb(file: Path, name: str) -> float:
     for line in file.read_text().splitlines():
         if line.startswith(name):
@@ -54,7 +59,7 @@ def vms(data_dir: Path) -> list[int]:
     return found
 
 
-async def quiet(data_dir: Path, spare: int, in_use: int = 0, deadline_s: float = 90.0) -> None:
+async def quiet(data_dir: Path, spare: int, deadline_s: float = 90.0) -> None:
     """Wait until an agent has so many VMs to spare, and they have ended their start.
 
     A VM that starts or is introduced keeps a processor busy, and one that waits does not.
@@ -64,9 +69,9 @@ async def quiet(data_dir: Path, spare: int, in_use: int = 0, deadline_s: float =
         before = {pid: cpu_s(pid) for pid in vms(data_dir)}
         await asyncio.sleep(_WINDOW_S)
         after = vms(data_dir)
-        if len(after) >= spare + in_use and set(after) == set(before):
+        if len(after) >= spare and set(after) == set(before):
             used_s = sum(cpu_s(pid) - before[pid] for pid in after)
             if used_s < _BUSY_SHARE * _WINDOW_S:
                 return
         if time.monotonic() > until:
-            raise RuntimeError(f"{len(after)} VMs instead of {spare + in_use}, or they are busy")
+            raise RuntimeError(f"{len(after)} VMs instead of {spare}, or they are busy")

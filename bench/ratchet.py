@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from bench.budgets import BUDGETS, Budget, worse
+from bench.budgets import BUDGETS, Budget
 from bench.figures import Figures
 
 FILE = Path(__file__).with_name("ratchet.json")
@@ -43,8 +43,7 @@ class Ratchet:
         for budget in _measured(figures):
             if (reached := best.get(budget.name)) is None:
                 continue
-            allowed = reached / ALLOWANCE if budget.at_least else reached * ALLOWANCE
-            if worse(budget)(found := _friendly(budget, figures), allowed):
+            if (found := _friendly(budget, figures)) > reached * ALLOWANCE:
                 median = budget.measure(figures)
                 sentences.append(
                     f"{budget.name} is {median:.3f} (at best {found:.3f}) and was {reached:.3f}"
@@ -55,13 +54,12 @@ class Ratchet:
         """Take what this run did better than any before."""
         best = self.best.setdefault(accel, {})
         for budget in _measured(figures):
-            found = budget.measure(figures)
-            if budget.name not in best or worse(budget)(best[budget.name], found):
-                best[budget.name] = round(found, 4)
+            found = round(budget.measure(figures), 4)
+            best[budget.name] = min(best.get(budget.name, found), found)
 
 
 def _measured(figures: Figures) -> list[Budget]:
-    """The ratios of this run."""
+    """The ratios of this run; of all of them, less is better."""
     return [each for each in BUDGETS if not each.unit and each.find(figures) is not None]
 
 
@@ -69,5 +67,4 @@ def _friendly(budget: Budget, figures: Figures) -> float:
     """The best that the run could have found, luck left out."""
     random = Random(1)  # noqa: S311 - a draw that anybody can repeat is wanted.
     drawn = sorted(budget.measure(figures.resampled(random)) for _ in range(_DRAWS))
-    at = int(_LUCK * _DRAWS)
-    return drawn[-1 - at] if budget.at_least else drawn[at]
+    return drawn[int(_LUCK * _DRAWS)]

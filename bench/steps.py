@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from bench.agents import Agent, Bench
+from bench.agents import Bench
 from bench.inside import TRUE, dirty_memory, fresh, run
 from sandmartin.agent.machine import open_machine
 from sandmartin.agent.server import serve_machine
@@ -41,7 +41,7 @@ class Steps:
 
 
 @asynccontextmanager
-async def _agent(bench: Bench, steps: Steps) -> AsyncIterator[Agent]:
+async def _agent(bench: Bench, steps: Steps) -> AsyncIterator[AgentSocket]:
     data_dir = Path(tempfile.mkdtemp(dir=bench.directory))
     settings = replace(Settings.load(), data_dir=data_dir)
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -54,7 +54,7 @@ async def _agent(bench: Bench, steps: Steps) -> AsyncIterator[Agent]:
             serving.result()
         async with aclosing(AgentSocket(settings.socket)) as transport:
             try:
-                yield Agent(settings, transport, 0, data_dir)
+                yield transport
             finally:
                 await transport.terminate()
                 await serving
@@ -62,14 +62,14 @@ async def _agent(bench: Bench, steps: Steps) -> AsyncIterator[Agent]:
 
 async def measure_steps(bench: Bench) -> None:
     steps = Steps()
-    async with _agent(bench, steps) as agent:
-        async with fresh(agent):
+    async with _agent(bench, steps) as transport:
+        async with fresh(transport):
             pass
         for _ in range(bench.runs):
             await asyncio.sleep(0.3)
             steps.seen.clear()
             steps.mark("asked")
-            async with fresh(agent) as sandbox:
+            async with fresh(transport) as sandbox:
                 for name in ("answered", "first command", "second command"):
                     if name != "answered":
                         await run(sandbox, TRUE)

@@ -14,7 +14,7 @@ _PATH = "/root/file"
 
 
 async def measure_transfer(bench: Bench) -> None:
-    async with bench.agent() as agent, fresh(agent) as sandbox:
+    async with bench.agent() as agent, fresh(agent.transport) as sandbox:
         block = os.urandom(MB)
         for _ in range(max(3, bench.runs // 4)):
             with bench.figures.timed(budgets.WRITE):
