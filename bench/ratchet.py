@@ -60,7 +60,7 @@ class Ratchet:
 
 def _measured(figures: Figures) -> list[Budget]:
     """The ratios of this run; of all of them, less is better."""
-    return [each for each in BUDGETS if not each.unit and each.find(figures) is not None]
+    return [each for each in BUDGETS if each.ratchet and each.find(figures) is not None]
 
 
 def _friendly(budget: Budget, figures: Figures) -> float:
