@@ -137,6 +137,7 @@ class FakeVm:
         #: Raised by `freeze` while the VM stands still, and by `load`.
         self.freeze_failure: Exception | None = None
         self.load_failure: Exception | None = None
+        self.relink_failure: Exception | None = None
         self.closed = False
 
     # What the monitor knows.
@@ -164,6 +165,11 @@ class FakeVm:
     @property
     def netns(self) -> str:
         return str(self._know()["netns"])
+
+    @property
+    def sealed(self) -> list[str]:
+        """The layers below the one it writes, the lowest first."""
+        return list(self._know()["sealed"])
 
     @property
     def disk_bytes(self) -> int:
@@ -221,7 +227,7 @@ class FakeVm:
         if not known["incoming"] or known["top"]:
             raise ToolFailed("it waits for no disk")
         check_disk(disk)
-        self.learn(top=disk.top.stem)
+        self.learn(top=disk.top.stem, sealed=[file.stem for file in disk.sealed])
 
     async def resize_disk(self, size_bytes: int) -> None:
         self._require()
@@ -250,7 +256,7 @@ class FakeVm:
                 raise self.freeze_failure
             done = while_stopped()
             if top is not None:
-                self.learn(top=top.stem)
+                self.learn(top=top.stem, sealed=[*self.sealed, self._know()["top"]])
                 self._step("vmm:switched")
         except BaseException:
             self.condition = VmStatus.RUNNING
@@ -259,6 +265,18 @@ class FakeVm:
         if cont:
             self.condition = VmStatus.RUNNING
         return state.encode(), done
+
+    async def relink(self, disk: Disk) -> None:
+        self._require()
+        if self.relink_failure is not None:
+            raise self.relink_failure
+        assert disk.top.stem == self._know()["top"]
+        assert not any(file.stat().st_mode & 0o222 for file in disk.sealed)
+        self.learn(sealed=[file.stem for file in disk.sealed])
+
+    async def only_read(self, layer: Path) -> None:
+        self._require()
+        assert layer.exists() and layer.stem != self._know()["top"]
 
     async def load(self, state: bytes) -> None:
         self._require()
@@ -365,6 +383,7 @@ class FakeVmm:
             condition=VmStatus.STOPPED if spec.incoming else VmStatus.RUNNING,
             incoming=spec.incoming,
             top=disk.top.stem if disk is not None else "",
+            sealed=[file.stem for file in disk.sealed] if disk is not None else [],
             netns=os.fspath(spec.netns or ""),
             disk_bytes=0,
         )

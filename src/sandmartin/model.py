@@ -11,7 +11,7 @@ import re
 import secrets
 import string
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from ipaddress import IPv4Network
@@ -22,6 +22,8 @@ from sandmartin.errors import Conflict, Invalid
 
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_SHAPE = re.compile(r"([0-9]{1,3})x([0-9]{1,8})")
+_T = TypeVar("_T")
 
 DEFAULT_VCPUS = 1
 DEFAULT_MEMORY_MB = 512
@@ -49,6 +51,46 @@ def check_name(name: str, what: str) -> str:
             hint="use 1 to 64 of a-z, 0-9, dot, dash, underscore; begin with a letter or digit",
         )
     return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a VM has of processors and memory."""
+
+    vcpus: int = DEFAULT_VCPUS
+    memory_mb: int = DEFAULT_MEMORY_MB
+
+    def __str__(self) -> str:
+        return f"{self.vcpus}x{self.memory_mb}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """The shape that is written as vCPUs, `x`, MiB of memory. Raises ValueError."""
+        if (match := _SHAPE.fullmatch(text)) is None:
+            raise ValueError(f"{text[:80]!r} is no shape; one is written 2x1024: vCPUs x MiB")
+        shape = cls(vcpus=int(match[1]), memory_mb=int(match[2]))
+        if not 1 <= shape.vcpus <= MAX_VCPUS or shape.memory_mb < MIN_MEMORY_MB:
+            raise ValueError(
+                f"shape {shape} is impossible; use 1 to {MAX_VCPUS} vCPUs and at least"
+                f" {MIN_MEMORY_MB} MiB"
+            )
+        return shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmAhead:
+    """A template whose warm snapshot is made before anyone asks for it."""
+
+    template: str
+    shape: Shape = Shape()
+
+    @classmethod
+    def parse(cls, text: str) -> WarmAhead:
+        """What is written `template` or `template=2x1024`. Raises ValueError."""
+        template, equals, shape = text.partition("=")
+        if not _NAME.fullmatch(template):
+            raise ValueError(f"{text[:80]!r} names no template; write base or base=2x1024")
+        return cls(template=template, shape=Shape.parse(shape) if equals else Shape())
 
 
 class State(StrEnum):
@@ -128,8 +170,20 @@ class Accel(StrEnum):
 def _setting(text: str, kind: Any) -> Any:
     if kind == "bool":
         return text.strip().lower() in {"1", "true", "yes", "on"}
-    converters = {"int": int, "float": float, "Path": Path, "IPv4Network": IPv4Network}
-    return converters.get(kind, Accel if kind == "Accel" else str)(text)
+    converters: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "Path": Path,
+        "IPv4Network": IPv4Network,
+        "Accel": Accel,
+        "tuple[Shape, ...]": lambda text: _list(text, Shape.parse),
+        "tuple[WarmAhead, ...]": lambda text: _list(text, WarmAhead.parse),
+    }
+    return converters.get(kind, str)(text)
+
+
+def _list(text: str, parse: Callable[[str], _T]) -> tuple[_T, ...]:
+    return tuple(parse(part.strip()) for part in text.split(",")) if text.strip() else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +223,12 @@ class Settings:
     base_budget_mb: int = 2048
     #: Create by restoring a warm snapshot; otherwise every create boots.
     warm: bool = True
+    #: Shapes that get warm snapshots, others boot; empty for every shape that is asked for.
+    warm_shapes: tuple[Shape, ...] = ()
+    #: Warm snapshots that are made as soon as the agent has nothing else to do.
+    warm_ahead: tuple[WarmAhead, ...] = ()
+    #: Disk for the warm snapshots of all agents of a machine.
+    warm_budget_mb: int = 10240
     boot_timeout_s: float = 60.0
     #: How long a guest agent may be silent before its sandbox is in error.
     guest_silence_s: float = 35.0

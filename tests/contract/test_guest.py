@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,42 @@ async def test_a_guest_that_never_boots_is_given_up_in_time() -> None:
         await guest.introduce(identity(), 0.3)
     assert time.monotonic() - begun < 3
     await guest.close()
+
+
+async def test_a_guest_that_is_reached_late_is_told_the_time_it_is_then() -> None:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    address = listener.getsockname()
+    guest = Guest("127.0.0.1", TOKEN, address[1])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(listener).setblocking(False)
+        for _ in range(3):
+            # Behind these, whoever connects is not heard, and knocks again a second later.
+            before = stack.enter_context(socket.socket())
+            before.setblocking(False)
+            before.connect_ex(address)
+        introducing = asyncio.create_task(guest.introduce(identity(), 20))
+        began = time.time()
+        while _waiting(address[1]) < 4:
+            await asyncio.sleep(0.01)
+        content = b""
+        while b"timestamp" not in content:
+            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            stack.enter_context(connection).settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                while piece := await asyncio.to_thread(connection.recv, 65536):
+                    content += piece
+        told = json.loads(content[content.index(b"{") :].splitlines()[0])["timestamp"]
+        assert time.time() - began > 0.5
+        assert time.time() - datetime.fromisoformat(told).timestamp() < 0.4
+        introducing.cancel()
+        await asyncio.wait({introducing})
+    await guest.close()
+
+
+def _waiting(port: int) -> int:
+    """How many have connected to a port, or try to."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    return sum(f"0100007F:{port:04X}" == line.split()[2] for line in lines)
 
 
 async def test_the_environments_proxy_is_never_used(

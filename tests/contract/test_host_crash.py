@@ -14,33 +14,38 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from sandmartin.agent import host as host_module
 from sandmartin.agent import microvm as microvm_module
+from sandmartin.agent import proc
 from sandmartin.agent import sandbox as sandbox_module
-from sandmartin.agent.guest import Command, Output
+from sandmartin.agent.disk import Layers
+from sandmartin.agent.guest import Command, Identity, Output
 from sandmartin.agent.host import Host
 from sandmartin.agent.journal import DataDir
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
-from sandmartin.errors import NotFound
+from sandmartin.agent.vmm import VmSpec
+from sandmartin.errors import NotFound, TimedOut, ToolFailed
 from sandmartin.model import SandboxSpec, State
 from tests import fakes_agent
 from tests.fakes_agent import (
     IMAGE,
     SCRATCH,
     Fakes,
+    FakeVm,
     find_leaks,
     find_vms,
     machine_directory,
     make_machine,
     make_spec,
+    no_step,
     until,
 )
 
@@ -346,13 +351,24 @@ _LEFT: dict[str, dict[str, tuple[State | None, bytes]]] = {
         "rollback:recorded": (State.PAUSED, THEN),
         "rollback:committed": (State.RUNNING, THEN),
     },
+    "create": {"": (None, b""), "create:running": (State.RUNNING, b"")},
+    "destroy": {"": (None, b"")},
     "flatten": {
         "": (State.RUNNING, THEN),
         "write:whole": (State.PAUSED, THEN),
-        "destroy:recorded": (None, THEN),
+        "flatten:written": (None, THEN),
     },
 }
 _STAYS = {"": (State.RUNNING, THEN)}
+
+
+def left_after(operation: str, steps: Sequence[str]) -> Iterator[tuple[str, State | None, bytes]]:
+    """Each step, and what the sandbox is, and has in its memory, when the agent dies there."""
+    changes = _LEFT.get(operation, _STAYS)
+    state, content = changes[""]
+    for step in steps:
+        state, content = changes.get(step, (state, content))
+        yield step, state, content
 
 
 @pytest.mark.parametrize("operation", [*_SNAPSHOTS, _FLATTEN])
@@ -362,19 +378,160 @@ async def test_killed_between_sleep_and_waking(
     cases = [(operation, step, directories()) for step in await _steps(operation)]
     assert len(cases) > 5
     _kill_agents(cases)
-    changes = _LEFT.get(operation, _STAYS)
-    state, content = changes[""]
-    for _, step, directory in cases:
-        state, content = changes.get(step, (state, content))
+    left = left_after(operation, [step for _, step, _ in cases])
+    for (_, _, directory), (step, state, content) in zip(cases, left, strict=True):
         survivors = await _survivors(directory)
         assert survivors.get(ONE) is state, f"after {step}"
         assert {survivors[each] for each in survivors if each != ONE} <= {State.RUNNING}
         assert survivors.keys() <= {ONE, *CHILDREN}
         assert await _survivors(directory) == survivors, f"second start after {step}"
-        for sandbox_id, found in (await _live_on(directory)).items():
+        living = await _live_on(directory)
+        # What ended with its disk made an image has not ended for nothing.
+        assert state is not None or BORN in living, f"after {step}"
+        for sandbox_id, found in living.items():
             # An image has a disk alone.
             lost = sandbox_id == BORN and operation == "flatten"
             assert found == (bytes(len(THEN)) if lost else content), f"{sandbox_id} after {step}"
+
+
+@pytest.mark.parametrize(
+    ("operation", "step"),
+    [
+        ("resume", "resume:committed"),
+        ("rollback", "rollback:committed"),
+        ("rollback", "rollback:recorded"),
+        # It stands still, and its clock with it.
+        ("pause", "pause:frozen"),
+        ("checkpoint", "vmm:stopped"),
+    ],
+)
+async def test_guest_that_was_not_told_is_told_by_the_next_agent(
+    operation: str, step: str, directories: Callable[[], Path]
+) -> None:
+    directory = directories()
+    _kill_agents([(operation, step, directory)])
+    fakes = make_machine(directory)
+    async with fakes.host() as host:
+        sandbox = await host.resume(ONE, None)
+        told = fakes.guests.identities[sandbox.host_ip]
+        assert (told.sandbox_id, told.moved) == (ONE, operation == "rollback")
+        await _assert_usable(sandbox)
+    fakes = make_machine(directory)
+    async with fakes.host() as host:
+        await _assert_usable(host.get(ONE))
+        assert fakes.guests.identities == {}, "it was told a second time"
+        # Nothing of its past is told to a guest that is where it believes to be.
+        await host.pause(ONE)
+        sandbox = await host.resume(ONE, None)
+        assert not fakes.guests.identities[sandbox.host_ip].moved
+
+
+async def test_guest_that_cannot_be_told_is_an_error(directories: Callable[[], Path]) -> None:
+    async def refuse(_: Identity) -> None:
+        raise ToolFailed("the guest refused")
+
+    directory = directories()
+    _kill_agents([("resume", "resume:committed", directory)])
+    fakes = make_machine(directory)
+    fakes.guests.introducing = refuse
+    async with fakes.host() as host:
+        sandbox = host.get(ONE)
+        reason = "it did not come back: the guest refused"
+        assert (sandbox.state, sandbox.reason) == (State.ERROR, reason)
+        await host.terminate()
+    assert not find_leaks(directory)
+
+
+async def test_vm_that_does_not_end_does_not_keep_the_agent_from_starting(
+    directories: Callable[[], Path],
+) -> None:
+    directory = directories()
+    _kill_agents([("pause", "pause:paused", directory)])
+    fakes = make_machine(directory)
+    entry = dict(fakes.data.read_all())[ONE]
+    assert entry is not None and entry.vm is not None
+    vm = fakes.vmm.vms[ONE] = FakeVm(entry.vm, no_step, fakes.vmm.vms)
+    vm.stuck = TimedOut("the process does not end")
+    async with fakes.host() as host:
+        sandbox = host.get(ONE)
+        assert sandbox.state is State.PAUSED
+        with pytest.raises(TimedOut):
+            await host.resume(ONE, None)
+        vm.stuck = None
+        await host.resume(ONE, None)
+        assert fakes.vmm.vms[ONE].read(SCRATCH, len(THEN)) == THEN
+        await _assert_usable(sandbox)
+        await host.terminate()
+    assert not find_leaks(directory)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A power cut while a layer was switched: at a step, and what of it had reached the disk."""
+
+    step: str
+    written: bool = False
+    sealed: bool = False
+    #: Which of the two layers are there afterwards, and which of them is written to.
+    kept: tuple[str, ...] = ("older",)
+    top: str = "older"
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Cut("snapshot:recorded"),
+        Cut("vmm:switched"),
+        Cut("vmm:switched", written=True, kept=("older", "newer"), top="newer"),
+        Cut("snapshot:frozen", written=True, kept=("older", "newer"), top="newer"),
+        Cut("snapshot:frozen", written=True, sealed=True, kept=("older", "newer"), top="newer"),
+        Cut("snapshot:frozen", sealed=True, top=""),
+    ],
+    ids=lambda cut: f"{cut.step}-{'written' * cut.written}-{'sealed' * cut.sealed}",
+)
+async def test_power_cut_while_layers_are_switched(
+    cut: Cut, directories: Callable[[], Path]
+) -> None:
+    directory = directories()
+    _kill_agents([("checkpoint", cut.step, directory)])
+    layers = {"": ""} | await _cut_power(directory, cut)
+    fakes = make_machine(directory)
+    async with fakes.host() as host:
+        sandbox = host.get(ONE)
+        assert (sandbox.state, "restarted" in sandbox.reason) == (State.PAUSED, True)
+        entry = sandbox.entry
+        kept = tuple(layers[each] for each in cut.kept)
+        assert (*entry.layers, *filter(None, [entry.top])) == kept
+        assert (entry.top, entry.next_top) == (layers[cut.top], "")
+        await host.resume(ONE, None)
+        await _assert_usable(sandbox)
+        assert _in_disk_order(fakes.vmm.specs[ONE])[: len(kept)] == kept
+        _assert_exact(directory, host)
+        await host.terminate()
+    assert not find_leaks(directory)
+
+
+async def _cut_power(directory: Path, cut: Cut) -> dict[str, str]:
+    """End the VM with its host's memory; the names of its older and its newer layer."""
+    for vm in find_vms(directory):
+        vm.kill()
+        await vm.gone(_DEADLINE_S)
+    data = DataDir(directory / "data")
+    entry = dict(data.read_all())[ONE]
+    assert entry is not None and entry.next_top
+    paths = data.sandbox(ONE)
+    data.write(replace(entry, boot_id="of another boot"))
+    if cut.written:
+        newer = paths.layer(entry.next_top)
+        await proc.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", newer])
+    if cut.sealed:
+        Layers(data.layers, os.geteuid()).seal(paths.layer(entry.top))
+    return {"older": entry.top, "newer": entry.next_top}
+
+
+def _in_disk_order(spec: VmSpec) -> tuple[str, ...]:
+    assert spec.disk is not None
+    return tuple(path.stem for path in (*spec.disk.sealed, spec.disk.top))
 
 
 async def test_killed_while_a_warm_snapshot_is_made(directories: Callable[[], Path]) -> None:

@@ -399,6 +399,8 @@ async def test_rollback_that_fails_can_be_tried_again(
     fakes.vmm.failure = None
     await host.resume("sb1", None)
     assert remembered(fakes) == MARK
+    # Whoever wakes it, it was set back.
+    assert fakes.guests.identities[sandbox.host_ip].moved
     await host.delete_checkpoint("sb1", checkpoint)
 
 
@@ -493,6 +495,33 @@ async def test_image_of_a_sandboxs_disk(
     await host.destroy(born.sandbox_id)
     await host.delete_snapshot("flat")
     assert not find_leaks(directory)
+
+
+@pytest.mark.root
+async def test_image_that_fails_is_forgotten_though_the_journal_is_full(directory: Path) -> None:
+    """Else a later image of that name would end the sandbox, which had nothing to do with it."""
+    fakes = make_machine(directory, step=lambda name: fill(name))
+
+    def fill(step: str) -> None:
+        if step == "pause:left":
+            fakes.data.full = True
+            (layer,) = (directory / "data/layers").iterdir()
+            layer.write_bytes(b"")
+
+    async with fakes.host() as host:
+        sandbox = await host.create(make_spec(), {})
+        with pytest.raises(Invalid, match="is cut off"):
+            await host.flatten("sb1", "flat")
+        assert sandbox.state is State.PAUSED
+        fakes.data.full = False
+
+        def flattens_to() -> Path | None:
+            entry = dict(fakes.data.read_all())["sb1"]
+            assert entry is not None
+            return entry.flattens_to
+
+        await until(lambda: flattens_to() is None, "the journal without the image")
+        await host.terminate()
 
 
 # Warm snapshots.

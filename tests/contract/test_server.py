@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import json
 import logging
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import pytest
 
@@ -483,6 +485,83 @@ async def test_slow_reader_holds_its_producer(agent: Agent) -> None:
         received = b"".join([piece async for piece in response.aiter_raw()])
     assert sum(1 for _ in frames(received)) == total + 2
     assert sent == total
+
+
+async def _endless(*messages: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    for message in messages:
+        yield frame(json.dumps(message).encode())
+    while True:
+        yield frame(json.dumps({"chunk": encoded(bytes(2**16))}).encode())
+        await asyncio.sleep(0)
+
+
+async def test_refusal_is_heard_by_who_goes_on_sending(agent: Agent) -> None:
+    await agent.create()
+    at = {"sandboxId": "sb1", "path": "/a"}
+    whole = frame(json.dumps({"meta": at}).encode())
+    kept = await agent.post("WriteFileStream", whole, "application/connect+json")
+    assert "connection" not in kept.headers
+    for refused, kind in (
+        ([{"meta": at}, {"meta": at}], errors.Invalid),
+        ([{"meta": at | {"sandboxId": "sbnone"}}], errors.NotFound),
+    ):
+        for send in (_send_by_httpx, _send_and_listen):
+            async with asyncio.timeout(DEADLINE_S):
+                status, content = await send(agent, _endless(*refused))
+            ((flags, end),) = list(frames(content))
+            assert (status, flags) == (200, 2)
+            assert isinstance(error_from_body(end["error"]), kind)
+    assert len(await agent.listed()) == 1
+
+
+async def _send_by_httpx(agent: Agent, body: AsyncGenerator[bytes, None]) -> tuple[int, bytes]:
+    """As a client that looks for the answer once it cannot send any more."""
+    async with contextlib.aclosing(body):
+        headers = {"content-type": "application/connect+json"}
+        url = f"/{SERVICE}/WriteFileStream"
+        response = await agent.http.post(url, content=body, headers=headers)
+    assert response.headers["connection"] == "close"
+    return response.status_code, response.content
+
+
+async def _send_and_listen(agent: Agent, body: AsyncGenerator[bytes, None]) -> tuple[int, bytes]:
+    """As a client that listens all the time."""
+    connection = h11.Connection(h11.CLIENT)
+    reader, writer = await asyncio.open_unix_connection(agent.socket)
+    request = h11.Request(
+        method="POST",
+        target=f"/{SERVICE}/WriteFileStream",
+        headers=[
+            ("host", "agent"),
+            ("content-type", "application/connect+json"),
+            ("transfer-encoding", "chunked"),
+        ],
+    )
+
+    async def send() -> None:
+        writer.write(connection.send(request) or b"")
+        async with contextlib.aclosing(body):
+            async for piece in body:
+                writer.write(connection.send(h11.Data(data=piece)) or b"")
+                await writer.drain()
+
+    sending = asyncio.create_task(send())
+    answer = h11.Connection(h11.CLIENT)
+    answer.send(h11.Request(method="GET", target="/", headers=[("host", "agent")]))
+    answer.send(h11.EndOfMessage())
+    status, content = 0, b""
+    while not isinstance(event := answer.next_event(), h11.EndOfMessage):
+        if event is h11.NEED_DATA:
+            answer.receive_data(await reader.read(65536))
+        elif isinstance(event, h11.Response):
+            status = event.status_code
+        elif isinstance(event, h11.Data):
+            content += event.data
+    # And it is ended, by no act of its own.
+    with pytest.raises(OSError):
+        await sending
+    writer.close()
+    return status, content
 
 
 async def test_listener_that_hangs_up(agent: Agent) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from sandmartin.agent.disk import (
     check_free,
     check_layer,
     check_size,
+    holds_data,
+    publish,
 )
-from sandmartin.errors import Exhausted, Invalid, NotFound
+from sandmartin.agent.proc import run
+from sandmartin.errors import Exhausted, Invalid, NotFound, ToolFailed
 
 
 def _image(path: Path, size_bytes: int) -> Path:
@@ -52,6 +57,23 @@ def test_disk_below_its_image_is_refused(tmp_path: Path) -> None:
     assert caught.value.hint == "use 8 or more"
 
 
+@pytest.mark.qemu_img
+async def test_layer_that_was_written_to_is_told_from_an_empty_one(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.qcow2"
+    assert not holds_data(layer)
+    await run(["qemu-img", "create", "-q", "-f", "qcow2", layer, "5G"])
+    assert not holds_data(layer)
+    # To the disk's last cluster, which the last entry of the table is for.
+    last = str((5 << 30) - 65536)
+    await run(["qemu-io", "-f", "qcow2", "-c", f"write -q {last} 64k", layer])
+    assert holds_data(layer)
+    content = layer.read_bytes()
+    # What a power cut may leave, and what a guest may have made of it.
+    for damaged in (b"", content[:40], content[:64], content[:40] + b"\xff" * 8 + content[48:]):
+        layer.write_bytes(damaged)
+        assert not holds_data(layer)
+
+
 def _header(*, magic: bytes = b"QFI\xfb", version: int = 3, features: int = 0) -> bytes:
     return magic + version.to_bytes(4, "big") + bytes(64) + features.to_bytes(8, "big")
 
@@ -80,6 +102,34 @@ def test_layer_with_a_forged_header_is_refused(tmp_path: Path, header: bytes) ->
     layer.write_bytes(header)
     with pytest.raises(Invalid, match="layer-one"):
         check_layer(layer)
+
+
+def test_what_is_no_file_of_its_own_becomes_no_image(tmp_path: Path) -> None:
+    # A program that parses what guests wrote, and was misled, leaves something in its place.
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x")
+    secret.chmod(0o600)
+    target = tmp_path / "new" / "rootfs.ext4"
+    target.parent.mkdir()
+    found = tmp_path / "found"
+    leaves: list[Callable[[], None]] = [
+        lambda: found.symlink_to(secret),
+        lambda: found.hardlink_to(secret),
+        lambda: os.mkfifo(found),
+        lambda: found.mkdir(),
+    ]
+    for leave in leaves:
+        leave()
+        with pytest.raises(ToolFailed, match="image new was not made"):
+            publish(found, target)
+        if found.is_dir():
+            found.rmdir()
+        else:
+            found.unlink()
+    assert secret.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ToolFailed, match="No such file"):
+        publish(found, target)
+    assert list(target.parent.iterdir()) == []
 
 
 def test_floor_of_free_space(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ ENTRY = Entry(
     boot_id="a-boot",
     envs={"KEY": _TOKEN},
     auto_paused=True,
+    introduced=False,
+    moved=True,
+    flattens_to=Path("/d/images/new/rootfs.ext4"),
 )
 
 
@@ -72,6 +75,14 @@ def test_entry_survives_the_disk() -> None:
     assert Entry.from_json(ENTRY.to_json()) == ENTRY
     early = Entry(spec=ENTRY.spec, state=State.PENDING, created_at=1.5, last_active_at=2.5)
     assert Entry.from_json(early.to_json()) == early
+
+
+def test_entry_of_the_first_release_is_read() -> None:
+    raw = json.loads(ENTRY.to_json())
+    for later in ("introduced", "moved", "flattens_to"):
+        del raw[later]
+    old = Entry.from_json(json.dumps(raw).encode())
+    assert old == replace(ENTRY, introduced=True, moved=False, flattens_to=None)
 
 
 def test_token_is_never_told(data: DataDir) -> None:

@@ -11,7 +11,9 @@ from sandmartin.model import (
     TRANSITIONS,
     SandboxSpec,
     Settings,
+    Shape,
     State,
+    WarmAhead,
     check_name,
     check_transition,
     new_sandbox_id,
@@ -59,3 +61,37 @@ def test_settings_prefer_flags_to_environment_to_file(tmp_path: Path) -> None:
     assert settings.boot_timeout_s == 3.5
     with pytest.raises(Invalid):
         Settings.load({}, {"SANDMARTIN_SLOT_POOL_SIZE": "many"})
+
+
+def test_shapes_are_written_as_vcpus_and_memory() -> None:
+    environ = {"SANDMARTIN_WARM_SHAPES": "1x512, 2x1024", "SANDMARTIN_WARM_AHEAD": "base,py3=4x128"}
+    settings = Settings.load({}, environ)
+    assert settings.warm_shapes == (Shape(), Shape(vcpus=2, memory_mb=1024))
+    small = Shape(vcpus=4, memory_mb=128)
+    assert settings.warm_ahead == (
+        WarmAhead(template="base"),
+        WarmAhead(template="py3", shape=small),
+    )
+    assert Shape.parse(str(small)) == small
+    empty = Settings.load({}, {"SANDMARTIN_WARM_SHAPES": " ", "SANDMARTIN_WARM_AHEAD": ""})
+    assert (empty.warm_shapes, empty.warm_ahead) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("WARM_SHAPES", "1x512,", "'' is no shape; one is written 2x1024"),
+        ("WARM_SHAPES", "512", "'512' is no shape"),
+        ("WARM_SHAPES", "-1x512", "is no shape"),
+        ("WARM_SHAPES", "1x1\u0661\u0661", "is no shape"),
+        ("WARM_SHAPES", "0x512", "shape 0x512 is impossible; use 1 to 64 vCPUs"),
+        ("WARM_SHAPES", "1x127", "at least 128 MiB"),
+        ("WARM_AHEAD", "../base", "'../base' names no template"),
+        ("WARM_AHEAD", "base=", "'' is no shape"),
+    ],
+)
+def test_what_is_no_shape_is_said(name: str, text: str, said: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        Settings.load({}, {f"SANDMARTIN_{name}": text})
+    assert f"setting {name.lower()} is" in caught.value.message
+    assert said in caught.value.message

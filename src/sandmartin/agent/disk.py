@@ -12,14 +12,15 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandmartin.agent import files
-from sandmartin.agent.proc import run
+from sandmartin.agent.proc import run, unprivileged
 from sandmartin.errors import DiskFull, Exhausted, Invalid, NotFound, ToolFailed
 from sandmartin.model import random_id
 
@@ -135,21 +136,60 @@ class Layers:
         Raises ToolFailed, DiskFull.
         """
         with tempfile.TemporaryDirectory(prefix=".flatten-", dir=target.parent) as directory:
-            # It parses what guests wrote, so it is nobody's program, and reaches nothing else.
+            # The program that writes here may reach nothing else.
             os.chown(directory, self._uid, self._uid)
             target.parent.chmod(0o711)
             flat = Path(directory, "rootfs.ext4")
             source = "json:" + json.dumps(self._chain(image, names))
-            as_owner = ["setpriv", f"--reuid={self._uid}", f"--regid={self._uid}"]
-            as_owner += ["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--"]
-            convert = ["qemu-img", "convert", "-W", "-S", "4k", "-O", "raw", source]
-            try:
-                await run([*as_owner, *convert, os.fspath(flat)], deadline_s=_COPY_DEADLINE_S)
-            except ToolFailed as error:
-                if os.strerror(errno.ENOSPC) in error.message:
-                    raise files.disk_full(target) from error
-                raise
-            await asyncio.to_thread(_publish, flat, target)
+            await self._convert("-O", "raw", source, os.fspath(flat), target=target)
+            # Nobody puts another file there from here on.
+            os.chown(directory, 0, 0)
+            await asyncio.to_thread(publish, flat, target)
+
+    async def _convert(self, *words: str, target: Path, cwd: Path | None = None) -> None:
+        """Run `qemu-img convert` as the layers' owner. Raises ToolFailed, DiskFull."""
+        # It parses what guests wrote, so it is nobody's program, and it ends with the agent.
+        argv = [*unprivileged(self._uid), "qemu-img", "convert", "-W", "-S", "4k", *words]
+        try:
+            await run(argv, deadline_s=_COPY_DEADLINE_S, cwd=cwd)
+        except ToolFailed as error:
+            if os.strerror(errno.ENOSPC) in error.message:
+                raise files.disk_full(target) from error
+            raise
+
+    async def merge(
+        self, names: Sequence[str], size_mb: int, merged: str, pause: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Write what sealed layers hold, the lowest first, as one sealed layer `merged`.
+
+        It stands over whatever stands below the lowest, and survives a power cut. `pause` is
+        waited for before each of them.
+        Raises ToolFailed, DiskFull.
+        """
+        with tempfile.TemporaryDirectory(prefix=".merge-", dir=self._directory) as directory:
+            os.chown(directory, self._uid, self._uid)
+            new = await self.create(Path(directory), size_mb)
+            os.chown(new, self._uid, self._uid)
+            for name in names:
+                await pause()
+                await self._lay_over(name, new, size_mb)
+            self.seal_in_place(new)
+            await asyncio.to_thread(files.sync, new)
+            new.rename(self.path(merged))
+        await asyncio.to_thread(files.sync, self._directory)
+
+    async def _lay_over(self, name: str, new: Path, size_mb: int) -> None:
+        """Write what one layer itself holds over what is in `new`, zeroes too."""
+        check_layer(self.path(name))
+        # Below both stands something of the disk's size, so that what a layer does not hold is
+        # told from what it holds as zero, and is left out; it is never read.
+        below = {"driver": "null-co", "size": size_mb * _MB, "read-zeroes": True}
+        layer = {"driver": "qcow2", "file": _file_node(self.path(name)), "backing": below}
+        onto = f"driver=qcow2,file.driver=file,file.filename={new.name}"
+        onto += f",backing.driver=null-co,backing.size={size_mb * _MB}"
+        words = ["-n", "-B", "below", "-F", "raw", "--target-image-opts"]
+        source = "json:" + json.dumps(layer)
+        await self._convert(*words, source, onto, target=self._directory, cwd=new.parent)
 
     def _chain(self, image: Path, names: Sequence[str]) -> dict[str, object]:
         node: dict[str, object] = {"driver": "raw", "file": _file_node(image)}
@@ -159,10 +199,24 @@ class Layers:
         return node
 
 
-def _publish(image: Path, target: Path) -> None:
-    os.chown(image, 0, 0)
-    image.chmod(0o444)
-    files.sync(image)
+def publish(image: Path, target: Path) -> None:
+    """Put an image in its place, whole, root's and read-only; it then survives a power cut.
+
+    Raises ToolFailed when it is not a plain file, as a program that a guest misled might leave.
+    """
+    try:
+        handle = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ToolFailed(f"image {target.parent.name} was not made: {error.strerror}") from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise ToolFailed(f"image {target.parent.name} was not made as a file of its own")
+        os.fchown(handle, 0, 0)
+        os.fchmod(handle, 0o444)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
     image.rename(target)
     files.sync(target.parent)
 
@@ -187,6 +241,25 @@ def check_layer(path: Path) -> None:
     magic, version, features = _QCOW2.unpack(header)
     if magic != _QCOW2_MAGIC or version != 3 or features & ~_KNOWN_FEATURES:
         raise Invalid(f"layer {path.stem} is damaged", hint="destroy the sandbox it belongs to")
+
+
+#: Number and place of the entries of its first table, in the same document: one that is not
+#: zero leads to clusters.
+_QCOW2_TABLE = struct.Struct(">36xIQ")
+_MAX_TABLE_BYTES = 32 << 20
+
+
+def holds_data(layer: Path) -> bool:
+    """Whether anything was written to a layer; not to one that is gone or cut off."""
+    try:
+        with layer.open("rb") as file:
+            count, at = _QCOW2_TABLE.unpack(file.read(_QCOW2_TABLE.size))
+            if at > layer.stat().st_size:
+                return False
+            file.seek(at)
+            return any(file.read(min(8 * count, _MAX_TABLE_BYTES)))
+    except (FileNotFoundError, struct.error):
+        return False
 
 
 def check_size(image: Image, size_mb: int) -> None:

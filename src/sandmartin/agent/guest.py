@@ -220,8 +220,13 @@ class Guest:
 
     async def _post_introduction(self, identity: Identity) -> tuple[int, dict[str, Any]]:
         headers = self._headers() | {"content-type": "application/json"}
-        content = json.dumps(_introduction(identity)).encode()
-        async with self._http.stream("POST", f"{self._url}/init", headers, content) as response:
+
+        async def content() -> AsyncIterator[bytes]:
+            # Written once the guest is reached, which takes up to a second while it boots: it
+            # must not be told what time it was before.
+            yield json.dumps(_introduction(identity)).encode()
+
+        async with self._http.stream("POST", f"{self._url}/init", headers, content()) as response:
             return response.status, _parse(await _read_bounded(response))
 
     async def awake(self, deadline_s: float) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 from sandmartin.agent import disk
 from sandmartin.agent.admission import check_room, memory_left_mb
 from sandmartin.agent.disk import Image
+from sandmartin.agent.folding import Folding
+from sandmartin.agent.images import Growth
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.metrics import Point
-from sandmartin.agent.microvm import Shape
 from sandmartin.agent.pools import ReadySandboxes, WaitingVms
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
@@ -36,7 +37,7 @@ from sandmartin.errors import (
     SandmartinError,
     Unavailable,
 )
-from sandmartin.model import SandboxSpec, State, random_id
+from sandmartin.model import SandboxSpec, Shape, State, random_id
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Host:
         self._warm = WarmSnapshots(machine)
         self._waiting = WaitingVms(machine)
         self._ready = ReadySandboxes(machine, self._make_ready, self._crowded)
+        self._folding = Folding(machine, self.sandboxes, self._templates, self._needed)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -68,6 +70,8 @@ class Host:
         await asyncio.gather(*(sandbox.adopt() for sandbox in self._sandboxes.values()))
         self._forget_stopped()
         self._templates.clean()
+        await self._grow_images()
+        self._folding.tidy()
         await machine.storage.sweep(self._needed)
         machine.tasks.watch("disk space", self._check_disk_space())
         machine.tasks.watch("activity", self._save_activity())
@@ -75,6 +79,20 @@ class Host:
         machine.tasks.watch("metrics", machine.sampler.run())
         machine.tasks.watch("waiting VMs", self._waiting.run())
         machine.tasks.watch("ready sandboxes", self._ready.run())
+        machine.tasks.watch("folding", self._folding.run())
+        self._warm.open()
+
+    async def _grow_images(self) -> None:
+        machine = self._machine
+        growth = Growth(
+            machine.data.images,
+            machine.settings.layers_uid,
+            floor_mb=machine.settings.disk_floor_mb,
+            step=machine.step,
+        )
+        needed = {each.manifest.image for each in self._templates.snapshots()}
+        needed |= {each.image for each in self.sandboxes() if each.image is not None}
+        await growth.run(needed)
 
     async def _read_journal(self) -> None:
         """Fill the table, and end what no entry speaks for."""
@@ -101,6 +119,7 @@ class Host:
     async def close(self) -> None:
         """End the agent; the VMs run on and the next agent adopts them."""
         self._closing = True
+        self._warm.close()
         if self._termination is not None:
             await asyncio.wait({self._termination})
         await self._machine.tasks.close()
@@ -123,6 +142,7 @@ class Host:
     async def _terminate(self) -> None:
         if self.terminated.is_set():
             return
+        self._warm.close()
         # A create in flight ends first, so that nothing is born behind the last destroy.
         await self._machine.tasks.settle()
         try:
@@ -256,11 +276,10 @@ class Host:
         origin: Image | Snapshot,
     ) -> None:
         try:
-            if isinstance(origin, Image):
-                origin = await self._warmed(origin, sandbox.entry.spec)
-            needed = names_in(origin.manifest) if isinstance(origin, Snapshot) else set()
-            with self._machine.storage.pinned(needed):
-                await start(origin)
+            async with self._warmed(origin, sandbox.entry.spec) as origin:
+                needed = names_in(origin.manifest) if isinstance(origin, Snapshot) else set()
+                with self._machine.storage.pinned(needed):
+                    await start(origin)
         except BaseException:
             # What failed before its own life began is removed here; later it undoes itself.
             if sandbox.state is State.PENDING:
@@ -269,15 +288,19 @@ class Host:
         finally:
             self._forget_stopped()
 
-    async def _warmed(self, image: Image, spec: SandboxSpec) -> Image | Snapshot:
-        """The warm snapshot of an image; the image itself where there is none to be had."""
-        if not self._machine.settings.warm:
-            return image
-        try:
-            return await self._warm.get(image, Shape(vcpus=spec.vcpus, memory_mb=spec.memory_mb))
-        except SandmartinError as error:
-            _log.warning("image %s boots cold: %s", image.name, error)
-            return image
+    @contextlib.asynccontextmanager
+    async def _warmed(
+        self, origin: Image | Snapshot, spec: SandboxSpec
+    ) -> AsyncIterator[Image | Snapshot]:
+        """The warm snapshot of an image; the origin itself where there is none to be had."""
+        shape = Shape(vcpus=spec.vcpus, memory_mb=spec.memory_mb)
+        async with contextlib.AsyncExitStack() as stack:
+            if isinstance(origin, Image) and self._warm.covers(shape):
+                try:
+                    origin = await stack.enter_async_context(self._warm.use(origin, shape))
+                except SandmartinError as error:
+                    _log.warning("template %s boots cold: %s", spec.template, error)
+            yield origin
 
     async def destroy(self, sandbox_id: str) -> None:
         """End a sandbox and free all it held. Already gone is success."""
@@ -311,6 +334,7 @@ class Host:
         sandbox = self.get(sandbox_id)
         if sandbox.state is State.PAUSED:
             self._admit(sandbox.entry.spec)
+        self._folding.note_start(sandbox_id, checkpoint_id)
         await self._operate("rollback", sandbox_id, sandbox.rollback(checkpoint_id))
         await self._machine.storage.sweep(self._needed)
         return sandbox
@@ -322,7 +346,10 @@ class Host:
         await self._machine.storage.sweep(self._needed)
 
     async def _operate(self, what: str, sandbox_id: str, work: Coroutine[Any, Any, _T]) -> _T:
-        return await self._machine.tasks.operate(f"{what} {sandbox_id}", work)
+        try:
+            return await self._machine.tasks.operate(f"{what} {sandbox_id}", work)
+        finally:
+            self._folding.look()
 
     async def fork(
         self, sandbox_id: str, child_ids: Sequence[str], timeout_s: int | None
@@ -375,7 +402,8 @@ class Host:
     async def delete_snapshot(self, name: str) -> None:
         """Remove a template. Raises NotFound, and Conflict when something depends on it."""
         await self._ready.drop(name)
-        await asyncio.to_thread(self._templates.remove, name, self.sandboxes())
+        async with self._folding.replacing:
+            await asyncio.to_thread(self._templates.remove, name, self.sandboxes())
         await self._machine.storage.sweep(self._needed)
 
     async def flatten(self, sandbox_id: str, name: str) -> int:

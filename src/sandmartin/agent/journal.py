@@ -128,6 +128,12 @@ class Entry:
     envs: Mapping[str, str] = field(default_factory=dict, repr=False)
     #: Paused by the reaper, and not yet told to the control plane.
     auto_paused: bool = False
+    #: The guest has confirmed who it is since its VM was last started or stood still.
+    introduced: bool = True
+    #: It was set back, and the guest has not been told so yet.
+    moved: bool = False
+    #: The image that its disk is being made; once that is there, the sandbox is to be removed.
+    flattens_to: Path | None = None
     #: Access token of the guest agent.
     token: str = field(default="", repr=False)
 
@@ -151,6 +157,9 @@ class Entry:
                 "boot_id": self.boot_id,
                 "envs": dict(self.envs),
                 "auto_paused": self.auto_paused,
+                "introduced": self.introduced,
+                "moved": self.moved,
+                "flattens_to": self.flattens_to and os.fspath(self.flattens_to),
                 "token": self.token,
                 "ram": ram and {"base": ram.base, "file": [ram.file.device, ram.file.inode]},
                 "vm": vm
@@ -194,6 +203,10 @@ class Entry:
                 boot_id=raw["boot_id"],
                 envs=raw["envs"],
                 auto_paused=raw["auto_paused"],
+                # Entries of the first release have none of these.
+                introduced=raw.get("introduced", True),
+                moved=raw.get("moved", False),
+                flattens_to=Path(raw["flattens_to"]) if raw.get("flattens_to") else None,
                 token=raw["token"],
                 ram=RamRecord(ram["base"], FileId(*ram["file"])) if ram else None,
                 vm=vm

@@ -56,6 +56,8 @@ class Patience:
     #: How long nothing may have happened before a pool is filled, and how long that is waited for.
     quiet_s: float = 0.2
     quiet_limit_s: float = 5.0
+    #: How long nothing must have been asked of the host before something is folded.
+    fold_s: float = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

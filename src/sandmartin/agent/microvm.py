@@ -35,20 +35,13 @@ from sandmartin.agent.network import Slot
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec
 from sandmartin.errors import SandmartinError, TimedOut, ToolFailed
+from sandmartin.model import Shape as Shape
 
 _log = logging.getLogger(__name__)
 
 _CONSOLE_TAIL = 600
 #: A running VM goes on dirtying between the first look and the freeze.
 _BUFFER_SLACK = 16 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What a VM has of processors and memory."""
-
-    vcpus: int
-    memory_mb: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,9 +147,14 @@ class ReadySandboxes:
             ready = self._ready[template]
             await self._end([each for each in ready if not each.alive()])
             if len(ready) < size:
-                ready.append(await self._make(template))
+                # An operation, so that its template stays as it is meanwhile.
+                adding = self._add(template)
+                await self._machine.tasks.operate(f"make ready {template}", adding)
                 return True
         return False
+
+    async def _add(self, template: str) -> None:
+        self._ready[template].append(await self._make(template))
 
     async def drop(self, template: str) -> None:
         """End those of a template, which is about to go."""

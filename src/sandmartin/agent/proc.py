@@ -36,6 +36,17 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | dict(extra or {})
 
 
+def unprivileged(uid: int, group: int | None = None, *, outlives: bool = False) -> list[str]:
+    """The words before those of a program that runs as nobody but `uid`, without any right.
+
+    With `group` it has the rights of that group too. It ends with us unless it `outlives` us.
+    """
+    words = ["setpriv", f"--reuid={uid}", f"--regid={uid}"]
+    words += ["--clear-groups" if group is None else f"--groups={group}"]
+    words += ["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
+    return [*words, *([] if outlives else ["--pdeathsig=KILL"]), "--"]
+
+
 @dataclass(frozen=True)
 class Finished:
     """A child that ended; `stdout` and `stderr` are bytes."""

@@ -141,9 +141,13 @@ class Sandbox(Inside):
         needed = {*entry.layers, entry.top, entry.next_top}
         if entry.ram is not None:
             needed.add(entry.ram.base)
-        for snapshot in (*self._snapshots(self._paths.path), *self.checkpoints()):
+        for snapshot in self.kept_snapshots():
             needed |= names_in(snapshot.manifest)
         return needed
+
+    def kept_snapshots(self) -> list[Snapshot]:
+        """What it sleeps in while it is paused, and its checkpoints, oldest first."""
+        return [*self._snapshots(self._paths.path), *self.checkpoints()]
 
     def _snapshots(self, directory: Path) -> list[Snapshot]:
         return self._machine.storage.snapshots.list(directory)
@@ -177,6 +181,8 @@ class Sandbox(Inside):
             yield
         except DiskFull as error:
             _log.warning("sandbox %s: not in its journal: %s", self.sandbox_id, error)
+            # It is tried again with the activity.
+            self._saved_active_at = 0.0
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -324,8 +330,10 @@ class Sandbox(Inside):
     ) -> None:
         """Tell the guest who it is now. With `moved` it is in another place than it believes."""
         self._record(token=token)
-        if self._guest is None:
-            self._guest = self._machine.guest(self.host_ip, old_token or token)
+        # Nobody talks to a guest that does not know yet who it is.
+        guest, self._guest = self._guest, None
+        if guest is None:
+            guest = self._machine.guest(self.host_ip, old_token or token)
         identity = Identity(
             sandbox_id=self.sandbox_id,
             template=self._entry.spec.template,
@@ -337,7 +345,12 @@ class Sandbox(Inside):
             moved=moved,
         )
         deadline_s = self._machine.settings.boot_timeout_s
-        await self._microvm.introduce(self._guest, identity, deadline_s)
+        try:
+            await self._microvm.introduce(guest, identity, deadline_s)
+        except BaseException:
+            await guest.close()
+            raise
+        self._guest = guest
 
     def _run(self) -> None:
         """It runs: watch its VM and sample it."""
@@ -385,12 +398,18 @@ class Sandbox(Inside):
         async with self._lock:
             self._require_running()
             with self._all_or_nothing():
-                self._become(State.SNAPSHOTTING)
+                self._become(State.SNAPSHOTTING, flattens_to=target)
             self._machine.step("pause:recorded")
-            await self._put_to_sleep(seal=True)
-            entry = self._entry
-            assert entry.image is not None
-            await self._machine.storage.layers.flatten(entry.image, entry.layers, target)
+            try:
+                await self._put_to_sleep(seal=True)
+                entry = self._entry
+                assert entry.image is not None
+                await self._machine.storage.layers.flatten(entry.image, entry.layers, target)
+            except BaseException:
+                with self._disk_may_be_full():
+                    self._record(flattens_to=None)
+                raise
+            # From here on the next agent, too, removes the sandbox.
             self._machine.step("flatten:written")
             await self._remove()
 
@@ -404,6 +423,7 @@ class Sandbox(Inside):
         seal = seal or template is not None
         try:
             await self._stop_watching()
+            await self._settle_layers()
             frozen = await self._microvm.freeze(cont=False)
             self._machine.step("pause:frozen")
             await asyncio.to_thread(files.sync, self._paths.layer(self._entry.top))
@@ -510,7 +530,7 @@ class Sandbox(Inside):
                 spec = replace(spec, timeout_s=timeout_s)
             with self._all_or_nothing():
                 self._become(State.RESUMING, spec=spec, auto_paused=False)
-            await self._wake("resume", moved=False)
+            await self._wake("resume")
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
         """Forget a checkpoint. Raises NotFound, and Conflict while it sleeps in it."""
@@ -545,6 +565,7 @@ class Sandbox(Inside):
                     top="",
                     token=checkpoint.manifest.token,
                     sleeps_in=f"{self._paths.checkpoints.name}/{checkpoint_id}",
+                    moved=True,
                 )
             self._machine.step("rollback:recorded")
             await self._leave_host("rollback")
@@ -553,9 +574,9 @@ class Sandbox(Inside):
             await asyncio.to_thread(remove_snapshot, self._paths.paused)
             with self._all_or_nothing():
                 self._become(State.RESUMING)
-            await self._wake("rollback", moved=True)
+            await self._wake("rollback")
 
-    async def _wake(self, operation: str, *, moved: bool) -> None:
+    async def _wake(self, operation: str) -> None:
         """Start the VM as it slept. It sleeps on if that fails before it has run."""
         self._machine.step(f"{operation}:waking")
         self._microvm = self._new_microvm(operation)
@@ -565,22 +586,30 @@ class Sandbox(Inside):
             await self._restore_or_boot(operation)
             # From here on the VM runs, and what it slept in is void.
             with self._all_or_nothing():
-                self._become(State.RUNNING, sync=True, sleeps_in="")
+                self._become(State.RUNNING, sync=True, sleeps_in="", introduced=False)
         except BaseException:
             await asyncio.shield(self._sleep_on(operation))
             raise
         self._machine.step(f"{operation}:committed")
-        try:
-            await self._microvm.running.cont()
-            self.touch()
-            token, envs = self._entry.token, self._entry.envs
-            await self._introduce(token, token or new_token(), envs=envs, moved=moved)
-        except SandmartinError as error:
-            self._fail(f"it did not come back: {error.message}")
-            raise
+        self.touch()
+        await self._go_on_as_itself()
+        self._machine.step(f"{operation}:confirmed")
         self._run()
         await asyncio.to_thread(remove_snapshot, self._paths.paused)
         self._machine.step(f"{operation}:running")
+
+    async def _go_on_as_itself(self) -> None:
+        """Let a VM that stood still run, and tell its guest who it is and what time it is."""
+        entry = self._entry
+        try:
+            await self._microvm.running.cont()
+            token = entry.token or new_token()
+            await self._introduce(entry.token, token, envs=entry.envs, moved=entry.moved)
+        except SandmartinError as error:
+            self._fail(f"it did not come back: {error.message}")
+            raise
+        with self._disk_may_be_full():
+            self._record(introduced=True, moved=False)
 
     async def _restore_or_boot(self, operation: str) -> None:
         """Memory and disk as they were; where the memory does not fit any more, the disk."""
@@ -612,6 +641,7 @@ class Sandbox(Inside):
         """A snapshot at `path` of the sandbox, which goes on. Raises Conflict, DiskFull."""
         async with self._lock:
             self._require_running()
+            await self._settle_layers()
             layers = self._machine.storage.layers
             top = await layers.create(self._paths.path, self._entry.spec.disk_size_mb)
             self._record(next_top=top.stem)
@@ -629,17 +659,27 @@ class Sandbox(Inside):
                 self._microvm.forget_buffer()
 
     async def _settle_layers(self) -> None:
-        """Find out whether the VM has taken the layer it was about to be given, and seal or go."""
+        """Find out whether the VM has taken the layer it was about to be given, and seal or go.
+
+        Also before anything that cuts the disk: the monitor may not have answered the last time.
+        """
         entry = self._entry
         if not entry.next_top:
             return
         if await self._microvm.running.top_layer() == entry.next_top:
+            # What may be others' too is not to be changed by a monitor that was taken over.
+            await self._microvm.running.only_read(self._layer(entry.top))
             self._machine.storage.layers.seal(self._paths.layer(entry.top))
             layers = (*entry.layers, entry.top)
             self._record(sync=True, layers=layers, top=entry.next_top, next_top="")
         else:
             self._paths.layer(entry.next_top).unlink(missing_ok=True)
             self._record(next_top="")
+
+    def _layer(self, name: str) -> Path:
+        """File of a layer, sealed or not."""
+        own = self._paths.layer(name)
+        return own if own.exists() else self._machine.storage.layers.path(name)
 
     async def checkpoint(self, comment: str) -> Snapshot:
         """A snapshot that stays in its own history."""
@@ -661,6 +701,31 @@ class Sandbox(Inside):
             hint="ListCheckpoints shows those that it has",
         )
 
+    # Folding. Whoever changes what it is made of holds `lifecycle`.
+
+    @property
+    def lifecycle(self) -> asyncio.Lock:
+        """The lock that orders its life cycle."""
+        return self._lock
+
+    def asleep_in(self) -> Snapshot | None:
+        """The snapshot of its pause, if it sleeps in that."""
+        if self.state is not State.PAUSED or self._entry.sleeps_in != self._paths.paused.name:
+            return None
+        with contextlib.suppress(NotFound, Invalid):
+            return self._machine.storage.snapshots.read(self._paths.paused)
+        return None
+
+    def replace_layers(self, layers: tuple[str, ...]) -> None:
+        """Have other sealed layers, which hold the same. Raises DiskFull."""
+        with self._all_or_nothing():
+            self._record(sync=True, layers=layers)
+
+    async def relink(self) -> None:
+        """Have the VM, if it runs, use the layers that the entry names."""
+        if self.state is State.RUNNING:
+            await self._microvm.running.relink(self._disk)
+
     # Adopting.
 
     async def adopt(self) -> None:
@@ -673,12 +738,18 @@ class Sandbox(Inside):
         async with self._lock:
             try:
                 await self._adopt()
-            except SandmartinError as error:
+            except (SandmartinError, OSError) as error:
                 _log.error("sandbox %s cannot be adopted: %s", self.sandbox_id, error)
-                self._fail(error.message)
+                # One that sleeps has all it needs; what could not be ended yet is ended first when
+                # it is woken.
+                if self.state is not State.PAUSED:
+                    self._fail(str(error))
 
     async def _adopt(self) -> None:
         self._clean()
+        if self._is_flattened():
+            await self._remove()
+            return
         match self.state:
             case State.RUNNING | State.ERROR:
                 await self._win_back()
@@ -700,6 +771,17 @@ class Sandbox(Inside):
         for path in self._paths.path.glob("layer-*.qcow2"):
             if path.stem not in {entry.top, entry.next_top}:
                 remove(path)
+
+    def _is_flattened(self) -> bool:
+        """Whether its disk has become an image, which ends a sandbox. An image appears whole."""
+        target = self._entry.flattens_to
+        if target is None:
+            return False
+        if target.exists():
+            return True
+        with self._disk_may_be_full():
+            self._record(flattens_to=None)
+        return False
 
     async def _finish_or_undo_pause(self) -> None:
         if self._snapshots(self._paths.path):
@@ -727,9 +809,14 @@ class Sandbox(Inside):
         await self._settle_layers()
         await asyncio.to_thread(remove_snapshot, self._paths.paused)
         if await vm.running.status() is VmStatus.STOPPED:
-            # The agent ended in the middle of a freeze.
-            await vm.running.cont()
-        self._guest = machine.guest(self.host_ip, entry.token)
+            # The agent ended in the middle of a freeze, or before a waking VM went on; the
+            # guest's clock has stood still since.
+            with self._disk_may_be_full():
+                self._record(introduced=False)
+        if self._entry.introduced:
+            self._guest = machine.guest(self.host_ip, self._entry.token)
+        else:
+            await self._go_on_as_itself()
         self._run()
 
     async def _note_loss(self) -> None:
@@ -739,10 +826,32 @@ class Sandbox(Inside):
         if self._entry.boot_id == _boot_id():
             self._fail("its VM ended while no agent was running")
             return
+        await self._settle_layers_left()
         reason = "its host was restarted: its files are kept, its memory is lost"
         self._become(State.PAUSING)
         self._become(State.PAUSED, reason, sync=True, sleeps_in="")
         await self._leave_host("pause")
+
+    async def _settle_layers_left(self) -> None:
+        """What `_settle_layers` finds out from a VM, where there is none left to ask.
+
+        The newer layer has been the top if something was written to it, or if the older one is
+        sealed already.
+        """
+        entry, layers = self._entry, self._machine.storage.layers
+        if not entry.next_top:
+            return
+        newer, older = self._paths.layer(entry.next_top), self._paths.layer(entry.top)
+        written = disk.holds_data(newer)
+        if written or not older.exists():
+            layers.seal(older)
+            await layers.sync([entry.top])
+            top = entry.next_top if written else ""
+            self._record(sync=True, layers=(*entry.layers, entry.top), top=top, next_top="")
+        else:
+            self._record(sync=True, next_top="")
+        if not written:
+            newer.unlink(missing_ok=True)
 
     # Ending.
 
@@ -849,6 +958,8 @@ class Sandbox(Inside):
             raise self._unusable()
 
     def _unusable(self) -> Conflict:
+        if self.state is State.RUNNING:
+            return Conflict(f"sandbox {self.sandbox_id} is not quite awake", hint="try again")
         hint = "destroy it; it cannot be used any more" if self.state is State.ERROR else ""
         why = f": {self.reason}" if self.reason else ""
         return Conflict(f"sandbox {self.sandbox_id} is {self.state}{why}", hint=hint)

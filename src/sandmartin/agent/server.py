@@ -41,6 +41,10 @@ _T = TypeVar("_T")
 _Req = TypeVar("_Req")
 _Res = TypeVar("_Res")
 _Context = RequestContext[Any, Any]
+_Event = dict[str, Any]
+_Receive = Callable[[], Awaitable[_Event]]
+_Send = Callable[[_Event], Awaitable[None]]
+_App = Callable[[_Event, _Receive, _Send], Awaitable[None]]
 
 CODES: dict[str, Code] = {
     errors.SandmartinError.code: Code.INTERNAL,
@@ -181,14 +185,42 @@ def _depth_exceeds(document: bytes | bytearray, limit: int) -> bool:
     return False
 
 
-def application(host: Host) -> HostAgentServiceASGIApplication:
+class EarlyAnswers:
+    """ASGI: who is answered before the whole request is read is sent no further: it ends there.
+
+    Many clients look at the answer only once they have sent all, or can send no more.
+    """
+
+    def __init__(self, app: _App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: _Event, receive: _Receive, send: _Send) -> None:
+        whole = False
+
+        async def receive_and_see() -> _Event:
+            nonlocal whole
+            event = await receive()
+            whole = whole or not event.get("more_body", False)
+            return event
+
+        async def send_and_end(event: _Event) -> None:
+            if event["type"] == "http.response.start" and not whole:
+                # uvicorn closes the connection then, once all of the answer is sent.
+                event = event | {"headers": [*event.get("headers", ()), (b"connection", b"close")]}
+            await send(event)
+
+        await self._app(scope, receive_and_see, send_and_end)
+
+
+def application(host: Host) -> _App:
     """The ASGI application of the agent."""
-    return HostAgentServiceASGIApplication(
+    service: Any = HostAgentServiceASGIApplication(
         HostAgent(host),
         interceptors=[ErrorInterceptor()],
         read_max_bytes=MAX_MESSAGE_BYTES,
         codecs=[proto_binary_codec(), ShallowJson()],
     )
+    return EarlyAnswers(service)
 
 
 # The process.

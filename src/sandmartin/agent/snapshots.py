@@ -88,11 +88,13 @@ class Manifest:
     #: Environment of every command.
     envs: dict[str, str] = field(default_factory=dict, repr=False)
     comment: str = ""
+    #: Size of the diff that was folded into the base.
+    folded_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
         """Size of what is this snapshot's alone."""
-        return self.diff.size_bytes if self.diff else 0
+        return self.diff.size_bytes if self.diff else self.folded_bytes
 
     def to_json(self) -> bytes:
         content = asdict(self) | {"format": _FORMAT, "image": os.fspath(self.image)}
@@ -206,15 +208,39 @@ class Snapshots:
         return Snapshot(path, manifest)
 
     def _finish(self, draft: Draft, path: Path, manifest: Manifest, state: bytes) -> None:
-        content = manifest.to_json()
-        signed = {"manifest": content.decode(), "signature": self._signer.sign(content)}
         write_whole(draft.path / _STATE, state, sync=True)
-        write_whole(draft.path / _MANIFEST, json.dumps(signed).encode(), sync=True)
+        self._write_manifest(draft.path, manifest)
         try:
             draft.path.rename(path)
         except OSError as error:
             raise Conflict(f"{path.name} exists already") from error
         files.sync(path.parent)
+
+    def _write_manifest(self, directory: Path, manifest: Manifest) -> None:
+        content = manifest.to_json()
+        signed = {"manifest": content.decode(), "signature": self._signer.sign(content)}
+        write_whole(directory / _MANIFEST, json.dumps(signed).encode(), sync=True)
+
+    def replace(self, old: Snapshot, manifest: Manifest) -> bool:
+        """Have another manifest for the same content; False when `old` does not stand there now.
+
+        Whoever may remove or replace the snapshot must be kept out meanwhile. Raises DiskFull.
+        """
+        try:
+            if self.read(old.path).manifest != old.manifest:
+                return False
+        except NotFound:
+            return False
+        with files.space_errors(old.path):
+            self._write_manifest(old.path, manifest)
+        return True
+
+    def drop_folded(self, path: Path) -> None:
+        """Remove the diff of a snapshot whose manifest names none. Idempotent."""
+        with contextlib.suppress(NotFound, Invalid):
+            snapshot = self.read(path)
+            if snapshot.manifest.diff is None:
+                snapshot.diff.unlink(missing_ok=True)
 
     def read(self, path: Path) -> Snapshot:
         """The snapshot at `path`. Raises NotFound, Invalid."""

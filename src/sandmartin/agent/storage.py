@@ -12,7 +12,7 @@ import contextlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 from sandmartin.agent.disk import Layers, link_or_copy
@@ -61,14 +61,33 @@ class Storage:
         return await asyncio.to_thread(self._add_base, make)
 
     def _add_base(self, make: Callable[[Path], Base]) -> Base:
-        target = self.data.bases / f".new.{random_id(8)}"
+        target = self._new_path()
         try:
-            made = make(target)
-            named = self._base_path(made.digest)
-            # One with the same content may be there, and is in use under its name.
-            with contextlib.suppress(FileExistsError, AlreadyExists):
-                named.hardlink_to(target)
-            return Base(named, made.size_bytes, made.digest)
+            return self._named(make(target))
+        finally:
+            target.unlink(missing_ok=True)
+
+    def _new_path(self) -> Path:
+        return self.data.bases / f".new.{random_id(8)}"
+
+    def _named(self, made: Base) -> Base:
+        named = self._base_path(made.digest)
+        # One with the same content may be there, and is in use under its name.
+        with contextlib.suppress(FileExistsError, AlreadyExists):
+            named.hardlink_to(made.path)
+        return Base(named, made.size_bytes, made.digest)
+
+    @contextlib.asynccontextmanager
+    async def new_base(self, make: Callable[[Path], Awaitable[Base]]) -> AsyncIterator[Base]:
+        """A base that `make` writes to the path it is given, pinned as long as the context lasts.
+
+        `make` must have come to its end when it is cancelled.
+        """
+        target = self._new_path()
+        try:
+            made = await make(target)
+            with self.pinned([made.digest]):
+                yield self._named(made)
         finally:
             target.unlink(missing_ok=True)
 
@@ -115,7 +134,7 @@ class Storage:
         """Remove what a killed agent left half made. To be called before anything else runs."""
         data = self.data
         passing = {data.forks, data.waiting}
-        for directory in (data.bases, data.templates, data.images, *passing):
+        for directory in (data.bases, data.layers, data.templates, data.images, *passing):
             for path in directory.iterdir():
                 if path.name.startswith(".") or directory in passing:
                     remove(path)

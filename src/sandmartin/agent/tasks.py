@@ -79,6 +79,16 @@ class Tasks:
         """Wait for a watch to die and raise its error."""
         await asyncio.shield(self._failure())
 
+    @property
+    def busy(self) -> bool:
+        """Whether an operation runs."""
+        return bool(self._operations)
+
+    async def outlast(self) -> None:
+        """Wait until the operations that run now have ended, whatever begins meanwhile."""
+        if running := set(self._operations):
+            await asyncio.wait(running)
+
     async def settle(self) -> None:
         """Wait until every operation has ended."""
         while self._operations:

@@ -12,7 +12,7 @@ from typing import Protocol
 from sandmartin.agent.disk import Image, ImageStore
 from sandmartin.agent.journal import DataDir
 from sandmartin.agent.snapshots import Snapshot
-from sandmartin.agent.storage import Storage, names_in
+from sandmartin.agent.storage import Storage, names_in, remove
 from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound
 from sandmartin.model import check_name
 
@@ -119,4 +119,6 @@ class Templates:
                 _log.warning("template %s is removed: %s is gone", snapshot.path.name, missing)
                 snapshot.remove()
         for directory in self._data.images.iterdir():
+            for draft in directory.glob(".*"):
+                remove(draft)
             self.forget_failed(directory / "rootfs.ext4")

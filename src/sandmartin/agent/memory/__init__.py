@@ -14,6 +14,7 @@ The VM must stand still while its pages are scanned and copied; this package nev
 
 from sandmartin.agent.memory.base import (
     Base,
+    Check,
     create_empty_base,
     digest_base,
     dump_base,
@@ -29,6 +30,7 @@ __all__ = [
     "Base",
     "BaseStore",
     "Buffer",
+    "Check",
     "Diff",
     "FileId",
     "Lease",

@@ -13,7 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,11 @@ from sandmartin.agent.memory.runs import PAGE, Runs, stretches
 from sandmartin.agent.memory.whole import appearing, opened, read_at, write_at
 from sandmartin.errors import Conflict, Invalid
 
+#: Asked now and then by what takes long; it raises to end it.
+Check = Callable[[], None]
+
 _CHUNK_BYTES = 2**18
+_COPY_BYTES = 2**26
 _ZERO_CHUNK = bytes(_CHUNK_BYTES)
 _DIGEST_NAME = b"sandmartin base 1\n"
 _FICLONE = 0x40049409
@@ -43,10 +47,14 @@ class Base:
     digest: str
 
 
-def get_base(path: Path) -> Base:
+def go_on() -> None:
+    """A check that ends nothing."""
+
+
+def get_base(path: Path, check: Check = go_on) -> Base:
     """The base at `path`, its checksum computed. Raises NotFound, Invalid."""
     with opened(path) as file:
-        return Base(path, os.fstat(file).st_size, _digest(file))
+        return Base(path, os.fstat(file).st_size, _digest(file, check))
 
 
 def digest_base(path: Path) -> str:
@@ -74,16 +82,19 @@ def dump_base(ram: Ram, base: Base, target: Path) -> Base:
     return build_base(base, ram.parts(ram.scan(), Buffer()), target)
 
 
-def build_base(base: Base, parts: Iterable[tuple[Runs, memoryview]], target: Path) -> Base:
+def build_base(
+    base: Base, parts: Iterable[tuple[Runs, memoryview]], target: Path, check: Check = go_on
+) -> Base:
     """A new base of `base`, which was verified, with other pages in some places.
 
     Raises AlreadyExists, DiskFull.
     """
     with opened(base.path) as source, _standing(target) as file:
-        _copy(source, file)
+        _copy(source, file, check)
         for runs, data in parts:
+            check()
             _put(file, runs, data)
-        return Base(target, os.fstat(file).st_size, _digest(file))
+        return Base(target, os.fstat(file).st_size, _digest(file, check))
 
 
 @contextlib.contextmanager
@@ -117,8 +128,16 @@ def digest_of(size_bytes: int, content: Iterable[tuple[int, memoryview]]) -> str
     return whole.hexdigest()
 
 
-def _digest(file: int) -> str:
-    return digest_of(os.fstat(file).st_size, chunks(file))
+def _digest(file: int, check: Check = go_on) -> str:
+    return digest_of(os.fstat(file).st_size, _checked(chunks(file), check))
+
+
+def _checked(
+    content: Iterable[tuple[int, memoryview]], check: Check
+) -> Iterator[tuple[int, memoryview]]:
+    for part in content:
+        check()
+        yield part
 
 
 def _find_data(file: int, at: int) -> int | None:
@@ -131,7 +150,7 @@ def _find_data(file: int, at: int) -> int | None:
         return None
 
 
-def _copy(source: int, target: int) -> None:
+def _copy(source: int, target: int, check: Check) -> None:
     """Make `target` the same as `source`: by reference where the file system can, else its data."""
     try:
         fcntl.ioctl(target, _FICLONE, source)
@@ -143,13 +162,15 @@ def _copy(source: int, target: int) -> None:
     at = 0
     while (begin := _find_data(source, at)) is not None:
         at = os.lseek(source, begin, os.SEEK_HOLE)
-        _copy_range(source, target, begin, at)
+        _copy_range(source, target, begin, at, check)
 
 
-def _copy_range(source: int, target: int, begin: int, end: int) -> None:
+def _copy_range(source: int, target: int, begin: int, end: int, check: Check) -> None:
     while begin < end:
+        check()
         try:
-            done = os.copy_file_range(source, target, end - begin, begin, begin)
+            size = min(end - begin, _COPY_BYTES)
+            done = os.copy_file_range(source, target, size, begin, begin)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise

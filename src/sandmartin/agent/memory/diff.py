@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sandmartin.agent.memory.base import Base, build_base
+from sandmartin.agent.memory.base import Base, Check, build_base, go_on
 from sandmartin.agent.memory.ram import Buffer, Ram
 from sandmartin.agent.memory.runs import PAGE, Runs
 from sandmartin.agent.memory.whole import appearing, opened, read_at, write_at
@@ -172,11 +172,11 @@ def inject(ram: Ram, diff: Diff, buffer: Buffer) -> None:
         ram.write(part, buffer)
 
 
-def fold(base: Base, diff: Diff, target: Path) -> Base:
+def fold(base: Base, diff: Diff, target: Path, check: Check = go_on) -> Base:
     """A new base of `base`, which was verified, and a diff over it.
 
     Raises AlreadyExists, DiskFull, Invalid.
     """
     if (diff.base_digest, diff.ram_bytes) != (base.digest, base.size_bytes):
         raise Invalid(f"this diff is not over {base.path}")
-    return build_base(base, diff.parts(Buffer()), target)
+    return build_base(base, diff.parts(Buffer()), target, check)

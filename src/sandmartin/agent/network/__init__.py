@@ -41,6 +41,7 @@ class Network:
         self._given: set[int] = set()
         self._gateways: dict[int, tuple[Gateway, asyncio.Task[None]]] = {}
         self._guarded: frozenset[str] | None = None
+        self._cleaning: set[asyncio.Task[None]] = set()
         self._wanted = asyncio.Event()
         self._refilling: asyncio.Task[None] | None = None
 
@@ -61,6 +62,7 @@ class Network:
     async def close(self) -> None:
         """End our part; slots in use stay as they are for the next agent."""
         await self._stop_refilling()
+        await asyncio.gather(*self._cleaning)
         while self._ready:
             await self._destroy(self._ready.popleft())
         for number in list(self._gateways):
@@ -96,11 +98,17 @@ class Network:
         if number not in self._given:
             return
         self._given.discard(number)
+        # Nobody gets it before it is clean, so nobody has to wait for that.
+        cleaning = asyncio.create_task(self._clean(number), name=f"clean slot {number}")
+        self._cleaning.add(cleaning)
+        cleaning.add_done_callback(self._cleaning.discard)
+
+    async def _clean(self, number: int) -> None:
         try:
             await self._take_back(self._slot(number))
-        except BaseException:
-            self._given.add(number)
-            raise
+        except SandmartinError as error:
+            # It stays claimed, and the next agent removes it.
+            _log.error("network slot %d is lost: %s", number, error)
 
     async def _take_back(self, slot: Slot) -> None:
         # More than are made ahead may wait: cleaning one costs less than making one.
@@ -169,11 +177,22 @@ class Network:
             self._wanted.clear()
             try:
                 while len(self._ready) < self._settings.slot_pool_size:
-                    self._ready.append(await self._make())
+                    await self._make_ahead()
             except SandmartinError as error:
                 _log.warning("no network slot can be made ahead: %s", error)
                 await asyncio.sleep(_RETRY_S)
                 self._wanted.set()
+
+    async def _make_ahead(self) -> None:
+        making = asyncio.ensure_future(self._make())
+        try:
+            self._ready.append(await asyncio.shield(making))
+        except asyncio.CancelledError:
+            # A thread that makes one cannot be stopped: whoever ends the pool gets a whole slot.
+            await asyncio.wait({making})
+            if making.exception() is None:
+                self._ready.append(making.result())
+            raise
 
     async def _stop_refilling(self) -> None:
         if self._refilling is not None:

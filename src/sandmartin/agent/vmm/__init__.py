@@ -140,6 +140,17 @@ class Vm(Protocol):
         """
         ...
 
+    async def relink(self, disk: Disk) -> None:
+        """Use these sealed layers below the one that is written, instead of others.
+
+        Together they must hold the same. The VM goes on meanwhile, and as before after an error.
+        """
+        ...
+
+    async def only_read(self, layer: Path) -> None:
+        """Give up the right to write to a layer that was the top. Idempotent."""
+        ...
+
     async def load(self, state: bytes) -> None:
         """Load a device state into a VM that was started with `incoming`; it stands still then.
 

@@ -39,6 +39,7 @@ from sandmartin.model import Accel
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_Node = dict[str, object]
 
 BINARY = "qemu-system-x86_64"
 MACHINE = "microvm"
@@ -60,6 +61,8 @@ _LOG_TAIL_BYTES = 600
 _TRANSLATION_MB = 256
 _VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?(?: \(([^()\n]*)\))?")
 _OLDEST = (7, 2)
+#: Name of a file that was handed over, as QEMU tells it.
+_PASSED = re.compile(r"/dev/fdset/(\d+)")
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ class QemuVm:
             below = ""
             if top is not None:
                 below, _ = _root_disk(freezer.execute("query-block"))
-                _add_layer(freezer, top)
+                _add_node(freezer, top, _layer_node(top.stem, None))
             began = time.monotonic()
             with freezer.stopped(cont=cont):
                 read_state = freezer.save_state()
@@ -240,6 +243,20 @@ class QemuVm:
                 # The number stands in the record too, for whoever measures.
                 _log.info("a VM stood still for %.1f ms", stopped_s * 1000, extra={"s": stopped_s})
         return read_state(), done
+
+    async def relink(self, disk: Disk) -> None:
+        def relink() -> None:
+            with Freezer(self.freezer) as freezer:
+                _relink(freezer, disk)
+
+        await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(relink)))
+
+    async def only_read(self, layer: Path) -> None:
+        def reopen() -> None:
+            with Freezer(self.freezer) as freezer:
+                _reopen_to_read(freezer, layer)
+
+        await asyncio.to_thread(reopen)
 
     async def load(self, state: bytes) -> None:
         def load() -> None:
@@ -295,29 +312,93 @@ def _root_disk(devices: object) -> tuple[str, int]:
     raise ToolFailed("QEMU gave something else than its disks")
 
 
-def _add_layer(freezer: Freezer, top: Path) -> None:
-    """Have QEMU open a new layer, not yet part of any disk."""
-    _add_file(freezer, f"{top.stem}-file", top, read_only=False)
-    freezer.execute("blockdev-add", _layer_node(top.stem, None))
-
-
-def _add_file(freezer: Freezer, name: str, path: Path, *, read_only: bool) -> None:
+def _add_node(freezer: Freezer, path: Path, node: _Node) -> None:
+    """Have QEMU open a file as `node`, not yet part of any disk."""
+    read_only = bool(node["read-only"])
     handle = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
-        with freezer.passed(handle) as passed:
-            freezer.execute("blockdev-add", _file_node(name, passed, read_only=read_only))
+        with freezer.passed(handle) as name:
+            file = _file_node(str(node["file"]), name, read_only=read_only)
+            freezer.execute("blockdev-add", file)
+            freezer.execute("blockdev-add", node)
     finally:
         os.close(handle)
 
 
 def _insert(freezer: Freezer, disk: Disk) -> None:
     """Put a disk into the drive of a VM that has an empty one."""
-    for node, file in _chain(disk):
-        _add_file(freezer, str(node["file"]), file, read_only=file != disk.top)
-        freezer.execute("blockdev-add", node)
+    for node, path in _chain(disk):
+        _add_node(freezer, path, node)
     drive = {"path": "/machine/peripheral/root", "property": "drive", "value": disk.top.stem}
     freezer.execute("qom-set", drive)
     freezer.execute("blockdev-del", {"node-name": _NO_DISK})
+
+
+def _relink(freezer: Freezer, disk: Disk) -> None:
+    """Have QEMU use the layers of `disk`; those it used before are closed."""
+    _, *layers = _chain(disk)
+    there = _layer_files(freezer)
+    for node, path in layers:
+        if node["node-name"] not in there:
+            _add_node(freezer, path, node)
+    # All at once or not at all; each must be told again what it is.
+    freezer.execute("blockdev-reopen", {"options": [node for node, _ in layers]})
+    used = {node["node-name"] for node, _ in layers}
+    unused = {name: there[name] for name in there if name not in used}
+    while unused:
+        closed = [name for name in unused if _close_layer(freezer, name, unused[name])]
+        if not closed:
+            _log.warning("QEMU keeps layers open: %s", ", ".join(unused))
+            return
+        for name in closed:
+            del unused[name]
+
+
+def _layer_files(freezer: Freezer) -> dict[str, str]:
+    """The layers that QEMU has open, the newest first, and by which name it opened each."""
+    nodes = freezer.execute("query-named-block-nodes", {"flat": True})
+    layers, opened = [], {}
+    for node in nodes if isinstance(nodes, list) else []:
+        match node:
+            case {"node-name": str(name), "drv": "qcow2"}:
+                layers.append(name)
+            case {"node-name": str(name), "drv": "file", "file": str(file)}:
+                opened[name] = file
+    return {name: opened.get(f"{name}-file", "") for name in layers}
+
+
+def _close_layer(freezer: Freezer, name: str, file: str) -> bool:
+    """Have QEMU close a layer; False while another stands over it."""
+    try:
+        freezer.execute("blockdev-del", {"node-name": name})
+    except ToolFailed:
+        return False
+    freezer.execute("blockdev-del", {"node-name": f"{name}-file"})
+    if passed := _PASSED.fullmatch(file):
+        # What came with QEMU's start would stay open, and its space taken, as long as QEMU lives.
+        with contextlib.suppress(ToolFailed):
+            freezer.execute("remove-fd", {"fdset-id": int(passed[1])})
+    return True
+
+
+def _reopen_to_read(freezer: Freezer, layer: Path) -> None:
+    """Have QEMU hold no descriptor of `layer`, which lies below its top, that can write."""
+    # Putting a layer over another reopens the latter's format, but not the file below that.
+    name = f"{layer.stem}-file"
+    nodes = freezer.execute("query-named-block-nodes", {"flat": True})
+    (node,) = (each for each in nodes if each["node-name"] == name)
+    number = int(str(node["file"]).removeprefix("/dev/fdset/"))
+    if not node["ro"]:
+        handle = os.open(layer, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            freezer.execute("add-fd", {"fdset-id": number}, fd=handle)
+        finally:
+            os.close(handle)
+        options = _file_node(name, str(node["file"]), read_only=True)
+        freezer.execute("blockdev-reopen", {"options": [options]})
+    # All of them: what QEMU reads by is a descriptor beside these.
+    with contextlib.suppress(ToolFailed):
+        freezer.execute("remove-fd", {"fdset-id": number})
 
 
 def trim_log(log: Path) -> None:
@@ -513,10 +594,8 @@ def _confined(spec: VmSpec) -> list[str]:
     words = ["/bin/sh", "-c", _ENTER, "sandmartin-vm", *groups, "--"]
     if spec.netns is not None:
         words += ["nsenter", f"--net={spec.netns}", "--"]
-    words += ["setpriv", f"--reuid={spec.uid}", f"--regid={spec.uid}"]
     kvm = kvm_group() if spec.accel is Accel.KVM else None
-    words += ["--clear-groups" if kvm is None else f"--groups={kvm}"]
-    return [*words, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]
+    return words + proc.unprivileged(spec.uid, kvm, outlives=True)
 
 
 def kvm_group() -> int | None:
@@ -613,7 +692,6 @@ def _device(driver: str, device_id: str, **members: object) -> list[str]:
 
 #: The layer is synced by the agent where state must survive, never by the guest's flushes.
 _CACHE = {"direct": False, "no-flush": True}
-_Node = dict[str, object]
 #: What is in the drive of a VM that waits for its disk.
 _NO_DISK = "no-disk"
 _NO_DISK_BYTES = 1 << 30
