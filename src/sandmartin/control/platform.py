@@ -100,10 +100,10 @@ async def open_platform(
             max_memory_mb=settings.max_memory_mb,
         )
         sandboxes = Sandboxes(db, operations, hosts, templates, quotas, happenings, usage, sealer)
-        limits = Limits(db)
-        teams = Teams(db, limits, sandboxes, templates)
-        accounts = Accounts(db, settings, limits, teams)
         pace = pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s)
+        limits = Limits(db)
+        teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
+        accounts = Accounts(db, settings, limits, teams)
         yield Platform(
             settings=settings,
             db=db,

@@ -42,7 +42,6 @@ _log = logging.getLogger(__name__)
 _MAX_NAME = 100
 #: Quotas are a team's, so that teams must not come for nothing.
 _MAX_OWNED = 10
-_SWEEP_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +65,19 @@ class Teams:
     """All teams but the platform's own."""
 
     def __init__(
-        self, db: Database, limits: Limits, sandboxes: Sandboxes, templates: Templates
+        self,
+        db: Database,
+        limits: Limits,
+        sandboxes: Sandboxes,
+        templates: Templates,
+        *,
+        sweep_s: float,
     ) -> None:
         self._db = db
         self._limits = limits
         self._sandboxes = sandboxes
         self._templates = templates
+        self._sweep_s = sweep_s
 
     # Looking.
 
@@ -297,7 +303,7 @@ class Teams:
     async def sweep(self) -> None:
         """Destroy what deleted teams still have, for ever."""
         while True:
-            await asyncio.sleep(_SWEEP_S)
+            await asyncio.sleep(self._sweep_s)
             try:
                 for team_id in await self._unfinished():
                     await self.clear(team_id)
