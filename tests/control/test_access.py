@@ -432,3 +432,17 @@ def test_the_bodies_fit() -> None:
     }
     bodies = Bodies({"B": {"enum": ["x", "y"]}}, {"team_id": "t"})
     assert bodies.value(schema) == {"a": 3, "b": "x", "team_id": "t"}
+
+
+async def test_texts_that_no_database_keeps(platform: Platform, team: Team) -> None:
+    """NUL is no bug of ours, wherever it comes in."""
+    labels = {"memory_mb": 128, "disk_size_mb": 8, "metadata": {"a": "\x00"}}
+    answers = [
+        await team.http.get("/v1/teams/%00"),
+        await team.http.get("/v1/sandboxes/%00"),
+        await team.http.get("/v1/sandboxes", params={"metadata": "a\x00=b"}),
+        await team.http.post("/v1/sandboxes", json=labels),
+        await team.http.post("/v1/auth/login", json={"email": "a\x00@b", "password": "x"}),
+    ]
+    assert [each.status_code for each in answers if each.status_code >= 500] == []
+    assert answers[0].status_code in {400, 404}
