@@ -22,12 +22,14 @@ from sandmartin.agent.server import serve_machine
 from sandmartin.control import tables
 from sandmartin.control.app import create_app
 from sandmartin.control.bootstrap import ensure_platform
+from sandmartin.control.caller import Role, Whence
 from sandmartin.control.hosts import HostFacts
 from sandmartin.control.keys import add_key
 from sandmartin.control.migrations import upgrade
 from sandmartin.control.operations import Timing
 from sandmartin.control.platform import Platform, open_platform
 from sandmartin.control.reconciler import Pace
+from sandmartin.control.sessions import cookie_name
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import random_id
 from tests import postgres
@@ -199,3 +201,52 @@ async def other_team(platform: Platform) -> AsyncIterator[Team]:
     team_id, key = await make_team(platform, "swallows")
     async with client_of(platform, **{"x-api-key": key}) as http:
         yield Team(team_id, key, http)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody who is logged in, acting for a team, and a client that has the cookie."""
+
+    user_id: str
+    email: str
+    team_id: str
+    http: httpx.AsyncClient
+
+
+async def make_user(platform: Platform, email: str, *, is_admin: bool = False) -> str:
+    """Somebody without a password, nor a team."""
+    user_id = str(uuid4())
+    async with platform.db.write() as session:
+        session.add(
+            tables.User(user_id=user_id, email=email, is_admin=is_admin, created_at=time.time())
+        )
+    return user_id
+
+
+async def add_member(platform: Platform, team_id: str, user_id: str, role: Role) -> None:
+    async with platform.db.write() as session:
+        session.add(
+            tables.Member(team_id=team_id, user_id=user_id, role=role, created_at=time.time())
+        )
+
+
+@contextlib.asynccontextmanager
+async def logged_in(platform: Platform, user_id: str, team_id: str) -> AsyncIterator[Person]:
+    """A session of a user, for a team, without the way through a password."""
+    token = await platform.sessions.start(user_id, team_id, Whence())
+    found = await platform.sessions.find(token, Whence())
+    async with client_of(platform, **{"x-csrf-token": found.csrf_token}) as http:
+        http.cookies.set(cookie_name(platform.settings.base_url), token)
+        yield Person(user_id, found.caller.name, team_id, http)
+
+
+@contextlib.asynccontextmanager
+async def new_person(
+    platform: Platform, team_id: str, role: Role, *, email: str = "", is_admin: bool = False
+) -> AsyncIterator[Person]:
+    """A new member of a team, logged in."""
+    email = email or f"{random_id(8)}@example.org"
+    user_id = await make_user(platform, email, is_admin=is_admin)
+    await add_member(platform, team_id, user_id, role)
+    async with logged_in(platform, user_id, team_id) as person:
+        yield person

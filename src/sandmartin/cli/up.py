@@ -68,7 +68,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> None:
     with extra("control"):
-        from sandmartin.control.bootstrap import ensure_first_key, ensure_platform  # noqa: PLC0415
+        from sandmartin.control import bootstrap  # noqa: PLC0415
         from sandmartin.control.platform import open_platform  # noqa: PLC0415
         from sandmartin.control.server import listen, serving  # noqa: PLC0415
         from sandmartin.control.settings import ControlSettings  # noqa: PLC0415
@@ -85,12 +85,16 @@ async def _run(args: argparse.Namespace) -> None:
         agent_settings = replace(settings, data_dir=settings.data_dir / "agent")
         agent_ended = await stack.enter_async_context(_agent(agent_settings))
         platform = await stack.enter_async_context(open_platform(control))
-        await ensure_platform(platform.db)
+        await bootstrap.ensure_platform(platform.db)
         await platform.hosts.ensure_local(_facts(agent_settings))
         await platform.reconciler.tick()
-        key = await ensure_first_key(platform.db, platform.keys, control.data_dir / "api.key")
+        key_file = control.data_dir / "api.key"
+        key = await bootstrap.ensure_first_key(platform.db, platform.keys, key_file)
+        sign_up_url = await bootstrap.ensure_first_invitation(platform.db, platform.accounts)
         served = await stack.enter_async_context(serving(platform, listener))
         _announce(args, control.base_url, key, control.data_dir)
+        if sign_up_url:
+            say(f"the first account is made at {sign_up_url}")
         stopping = asyncio.ensure_future(leave.wait())
         await asyncio.wait({stopping, served, agent_ended}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()

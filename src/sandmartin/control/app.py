@@ -8,6 +8,7 @@ once, told without detail.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandmartin import __version__, errors
-from sandmartin.control.api import sandboxes, templates
+from sandmartin.control.api import accounts, admin, keys, sandboxes, teams, templates
+from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
 from sandmartin.errors import SandmartinError
 from sandmartin.model import random_id
@@ -64,6 +66,11 @@ def create_app(platform: Platform) -> FastAPI:
     # The same, for clients of the prior surface.
     app.include_router(sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
     app.include_router(templates.router, prefix="/v1")
+    app.include_router(accounts.router)
+    app.include_router(accounts.pages)
+    app.include_router(teams.router, prefix="/v1")
+    app.include_router(keys.router, prefix="/v1")
+    app.include_router(admin.router, prefix="/v1")
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)
@@ -105,9 +112,12 @@ async def _on_own_error(request: Request, error: Exception) -> JSONResponse:
     status = STATUS.get(error.code, 500)
     if status == 500:
         _log.error("request %s: %s", request.scope.get(_REQUEST_ID), error, exc_info=error)
-    return _answer(
+    answer = _answer(
         request, status, error.code, error.message, hint=error.hint, retryable=error.retryable
     )
+    if isinstance(error, TooMany):
+        answer.headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    return answer
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:

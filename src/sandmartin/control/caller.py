@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from sandmartin.errors import Denied
@@ -54,6 +54,19 @@ class Caller:
         """Raises Denied unless the caller administers the platform."""
         if not self.is_admin:
             raise Denied("this is for administrators of the platform")
+
+    def for_team(self, team_id: str) -> Caller:
+        """An administrator of the platform, acting for a team. Raises Denied."""
+        self.require_admin()
+        return replace(self, team_id=team_id, role=Role.OWNER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whence:
+    """Where a request comes from, before it is known from whom."""
+
+    request_id: str = ""
+    address: str = ""
 
 
 #: What is done by the control plane itself.

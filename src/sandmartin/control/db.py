@@ -32,6 +32,9 @@ _POOL_WAIT_S = 10.0
 _CONNECT_S = 5.0
 _IMMEDIATE = "sandmartin_immediate"
 
+#: PostgreSQL keeps no NUL: character_not_in_repertoire, and untranslatable_character of JSON.
+_UNFIT_TEXT = frozenset({"22021", "22P05"})
+
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "postgresql": "postgresql+asyncpg",
@@ -110,12 +113,17 @@ def sqlite_url(path: Path) -> str:
 
 @contextlib.contextmanager
 def driver_errors_as_ours() -> Iterator[None]:
-    """A database that is not there, or does not come to it, is Unavailable."""
+    """A database that is not there, or does not come to it, is Unavailable.
+
+    A text that it cannot keep is Invalid.
+    """
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError) as error:
         raise _unavailable(error) from error
     except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) in _UNFIT_TEXT:
+            raise Invalid("a text holds a NUL character") from error
         if not error.connection_invalidated:
             raise
         raise _unavailable(error) from error

@@ -8,18 +8,23 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from sandmartin.control.accounts import Accounts
 from sandmartin.control.db import Database
 from sandmartin.control.events import Events
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.keys import Keys
 from sandmartin.control.leader import Leader
+from sandmartin.control.limits import Limits
 from sandmartin.control.migrations import upgrade
+from sandmartin.control.oauth import Oauth
 from sandmartin.control.operations import Operations, Timing
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.reconciler import Pace, Reconciler
 from sandmartin.control.sandboxes import Sandboxes
 from sandmartin.control.seal import Sealer
+from sandmartin.control.sessions import Sessions
 from sandmartin.control.settings import ControlSettings
+from sandmartin.control.teams import Teams
 from sandmartin.control.templates import Templates
 from sandmartin.control.usage import Usage
 from sandmartin.model import random_id
@@ -36,6 +41,10 @@ class Platform:
     sealer: Sealer
     events: Events
     keys: Keys
+    sessions: Sessions
+    accounts: Accounts
+    teams: Teams
+    oauth: Oauth
     hosts: Hosts
     templates: Templates
     operations: Operations
@@ -49,6 +58,7 @@ class Platform:
         """What is done without being asked for, for as long as the context lasts."""
         tasks = [
             asyncio.create_task(self.operations.pick_up(), name="operations"),
+            asyncio.create_task(self.teams.sweep(), name="deleted teams"),
             asyncio.create_task(self.leader.lead(self.reconciler.run), name="reconciler"),
         ]
         try:
@@ -91,12 +101,19 @@ async def open_platform(
         )
         sandboxes = Sandboxes(db, operations, hosts, templates, quotas, happenings, usage, sealer)
         pace = pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s)
+        limits = Limits(db)
+        teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
+        accounts = Accounts(db, settings, limits, teams)
         yield Platform(
             settings=settings,
             db=db,
             sealer=sealer,
             events=happenings,
             keys=Keys(db),
+            sessions=Sessions(db),
+            accounts=accounts,
+            teams=teams,
+            oauth=Oauth(db, sealer, accounts, limits, settings),
             hosts=hosts,
             templates=templates,
             operations=operations,

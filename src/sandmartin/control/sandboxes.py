@@ -103,6 +103,8 @@ class Filter:
     limit: int = 100
     #: `next` of the page before.
     cursor: str = ""
+    #: For administrators of the platform.
+    all_teams: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +156,12 @@ class Sandboxes:
             return await _find(session, caller, sandbox_id)
 
     async def list(self, caller: Caller, wanted: Filter) -> Page:
-        """Sandboxes of the caller's team, newest first. Raises Invalid."""
-        query = select(Row).where(
-            Row.team_id == caller.team_id, Row.state.in_(sorted(wanted.states))
-        )
+        """Sandboxes of the caller's team, newest first. Raises Invalid, Denied."""
+        query = select(Row).where(Row.state.in_(sorted(wanted.states)))
+        if wanted.all_teams:
+            caller.require_admin()
+        else:
+            query = query.where(Row.team_id == caller.team_id)
         for key, value in wanted.labels.items():
             query = query.where(Row.labels[key].as_string() == value)
         if wanted.cursor:
@@ -170,6 +174,18 @@ class Sandboxes:
         shown = rows[: wanted.limit]
         more = len(rows) > wanted.limit
         return Page(rows=shown, next=_cursor(shown[-1]) if more else "")
+
+    async def on_behalf(self, caller: Caller, sandbox_id: str) -> Caller:
+        """An administrator of the platform, acting for the team that has a sandbox.
+
+        Raises NotFound, Denied.
+        """
+        caller.require_admin()
+        async with self._db.read() as session:
+            row = await session.get(Row, sandbox_id)
+        if row is None:
+            raise NotFound(f"there is no sandbox {sandbox_id[:80]!r}")
+        return caller.for_team(row.team_id)
 
     async def reach(self, caller: Caller, sandbox_id: str) -> Agent:
         """The agent of a running sandbox, to do something inside it.

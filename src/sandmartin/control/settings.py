@@ -28,6 +28,9 @@ class ControlSettings:
     sign_up: str = "invited"
     github_client_id: str = ""
     github_client_secret: str = field(default="", repr=False)
+    #: Another one for GitHub Enterprise.
+    github_url: str = "https://github.com"
+    github_api_url: str = "https://api.github.com"
     max_sandboxes: int = 100
     max_vcpus: int = 200
     max_memory_mb: int = 200 * 1024

@@ -47,6 +47,8 @@ class User(Base):
     is_admin: Mapped[bool] = mapped_column(default=False)
     active: Mapped[bool] = mapped_column(default=True)
     created_at: Mapped[float]
+    #: Its name and address are forgotten then.
+    deleted_at: Mapped[float | None]
 
 
 class OauthIdentity(Base):
@@ -121,7 +123,10 @@ class ApiKey(Base):
 
     key_id: Mapped[str] = mapped_column(primary_key=True)
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id", ondelete="CASCADE"))
+    #: The user who answers for it, or `system`.
     created_by: Mapped[str]
+    #: Administers the platform, and owns its team.
+    is_admin: Mapped[bool] = mapped_column(default=False)
     name: Mapped[str]
     #: The beginning of the key, to tell keys apart.
     prefix: Mapped[str]
@@ -131,6 +136,19 @@ class ApiKey(Base):
     last_used_at: Mapped[float | None]
 
     __table_args__ = (Index("api_keys_by_team", "team_id"),)
+
+
+class Attempt(Base):
+    """How much was tried lately of what can be guessed, of one kind by one party."""
+
+    __tablename__ = "attempts"
+
+    #: SHA-256 of kind and party.
+    attempt_key: Mapped[str] = mapped_column(primary_key=True)
+    #: When all that was tried is forgotten.
+    clear_at: Mapped[float]
+
+    __table_args__ = (Index("attempts_by_time", "clear_at"),)
 
 
 # Hosts.

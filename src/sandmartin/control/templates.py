@@ -27,6 +27,8 @@ from sandmartin.transport import Template as AgentTemplate
 Row = tables.Template
 #: A team's template on a host.
 _OF_A_TEAM = "t-"
+#: Nobody deletes this one of the platform's.
+_DEFAULT = "base"
 
 
 async def find_template(session: AsyncSession, team_id: str, name: str) -> Row:
@@ -121,6 +123,8 @@ class Templates:
                     f"template {name!r} belongs to the platform",
                     hint="only an administrator of the platform can delete it",
                 )
+            if row.team_id == PLATFORM_TEAM_ID and row.name == _DEFAULT:
+                raise Denied(f"template {name!r} is what sandboxes start from by default")
             await _check_unneeded(session, row)
             row.state = TemplateState.DELETING
             placed = select(TemplatePlacement.host_id).where(

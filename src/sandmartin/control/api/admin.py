@@ -1,0 +1,224 @@
+"""`/v1/admin`: what administrators of the platform may do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from sandmartin.control import tables
+from sandmartin.control.api.access import TheAdmin, ThePlatform
+from sandmartin.control.api.sandboxes import SandboxBody
+from sandmartin.control.api.teams import (
+    CreatedInvitation,
+    Email,
+    InvitationBody,
+    TeamBody,
+)
+from sandmartin.control.api.templates import TemplateBody
+from sandmartin.control.sandboxes import Filter
+from sandmartin.control.states import LISTED
+from sandmartin.control.tables import PLATFORM_TEAM_ID
+from sandmartin.control.teams import Belonging, Limit
+from sandmartin.model import State
+
+router = APIRouter(prefix="/admin", tags=["administration"])
+
+Strict = ConfigDict(extra="forbid")
+Page = Annotated[int, Query(ge=1, le=1000)]
+Cursor = Annotated[str, Query(max_length=200)]
+Amount = Annotated[int | None, Field(ge=0, le=1 << 30, description="null: the default.")]
+
+
+class UserBody(BaseModel):
+    id: str
+    email: str
+    name: str
+    admin: bool
+    active: bool
+    created_at: float
+
+    @classmethod
+    def of(cls, row: tables.User) -> UserBody:
+        return cls(
+            id=row.user_id,
+            email=row.email,
+            name=row.name,
+            admin=row.is_admin,
+            active=row.active,
+            created_at=row.created_at,
+        )
+
+
+class UserPage(BaseModel):
+    items: list[UserBody]
+    next: str = Field(description="`cursor` of the next page; empty at the end.")
+
+
+class TeamPage(BaseModel):
+    items: list[TeamBody]
+    next: str
+
+
+class OwnedSandbox(SandboxBody):
+    team_id: str
+
+
+class OwnedPage(BaseModel):
+    items: list[OwnedSandbox]
+    next: str
+
+
+class ActiveBody(BaseModel):
+    model_config = Strict
+
+    active: bool
+
+
+class AdminBody(BaseModel):
+    model_config = Strict
+
+    admin: bool
+
+
+class QuotaBody(BaseModel):
+    model_config = Strict
+
+    max_sandboxes: Amount
+    max_vcpus: Amount
+    max_memory_mb: Amount
+
+
+class NewPlatformInvitation(BaseModel):
+    model_config = Strict
+
+    email: Email = Field("", description="Who alone may use it; empty for whoever has it.")
+
+
+# Users.
+
+
+@router.get("/users")
+async def list_users(
+    caller: TheAdmin, platform: ThePlatform, limit: Page = 100, cursor: Cursor = ""
+) -> UserPage:
+    rows = await platform.accounts.list(caller, after=cursor, limit=limit)
+    following = rows[-1].user_id if len(rows) == limit else ""
+    return UserPage(items=[UserBody.of(row) for row in rows], next=following)
+
+
+@router.put("/users/{user_id}/active")
+async def set_active(
+    user_id: str, body: ActiveBody, caller: TheAdmin, platform: ThePlatform
+) -> UserBody:
+    """Disable somebody, with their sessions and keys, or allow them again."""
+    return UserBody.of(await platform.accounts.set_active(caller, user_id, body.active))
+
+
+@router.put("/users/{user_id}/admin")
+async def set_admin(
+    user_id: str, body: AdminBody, caller: TheAdmin, platform: ThePlatform
+) -> UserBody:
+    return UserBody.of(await platform.accounts.set_admin(caller, user_id, body.admin))
+
+
+@router.post("/invitations", status_code=201)
+async def invite(
+    body: NewPlatformInvitation, caller: TheAdmin, platform: ThePlatform
+) -> CreatedInvitation:
+    """A token with which somebody may sign up, within 7 days."""
+    row, token = await platform.accounts.invite(caller, body.email)
+    return CreatedInvitation.made(row, token, platform)
+
+
+@router.get("/invitations")
+async def list_invitations(caller: TheAdmin, platform: ThePlatform) -> list[InvitationBody]:
+    """Those to the platform that can still be used."""
+    return [InvitationBody.of(row) for row in await platform.accounts.invitations(caller)]
+
+
+@router.delete("/invitations/{invitation_id}", status_code=204)
+async def withdraw(invitation_id: str, caller: TheAdmin, platform: ThePlatform) -> Response:
+    await platform.accounts.withdraw(caller, invitation_id)
+    return Response(status_code=204)
+
+
+# Teams.
+
+
+@router.get("/teams")
+async def list_teams(
+    caller: TheAdmin, platform: ThePlatform, limit: Page = 100, cursor: Cursor = ""
+) -> TeamPage:
+    rows = await platform.teams.list_all(caller, after=cursor, limit=limit)
+    following = rows[-1].team_id if len(rows) == limit else ""
+    bodies = [TeamBody.of(Belonging(team=row, role=None)) for row in rows]
+    return TeamPage(items=bodies, next=following)
+
+
+@router.put("/teams/{team_id}/quotas")
+async def set_quotas(
+    team_id: str, body: QuotaBody, caller: TheAdmin, platform: ThePlatform
+) -> TeamBody:
+    """What the team may hold from now on. What it holds already stays."""
+    team = await platform.teams.set_limit(caller, team_id, Limit(**body.model_dump()))
+    return TeamBody.of(Belonging(team=team, role=None))
+
+
+@router.delete("/teams/{team_id}", status_code=204)
+async def delete_team(team_id: str, caller: TheAdmin, platform: ThePlatform) -> Response:
+    """End a team, with its keys, sandboxes and templates."""
+    await platform.teams.delete_any(caller, team_id)
+    return Response(status_code=204)
+
+
+# Sandboxes and templates.
+
+
+@router.get("/sandboxes")
+async def list_sandboxes(
+    caller: TheAdmin,
+    platform: ThePlatform,
+    state: Annotated[list[State] | None, Query()] = None,
+    limit: Page = 100,
+    cursor: Cursor = "",
+) -> OwnedPage:
+    """Those of all teams, newest first."""
+    states = frozenset(state) if state else LISTED
+    wanted = Filter(states=states, limit=limit, cursor=cursor, all_teams=True)
+    page = await platform.sandboxes.list(caller, wanted)
+    return OwnedPage(items=[_owned(row) for row in page.rows], next=page.next)
+
+
+@router.get("/sandboxes/{sandbox_id}")
+async def get_sandbox(sandbox_id: str, caller: TheAdmin, platform: ThePlatform) -> OwnedSandbox:
+    acting = await platform.sandboxes.on_behalf(caller, sandbox_id)
+    return _owned(await platform.sandboxes.get(acting, sandbox_id))
+
+
+@router.delete("/sandboxes/{sandbox_id}", status_code=204)
+async def destroy_sandbox(sandbox_id: str, caller: TheAdmin, platform: ThePlatform) -> Response:
+    acting = await platform.sandboxes.on_behalf(caller, sandbox_id)
+    await platform.sandboxes.destroy(acting, sandbox_id)
+    return Response(status_code=204)
+
+
+@router.get("/templates")
+async def list_templates(caller: TheAdmin, platform: ThePlatform) -> list[TemplateBody]:
+    """The platform's own."""
+    return [
+        TemplateBody.of(row)
+        for row in await platform.templates.list(caller.for_team(PLATFORM_TEAM_ID))
+    ]
+
+
+@router.delete("/templates/{name}", status_code=204)
+async def delete_template(name: str, caller: TheAdmin, platform: ThePlatform) -> Response:
+    """Delete one of the platform's."""
+    await platform.templates.delete(caller.for_team(PLATFORM_TEAM_ID), name)
+    return Response(status_code=204)
+
+
+def _owned(row: tables.Sandbox) -> OwnedSandbox:
+    return OwnedSandbox(**SandboxBody.of(row).model_dump(), team_id=row.team_id)
