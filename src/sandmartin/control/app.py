@@ -8,6 +8,7 @@ once, told without detail.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandmartin import __version__, errors
-from sandmartin.control.api import sandboxes, templates
+from sandmartin.control import streams
+from sandmartin.control.api import commands, files, inside, sandboxes, templates
 from sandmartin.control.platform import Platform
 from sandmartin.errors import SandmartinError
 from sandmartin.model import random_id
@@ -47,6 +49,8 @@ STATUS: Mapping[str, int] = {
 #: Of what is no error of ours, by status.
 _FOREIGN = {401: "unauthenticated", 403: "denied", 404: "not_found", 405: "method_not_allowed"}
 _MAX_JSON_BYTES = 1 << 20
+#: Routes whose body is a file.
+_UPLOADS = re.compile(r"/files(/stream)?(/write)?$")
 _REQUEST_ID = "sandmartin.request_id"
 
 
@@ -60,9 +64,10 @@ def create_app(platform: Platform) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.platform = platform
-    app.include_router(sandboxes.router, prefix="/v1/sandboxes")
-    # The same, for clients of the prior surface.
-    app.include_router(sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
+    for of_sandboxes in (sandboxes, commands, files, inside, streams):
+        app.include_router(of_sandboxes.router, prefix="/v1/sandboxes")
+        # The same, for clients of the prior surface.
+        app.include_router(of_sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
     app.include_router(templates.router, prefix="/v1")
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -156,22 +161,19 @@ class RequestIds:
 
 
 class BoundedBodies:
-    """Refuses a JSON body that is larger than any of ours, as soon as that is known."""
+    """Refuses a body that is larger than any of ours, as soon as that is known.
+
+    Files pass in pieces, and may be of any size.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _is_json(scope):
+        if scope["type"] != "http" or _UPLOADS.search(scope["path"]):
             await self._app(scope, receive, send)
             return
         await self._app(scope, _bounded(receive), send)
-
-
-def _is_json(scope: Scope) -> bool:
-    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
-    # Whatever says nothing, or JSON, is read whole; files come as something else.
-    return not kinds or b"json" in kinds[0].lower()
 
 
 def _bounded(receive: Receive) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:

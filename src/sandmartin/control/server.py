@@ -16,6 +16,8 @@ from sandmartin.errors import Invalid
 _GRACE_S = 10
 _KEEP_ALIVE_S = 75
 _BACKLOG = 1024
+#: Of a WebSocket.
+_MAX_MESSAGE_BYTES = 1 << 20
 
 
 class _Server(uvicorn.Server):
@@ -62,6 +64,9 @@ async def serving(platform: Platform, listener: socket.socket) -> AsyncIterator[
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
         server_header=False,
+        ws_max_size=_MAX_MESSAGE_BYTES,
+        # Output of a terminal comes in small pieces: compressing them costs more than it spares.
+        ws_per_message_deflate=False,
     )
     server = _Server(config)
     async with platform.working():
