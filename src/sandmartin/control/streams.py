@@ -26,11 +26,13 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sandmartin.control.api.access import caller_of, key_of, platform_of, request_id_of
 from sandmartin.control.api.commands import (
     Run,
     error_message,
@@ -39,7 +41,7 @@ from sandmartin.control.api.commands import (
     signal_number,
 )
 from sandmartin.control.caller import Caller
-from sandmartin.control.platform import Platform
+from sandmartin.control.entrance import enter
 from sandmartin.errors import (
     Conflict,
     Denied,
@@ -68,7 +70,6 @@ _REFUSALS = (Unauthenticated, Denied, NotFound, Conflict, Invalid, NotStarted)
 
 Message = dict[str, Any]
 _Model = TypeVar("_Model", bound=BaseModel)
-_BEARER = "bearer "
 
 
 class _Opening(BaseModel):
@@ -149,33 +150,21 @@ class Socket:
 # Who connects.
 
 
-Again = Callable[[], Awaitable[Caller]]
+Who = Callable[[], Awaitable[Caller]]
 
 
-async def _authenticate(websocket: WebSocket, socket: Socket) -> Again:
-    """A way to find who connects, now and again later. Raises Unauthenticated."""
-    platform = _platform_of(websocket)
-    key = _header_key(websocket) or await _first_token(socket)
-    request_id = str(websocket.scope.get("sandmartin.request_id", ""))
+async def _who(websocket: WebSocket, socket: Socket) -> Who:
+    """A way to find who connects, now and again later. Raises Unauthenticated, Denied."""
+    try:
+        await caller_of(websocket)
+    except Unauthenticated:
+        if key_of(websocket):
+            raise
+    else:
+        return partial(caller_of, websocket)
+    keys, token = platform_of(websocket).keys, await _first_token(socket)
     address = websocket.client.host if websocket.client else ""
-
-    async def again() -> Caller:
-        return await platform.keys.caller(key, request_id=request_id, address=address)
-
-    return again
-
-
-def _platform_of(websocket: WebSocket) -> Platform:
-    platform = websocket.app.state.platform
-    assert isinstance(platform, Platform)
-    return platform
-
-
-def _header_key(websocket: WebSocket) -> str:
-    authorization = websocket.headers.get("authorization", "")
-    if authorization.lower().startswith(_BEARER):
-        return authorization[len(_BEARER) :].strip()
-    return websocket.headers.get("x-api-key", "")
+    return partial(keys.caller, token, request_id=request_id_of(websocket), address=address)
 
 
 async def _first_token(socket: Socket) -> str:
@@ -229,13 +218,11 @@ class _Session:
         #: None is the end.
         self._inputs: asyncio.Queue[bytes | None] = asyncio.Queue(_INPUTS)
 
-    async def run(self, again: Again, opening: Message | None = None) -> None:
+    async def run(self, who: Who, opening: Message | None = None) -> None:
         """Serve until the process ends. Raises what went wrong, _HungUp."""
         opening = opening or await self._opening()
         async with contextlib.aclosing(await self._open(opening)) as events:
-            await _first_of(
-                self._tell(events), self._listen(), self._feed(), self._keep_alive(again)
-            )
+            await _first_of(self._tell(events), self._listen(), self._feed(), self._keep_alive(who))
 
     async def _opening(self) -> Message:
         try:
@@ -283,11 +270,11 @@ class _Session:
             if isinstance(event, Ended):
                 return
 
-    async def _keep_alive(self, again: Again) -> None:
+    async def _keep_alive(self, who: Who) -> None:
         while True:
             await asyncio.sleep(_PING_S)
             # A key that was revoked meanwhile ends what it opened.
-            await again()
+            await who()
             await self._socket.send("ping")
 
     # What the client says.
@@ -383,9 +370,9 @@ async def _serve(
     await websocket.accept()
     socket = Socket(websocket)
     try:
-        again = await _authenticate(websocket, socket)
-        agent = await _platform_of(websocket).sandboxes.reach(await again(), sandbox_id)
-        await _Session(socket, agent, sandbox_id, words).run(again, opening)
+        who, platform = await _who(websocket, socket), platform_of(websocket)
+        agent = await enter(platform.db, platform.sandboxes, who, sandbox_id)
+        await _Session(socket, agent, sandbox_id, words).run(who, opening)
     except _HungUp:
         return
     except SandmartinError as error:

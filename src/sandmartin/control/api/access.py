@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader
+from starlette.requests import HTTPConnection
 
 from sandmartin.control.caller import Caller
 from sandmartin.control.platform import Platform
@@ -15,30 +16,48 @@ _KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key 
 _BEARER = "bearer "
 
 
-def platform_of(request: Request) -> Platform:
-    platform = request.app.state.platform
+def platform_of(connection: HTTPConnection) -> Platform:
+    platform = connection.app.state.platform
     assert isinstance(platform, Platform)
     return platform
 
 
-def request_id_of(request: Request) -> str:
-    return str(request.scope.get("sandmartin.request_id", ""))
+def request_id_of(connection: HTTPConnection) -> str:
+    return str(connection.scope.get("sandmartin.request_id", ""))
 
 
-async def _caller(request: Request, key: Annotated[str | None, Depends(_KEY)]) -> Caller:
-    authorization = request.headers.get("authorization", "")
-    if not key and authorization.lower().startswith(_BEARER):
-        key = authorization[len(_BEARER) :].strip()
+def key_of(connection: HTTPConnection) -> str:
+    """The API key that comes with a request; empty for none."""
+    authorization = connection.headers.get("authorization", "")
+    if authorization.lower().startswith(_BEARER):
+        authorization = authorization[len(_BEARER) :].strip()
+    else:
+        authorization = ""
+    return connection.headers.get("x-api-key", "") or authorization
+
+
+async def caller_of(connection: HTTPConnection) -> Caller:
+    """Who makes a request or opens a WebSocket. Raises Unauthenticated."""
+    key = key_of(connection)
     if not key:
         raise Unauthenticated(
             "no API key is given", hint="send it as X-API-Key; `sandmartin up` prints one"
         )
-    address = request.client.host if request.client else ""
-    return await platform_of(request).keys.caller(
-        key, request_id=request_id_of(request), address=address
+    address = connection.client.host if connection.client else ""
+    return await platform_of(connection).keys.caller(
+        key, request_id=request_id_of(connection), address=address
     )
 
 
-ThePlatform = Annotated[Platform, Depends(platform_of)]
+async def _caller(request: Request, _key: Annotated[str | None, Depends(_KEY)]) -> Caller:
+    return await caller_of(request)
+
+
+async def _platform(request: Request) -> Platform:
+    # Not `platform_of` itself: what is no coroutine costs a thread at each request.
+    return platform_of(request)
+
+
+ThePlatform = Annotated[Platform, Depends(_platform)]
 #: A key, or somebody who is logged in.
 TheCaller = Annotated[Caller, Depends(_caller)]

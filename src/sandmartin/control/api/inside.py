@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.security import APIKeyHeader
 from pydantic import BaseModel, Field
 
-from sandmartin.control.api.access import TheCaller, ThePlatform
+from sandmartin.control.api.access import TheCaller, ThePlatform, caller_of
+from sandmartin.control.entrance import enter
 from sandmartin.model import State
 from sandmartin.transport import MetricPoint
 from sandmartin.transport.agent import Agent
 
 router = APIRouter(tags=["inside"])
+#: Only tells the documentation what `caller_of` looks for.
+_KEY = APIKeyHeader(name="X-API-Key", auto_error=False)
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,14 @@ class Inside:
     agent: Agent
 
 
-async def _inside(sandbox_id: str, caller: TheCaller, platform: ThePlatform) -> Inside:
-    return Inside(sandbox_id, await platform.sandboxes.reach(caller, sandbox_id))
+async def _inside(
+    sandbox_id: str,
+    request: Request,
+    platform: ThePlatform,
+    _key: Annotated[str | None, Depends(_KEY)],
+) -> Inside:
+    agent = await enter(platform.db, platform.sandboxes, partial(caller_of, request), sandbox_id)
+    return Inside(sandbox_id, agent)
 
 
 #: A sandbox of the caller's team that runs: NotFound or Conflict otherwise.
