@@ -248,6 +248,10 @@ class FakeTransport:
                 raise event
             yield event
 
+    async def connect_process(self, sandbox_id: str, pid: int) -> AsyncGenerator[ExecEvent, None]:
+        raise NotFound("no such command")
+        yield
+
     async def send_stdin(self, sandbox_id: str, pid: int, chunks: AsyncIterator[bytes]) -> None:
         async for _ in chunks:
             pass

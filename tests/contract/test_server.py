@@ -46,7 +46,7 @@ pytestmark = pytest.mark.qemu_img
 
 SERVICE = "hostagent.v1.HostAgentService"
 STREAMS_IN = {"WriteFileStream", "StreamInput"}
-STREAMS_OUT = {"ExecStream", "ReadFileStream"}
+STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream"}
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
 DEADLINE_S = 20.0
 

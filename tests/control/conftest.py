@@ -10,14 +10,17 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import httpx
 import pytest
 
+from sandmartin.agent import assets
+from sandmartin.agent.machine import GuestFactory
 from sandmartin.agent.server import serve_machine
 from sandmartin.control import tables
 from sandmartin.control.app import create_app
@@ -33,7 +36,10 @@ from sandmartin.control.sessions import cookie_name
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import random_id
 from tests import postgres
-from tests.fakes_agent import Fakes, machine_directory, make_machine
+from tests.fakes_agent import Fakes, Guests, machine_directory, make_machine
+
+if TYPE_CHECKING:
+    from tests.control.living import Place
 
 #: Nothing waits for longer than a moment.
 TIMING = Timing(lease_s=2.0, pick_up_s=0.05, retry_s=0.05, grace_s=5.0)
@@ -90,9 +96,20 @@ class RunningHost:
         self.fakes.data.close()
 
 
-async def start_host(directory: Path, name: str = "one", **settings: object) -> RunningHost:
-    """An agent on `directory`; a second one on the same finds what the first one left."""
+async def start_host(
+    directory: Path,
+    name: str = "one",
+    *,
+    inside: Callable[[Guests], GuestFactory] | None = None,
+    **settings: object,
+) -> RunningHost:
+    """An agent on `directory`; a second one on the same finds what the first one left.
+
+    `inside` makes its guests more than fakes.
+    """
     fakes = make_machine(directory, **settings)  # type: ignore[arg-type]
+    if inside is not None:
+        fakes.machine = replace(fakes.machine, guest=inside(fakes.guests))
     leave, ready = asyncio.Event(), asyncio.Event()
     task = asyncio.create_task(
         serve_machine(fakes.machine, announce=lambda _: ready.set(), leave=leave)
@@ -106,9 +123,14 @@ async def start_host(directory: Path, name: str = "one", **settings: object) -> 
 
 
 @contextlib.asynccontextmanager
-async def running_host(name: str = "one", **settings: object) -> AsyncIterator[RunningHost]:
+async def running_host(
+    name: str = "one",
+    *,
+    inside: Callable[[Guests], GuestFactory] | None = None,
+    **settings: object,
+) -> AsyncIterator[RunningHost]:
     with machine_directory() as directory:
-        host = await start_host(directory, name, **settings)
+        host = await start_host(directory, name, inside=inside, **settings)
         try:
             yield host
         finally:
@@ -250,3 +272,27 @@ async def new_person(
     await add_member(platform, team_id, user_id, role)
     async with logged_in(platform, user_id, team_id) as person:
         yield person
+
+
+# Hosts whose sandboxes have a real inside.
+
+
+@pytest.fixture(scope="session")
+async def guest_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    into = tmp_path_factory.mktemp("guest")
+    await assets._build_guest(into)
+    return into / "sandmartin-guest"
+
+
+@pytest.fixture(scope="module")
+async def place(
+    guest_binary: Path, migrated_sqlite: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Place]:
+    """A running sandbox with a real inside, served over real connections, for a whole module."""
+    from tests.control.living import living_guest, living_place
+
+    directory = tmp_path_factory.mktemp("place")
+    shutil.copy(migrated_sqlite, directory / "control.sqlite3")
+    url = f"sqlite:///{directory / 'control.sqlite3'}"
+    async with living_guest(guest_binary) as agent, living_place(url, directory, agent) as place:
+        yield place

@@ -76,7 +76,8 @@ class Place:
     def left(self) -> list[str]:
         """What any agent of this place has left on the machine."""
         found: set[str] = set()
-        for instance in self.path.glob("*/instance.json"):
+        below = ("*/instance.json", "*/agent/instance.json")
+        for instance in (file for each in below for file in self.path.glob(each)):
             identity = json.loads(instance.read_bytes())["id"]
             found |= leaks.find_all(identity, instance.parent, self.run_dir)
         return sorted(found)

@@ -24,6 +24,7 @@ import pyqwest
 from protobuf import Message, Oneof
 
 from sandmartin.errors import (
+    AlreadyExists,
     Conflict,
     Denied,
     DiskFull,
@@ -103,6 +104,7 @@ class Running:
     cmd: str
     args: tuple[str, ...]
     cwd: str
+    tag: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,8 @@ class Command:
     timeout_s: float | None = None
     #: Run on a terminal; its output is then standard output alone.
     terminal: Terminal | None = None
+    #: A name by which it can be found while it runs.
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -277,6 +281,7 @@ class Guest:
             ),
             stdin=command.stdin,
             pty=_pty(command.terminal),
+            tag=command.tag or None,
         )
         try:
             async with contextlib.aclosing(self._listen("Start", request, headers)) as events:
@@ -352,7 +357,11 @@ class Guest:
         for each in listed.processes:
             config = each.config or pb.ProcessConfig()
             running = Running(
-                pid=each.pid, cmd=config.cmd, args=tuple(config.args), cwd=config.cwd or ""
+                pid=each.pid,
+                cmd=config.cmd,
+                args=tuple(config.args),
+                cwd=config.cwd or "",
+                tag=each.tag or "",
             )
             found.append(running)
         return found
@@ -641,6 +650,7 @@ _CALL_ERRORS: dict[str, type[SandmartinError]] = {
     "invalid_argument": Invalid,
     "unauthenticated": Invalid,
     "not_found": NotFound,
+    "already_exists": AlreadyExists,
     "permission_denied": Denied,
     "failed_precondition": Conflict,
     "resource_exhausted": Exhausted,

@@ -37,6 +37,13 @@ class Inside(ABC):
                 self.touch()
                 yield event
 
+    async def attach(self, pid: int) -> AsyncGenerator[ProcessEvent, None]:
+        """Listen to a command that runs; what nobody heard yet comes first."""
+        async with self._talking() as guest, contextlib.aclosing(guest.attach(pid)) as events:
+            async for event in events:
+                self.touch()
+                yield event
+
     async def send_input(self, pid: int, chunks: AsyncIterator[bytes]) -> None:
         """Feed a command's standard input, then close it."""
         async with self._talking() as guest:

@@ -82,7 +82,8 @@ def command_of(request: pb.ExecRequest | pb.ExecStreamRequest) -> Command:
     """The command a request asks for. Raises Invalid."""
     if not request.cmd:
         raise Invalid("no command is given")
-    if any("\0" in word for word in (request.cmd, *request.args, request.cwd, request.user)):
+    tag = request.tag if isinstance(request, pb.ExecStreamRequest) else ""
+    if any("\0" in word for word in (request.cmd, *request.args, request.cwd, request.user, tag)):
         raise Invalid("the command contains a NUL character")
     timeout_s = request.timeout_sec or model.DEFAULT_EXEC_TIMEOUT_S
     return Command(
@@ -94,6 +95,7 @@ def command_of(request: pb.ExecRequest | pb.ExecStreamRequest) -> Command:
         stdin=isinstance(request, pb.ExecStreamRequest) and request.stdin,
         timeout_s=timeout_s if timeout_s > 0 else None,
         terminal=_terminal_of(request),
+        tag=tag,
     )
 
 
@@ -228,6 +230,14 @@ class HostAgent(HostAgentService):
     ) -> AsyncIterator[pb.ExecStreamResponse]:
         sandbox = self._host.get(request.sandbox_id)
         async with contextlib.aclosing(sandbox.exec(command_of(request))) as events:
+            async for event in events:
+                yield _event_message(event)
+
+    async def connect_process(
+        self, request: pb.ConnectProcessRequest, _ctx: _Context
+    ) -> AsyncIterator[pb.ExecStreamResponse]:
+        sandbox = self._host.get(request.sandbox_id)
+        async with contextlib.aclosing(sandbox.attach(request.pid)) as events:
             async for event in events:
                 yield _event_message(event)
 
@@ -402,7 +412,9 @@ class HostAgent(HostAgentService):
     ) -> pb.ListProcessesResponse:
         running = await self._host.get(request.sandbox_id).processes()
         processes = [
-            pb.ProcessInfo(pid=each.pid, cmd=each.cmd, args=list(each.args), cwd=each.cwd)
+            pb.ProcessInfo(
+                pid=each.pid, cmd=each.cmd, args=list(each.args), cwd=each.cwd, tag=each.tag
+            )
             for each in running
         ]
         return pb.ListProcessesResponse(processes=processes)

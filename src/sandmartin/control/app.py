@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -19,7 +20,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandmartin import __version__, errors
-from sandmartin.control.api import accounts, admin, keys, sandboxes, teams, templates
+from sandmartin.control import streams
+from sandmartin.control.api import (
+    accounts,
+    admin,
+    commands,
+    files,
+    inside,
+    keys,
+    sandboxes,
+    teams,
+    templates,
+)
 from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
 from sandmartin.errors import SandmartinError
@@ -49,6 +61,8 @@ STATUS: Mapping[str, int] = {
 #: Of what is no error of ours, by status.
 _FOREIGN = {401: "unauthenticated", 403: "denied", 404: "not_found", 405: "method_not_allowed"}
 _MAX_JSON_BYTES = 1 << 20
+#: Routes whose body is a file.
+_UPLOADS = re.compile(r"/files(/stream)?(/write)?$")
 _REQUEST_ID = "sandmartin.request_id"
 
 
@@ -62,9 +76,10 @@ def create_app(platform: Platform) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.platform = platform
-    app.include_router(sandboxes.router, prefix="/v1/sandboxes")
-    # The same, for clients of the prior surface.
-    app.include_router(sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
+    for of_sandboxes in (sandboxes, commands, files, inside, streams):
+        app.include_router(of_sandboxes.router, prefix="/v1/sandboxes")
+        # The same, for clients of the prior surface.
+        app.include_router(of_sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
     app.include_router(templates.router, prefix="/v1")
     app.include_router(accounts.router)
     app.include_router(accounts.pages)
@@ -166,22 +181,19 @@ class RequestIds:
 
 
 class BoundedBodies:
-    """Refuses a JSON body that is larger than any of ours, as soon as that is known."""
+    """Refuses a body that is larger than any of ours, as soon as that is known.
+
+    Files pass in pieces, and may be of any size.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _is_json(scope):
+        if scope["type"] != "http" or _UPLOADS.search(scope["path"]):
             await self._app(scope, receive, send)
             return
         await self._app(scope, _bounded(receive), send)
-
-
-def _is_json(scope: Scope) -> bool:
-    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
-    # Whatever says nothing, or JSON, is read whole; files come as something else.
-    return not kinds or b"json" in kinds[0].lower()
 
 
 def _bounded(receive: Receive) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Database:
         self._read = async_sessionmaker(engine, expire_on_commit=False)
         immediate = engine.execution_options(**{_IMMEDIATE: True})
         self._write = async_sessionmaker(immediate, expire_on_commit=False)
+        self._shared: ContextVar[AsyncSession | None] = ContextVar("shared", default=None)
 
     @classmethod
     def open(cls, url: str) -> Database:
@@ -92,13 +94,29 @@ class Database:
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         """A transaction that changes nothing. Raises Unavailable."""
+        if (shared := self._shared.get()) is not None:
+            yield shared
+            return
         with driver_errors_as_ours():
             async with self._read() as session:
                 yield session
 
     @contextlib.asynccontextmanager
+    async def one_read(self) -> AsyncIterator[AsyncSession]:
+        """All reads of this task in this context are one transaction. Raises Unavailable."""
+        async with self.read() as session:
+            before = self._shared.set(session)
+            try:
+                yield session
+            finally:
+                self._shared.reset(before)
+
+    @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
         """A transaction, committed at the end or undone on any error. Raises Unavailable."""
+        if (shared := self._shared.get()) is not None:
+            # Whoever waits for a second connection must not hold a first.
+            await shared.close()
         with driver_errors_as_ours():
             async with self._write() as session, session.begin():
                 yield session

@@ -141,6 +141,7 @@ class Process:
     cmd: str
     args: tuple[str, ...]
     cwd: str
+    tag: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,8 @@ class Command:
     timeout_s: int | None = None
     #: Run it on a terminal of this size: its output is Stdout alone, and its input is open.
     pty: PtySize | None = None
+    #: A name by which it can be found while it runs.
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,9 @@ class Transport(Protocol):
 
         Closing the generator stops listening; the command goes on until its time limit.
         """
+
+    def connect_process(self, sandbox_id: str, pid: int) -> AsyncGenerator[ExecEvent, None]:
+        """Listen to a command that runs; what nobody heard yet comes first. Raises NotFound."""
 
     async def send_stdin(self, sandbox_id: str, pid: int, chunks: AsyncIterator[bytes]) -> None:
         """Feed the standard input of a command started with `stdin`, and close it at the end."""

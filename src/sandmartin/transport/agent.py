@@ -222,10 +222,21 @@ class Agent:
             user=command.user,
             stdin=command.stdin,
             pty=command.pty and asdict(command.pty),
+            tag=command.tag,
         )
+        async with aclosing(self._listen("ExecStream", message)) as events:
+            async for event in events:
+                yield event
+
+    async def connect_process(self, sandbox_id: str, pid: int) -> AsyncGenerator[ExecEvent, None]:
+        message = {"sandbox_id": sandbox_id, "pid": pid}
+        async with aclosing(self._listen("ConnectProcess", message)) as events:
+            async for event in events:
+                yield event
+
+    async def _listen(self, method: str, message: Message) -> AsyncGenerator[ExecEvent, None]:
         with self._connect_errors_as_ours():
-            answers = self._channel.server_stream("ExecStream", message)
-            async with aclosing(answers):
+            async with aclosing(self._channel.server_stream(method, message)) as answers:
                 async for answer in answers:
                     if (event := _exec_event(answer)) is not None:
                         yield event
@@ -500,6 +511,7 @@ def _process(message: Message) -> Process:
         cmd=_text(message, "cmd"),
         args=_texts(message, "args"),
         cwd=_text(message, "cwd"),
+        tag=_text(message, "tag"),
     )
 
 

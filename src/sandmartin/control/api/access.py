@@ -147,7 +147,12 @@ async def _admin(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
     return caller
 
 
-ThePlatform = Annotated[Platform, Depends(platform_of)]
+async def _platform(request: Request) -> Platform:
+    # Not `platform_of` itself: what is no coroutine costs a thread at each request.
+    return platform_of(request)
+
+
+ThePlatform = Annotated[Platform, Depends(_platform)]
 #: A key, or somebody who is logged in.
 TheCaller = Annotated[Caller, Depends(_caller)]
 #: Somebody who is logged in, and their session.

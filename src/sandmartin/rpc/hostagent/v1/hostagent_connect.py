@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse
+from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -138,6 +138,12 @@ class HostAgentService(Protocol):
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
     async def list_processes(self, request: ListProcessesRequest, ctx: RequestContext[ListProcessesRequest, ListProcessesResponse], /) -> ListProcessesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def connect_process(self, request: ConnectProcessRequest, ctx: RequestContext[ConnectProcessRequest, ExecStreamResponse], /) -> AsyncIterator[ExecStreamResponse]:
+        """
+        Listens to a process that runs; what it said while nobody listened comes first.
+        """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
     async def fork_sandbox(self, request: ForkSandboxRequest, ctx: RequestContext[ForkSandboxRequest, ForkSandboxResponse], /) -> ForkSandboxResponse:
@@ -454,6 +460,17 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.UNARY,
                     ),
                     function=svc.list_processes,
+                ),
+                "/hostagent.v1.HostAgentService/ConnectProcess": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="ConnectProcess",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ConnectProcessRequest,
+                        output=ExecStreamResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.connect_process,
                 ),
                 "/hostagent.v1.HostAgentService/ForkSandbox": Endpoint.unary(
                     method=MethodInfo(
@@ -1084,6 +1101,29 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def connect_process(
+        self,
+        request: ConnectProcessRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[ExecStreamResponse]:
+        """
+        Listens to a process that runs; what it said while nobody listened comes first.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ConnectProcess",
+                service_name="hostagent.v1.HostAgentService",
+                input=ConnectProcessRequest,
+                output=ExecStreamResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     async def fork_sandbox(
         self,
         request: ForkSandboxRequest,
@@ -1454,6 +1494,12 @@ class HostAgentServiceSync(Protocol):
     def list_processes(self, request: ListProcessesRequest, ctx: RequestContext[ListProcessesRequest, ListProcessesResponse], /) -> ListProcessesResponse:
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
+    def connect_process(self, request: ConnectProcessRequest, ctx: RequestContext[ConnectProcessRequest, ExecStreamResponse], /) -> Iterator[ExecStreamResponse]:
+        """
+        Listens to a process that runs; what it said while nobody listened comes first.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
     def fork_sandbox(self, request: ForkSandboxRequest, ctx: RequestContext[ForkSandboxRequest, ForkSandboxResponse], /) -> ForkSandboxResponse:
         """
         Makes sandboxes that go on from where a running one is, which goes on too. A child that could
@@ -1766,6 +1812,17 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.UNARY,
                     ),
                     function=service.list_processes,
+                ),
+                "/hostagent.v1.HostAgentService/ConnectProcess": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="ConnectProcess",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ConnectProcessRequest,
+                        output=ExecStreamResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.connect_process,
                 ),
                 "/hostagent.v1.HostAgentService/ForkSandbox": EndpointSync.unary(
                     method=MethodInfo(
@@ -2392,6 +2449,29 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 output=ListProcessesResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def connect_process(
+        self,
+        request: ConnectProcessRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[ExecStreamResponse]:
+        """
+        Listens to a process that runs; what it said while nobody listened comes first.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ConnectProcess",
+                service_name="hostagent.v1.HostAgentService",
+                input=ConnectProcessRequest,
+                output=ExecStreamResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
             ),
             headers=headers,
             timeout_ms=timeout_ms,
