@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandmartin import __version__, errors
-from sandmartin.control.api import sandboxes, templates
+from sandmartin.control.api import hosts, sandboxes, templates
 from sandmartin.control.platform import Platform
 from sandmartin.errors import SandmartinError
 from sandmartin.model import random_id
@@ -64,6 +64,7 @@ def create_app(platform: Platform) -> FastAPI:
     # The same, for clients of the prior surface.
     app.include_router(sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
     app.include_router(templates.router, prefix="/v1")
+    app.include_router(hosts.router, prefix="/v1/hosts")
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)

@@ -51,6 +51,8 @@ class Keys:
             actor_id=found.key_id,
             name=found.name,
             team_id=found.team_id,
+            # The first key, of whoever started the platform.
+            is_admin=found.created_by == "system",
             request_id=request_id,
             address=address,
         )
