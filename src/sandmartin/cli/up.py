@@ -13,12 +13,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sandmartin import __version__
 from sandmartin.cli.extras import extra
 from sandmartin.cli.options import (
     add_accel_flag,
@@ -56,19 +55,24 @@ def configure(verbs: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    log_to_stderr(args)
+    asyncio.run(_run(args))
+    return 0
+
+
+def log_to_stderr(args: argparse.Namespace) -> None:
     level = "debug" if args.debug else args.log_level
     logging.basicConfig(
         stream=sys.stderr,
         level=level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    asyncio.run(_run(args))
-    return 0
 
 
 async def _run(args: argparse.Namespace) -> None:
     with extra("control"):
         from sandmartin.control.bootstrap import ensure_first_key, ensure_platform  # noqa: PLC0415
+        from sandmartin.control.hosts import HostFacts  # noqa: PLC0415
         from sandmartin.control.platform import open_platform  # noqa: PLC0415
         from sandmartin.control.server import listen, serving  # noqa: PLC0415
         from sandmartin.control.settings import ControlSettings  # noqa: PLC0415
@@ -76,37 +80,55 @@ async def _run(args: argparse.Namespace) -> None:
     settings = load_settings(args)
     flags = {"host": args.host, "port": args.port, "database_url": args.database_url}
     control = ControlSettings.load({**flags, "data_dir": settings.data_dir})
-    leave = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, leave.set)
     async with contextlib.AsyncExitStack() as stack:
+        leave = stack.enter_context(signals())
         listener = stack.enter_context(contextlib.closing(listen(control.host, control.port)))
         control = replace(control, port=listener.getsockname()[1])
         agent_settings = replace(settings, data_dir=settings.data_dir / "agent")
         agent_ended = await stack.enter_async_context(_agent(agent_settings))
         platform = await stack.enter_async_context(open_platform(control))
         await ensure_platform(platform.db)
-        await platform.hosts.ensure_local(_facts(agent_settings))
+        local = HostFacts(name="local", address=f"unix:{agent_settings.socket}")
+        await platform.hosts.ensure_local(local)
         await platform.reconciler.tick()
         key = await ensure_first_key(platform.db, platform.keys, control.data_dir / "api.key")
         served = await stack.enter_async_context(serving(platform, listener))
-        _announce(args, control.base_url, key, control.data_dir)
-        stopping = asyncio.ensure_future(leave.wait())
-        await asyncio.wait({stopping, served, agent_ended}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        for task in (served, agent_ended):
-            if task.done():
-                task.result()
+        announce(args, control.base_url, key, control.data_dir)
+        await first_end(leave, served, agent_ended)
         await _leave(platform, args.on_exit)
 
 
-def _announce(args: argparse.Namespace, url: str, key: str, data_dir: Path) -> None:
+def announce(args: argparse.Namespace, url: str, key: str, data_dir: Path) -> None:
+    """Where is served, and the key of whoever started it."""
     if args.json:
         print_json({"url": url, "api_key": key, "data_dir": os.fspath(data_dir)})
         sys.stdout.flush()
         return
     say(f"Sandmartin serves on {url}; everything is in {data_dir}")
     print(f"export SANDMARTIN_URL={url} SANDMARTIN_API_KEY={key}", flush=True)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[asyncio.Event]:
+    """Set by SIGTERM and SIGINT."""
+    leave, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave.set)
+    try:
+        yield leave
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def first_end(leave: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
+    """Wait for `leave`, or for a task to end, and raise what that raised."""
+    stopping = asyncio.ensure_future(leave.wait())
+    await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    for task in tasks:
+        if task.done():
+            task.result()
 
 
 @contextlib.asynccontextmanager
@@ -129,25 +151,6 @@ async def _agent(settings: Settings) -> AsyncIterator[asyncio.Task[None]]:
     finally:
         leave.set()
         await asyncio.wait({task})
-
-
-def _facts(settings: Settings) -> Any:
-    with extra("agent"):
-        from sandmartin.agent.admission import memory_total_mb  # noqa: PLC0415
-        from sandmartin.agent.disk import free_mb  # noqa: PLC0415
-        from sandmartin.control.hosts import HostFacts  # noqa: PLC0415
-
-    return HostFacts(
-        name="local",
-        address=f"unix:{settings.socket}",
-        cpus=os.cpu_count() or 1,
-        memory_mb=memory_total_mb() - settings.memory_reserve_mb,
-        disk_free_mb=free_mb(settings.data_dir),
-        cpu_overcommit=settings.cpu_overcommit,
-        memory_overhead_mb=0,
-        accel="",
-        version=__version__,
-    )
 
 
 async def _leave(platform: Any, on_exit: str) -> None:
