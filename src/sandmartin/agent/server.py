@@ -68,6 +68,9 @@ CODES: dict[str, Code] = {
 }
 
 _SHUTDOWN_GRACE_S = 10
+_HANDSHAKE_S = 10.0
+_FAREWELL_S = 0.5
+_SWEEP_S = 0.2
 #: Levels of nested JSON; our messages have four.
 _MAX_DEPTH = 64
 #: What changes the depth of a JSON document, and what may hide it: strings and escapes in them.
@@ -245,6 +248,51 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _TlsServer(_Server):
+    """As `_Server`, with a context of ours and patience for peers that say nothing."""
+
+    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext) -> None:
+        super().__init__(config)
+        self._tls = tls
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+
+        def make_protocol() -> asyncio.Protocol:
+            protocol: Any = self.config.http_protocol_class
+            made: asyncio.Protocol = protocol(
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+            )
+            return made
+
+        for listener in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                make_protocol,
+                sock=listener,
+                ssl=self._tls,
+                ssl_handshake_timeout=_HANDSHAKE_S,
+                # One that is idle does not answer our farewell: by default for 30 s.
+                ssl_shutdown_timeout=_FAREWELL_S,
+            )
+            self.servers.append(server)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        sweep = asyncio.create_task(self._sweep(), name="farewells")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            sweep.cancel()
+
+    async def _sweep(self) -> None:
+        """Bid farewell also to who was still shaking hands when all others were."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+
+
 def bind_socket(settings: Settings) -> socket.socket:
     """The agent's listening unix socket, for root and the group alone.
 
@@ -380,9 +428,7 @@ async def _serving(
 ) -> AsyncIterator[asyncio.Task[None]]:
     """The server's task, for as long as requests are served."""
     config = _uvicorn_config(app)
-    config.load()
-    config.ssl = tls
-    server = _Server(config)
+    server = _Server(config) if tls is None else _TlsServer(config, tls)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="server")
     try:
         await _first_of(task, server.ready.wait())

@@ -86,6 +86,8 @@ def _serve(args: argparse.Namespace) -> int:
         level=level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    # It tells of every heartbeat.
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
     settings = load_settings(args)
     if not args.temporary:
         wish = Wish(

@@ -67,6 +67,8 @@ def log_to_stderr(args: argparse.Namespace) -> None:
         level=level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    # It tells of every call to an agent.
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
 async def _run(args: argparse.Namespace) -> None:

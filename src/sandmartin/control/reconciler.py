@@ -8,6 +8,7 @@ says may be older than a row: only rows that were as they are before the host wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import events, tables
@@ -91,7 +93,9 @@ class Reconciler:
             return
         if await self._hosts.mark_online(host.host_id, about):
             _log.info("host %s is online", host.name)
-        await self._templates.sync(host.host_id, templates)
+        # Another host, or another replica, may note the same just now.
+        with contextlib.suppress(IntegrityError):
+            await self._templates.sync(host.host_id, templates)
         await self._compare(host, infos, asked_at)
 
     async def _note_silence(self, host: tables.Host, error: SandmartinError) -> None:
@@ -168,7 +172,10 @@ class Reconciler:
         _log.info("sandbox %s is %s, not %s: %s", row.sandbox_id, to, row.state, reason)
         try:
             async with self._db.write() as session:
-                await observe(session, row, to, reason=reason, operation_id=None, **values)
+                fresh = await session.get(Row, row.sandbox_id)
+                if fresh is None or fresh.state_at != row.state_at:
+                    return
+                await observe(session, fresh, to, reason=reason, operation_id=None, **values)
                 kind = f"sandbox.{to}"
                 data = {"state": to, "seen": True, "reason": reason}
                 events.record(session, row.team_id, kind, row.sandbox_id, **data)

@@ -322,6 +322,10 @@ class Agent:
             yield
         except httpx.ConnectError as error:
             raise self._unreachable(_os_error(error)) from error
+        except RuntimeError as error:
+            if not self._http.is_closed:
+                raise
+            raise Unavailable("the connection to the agent was closed") from error
 
 
 class AgentSocket(Agent):
