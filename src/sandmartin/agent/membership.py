@@ -241,7 +241,7 @@ class Member:
         self._context = agents_context(member.identity, member.issuer)
 
     async def _register(self, token: str) -> None:
-        key, request = await asyncio.to_thread(_new_key)
+        key, request = await asyncio.to_thread(new_key)
         answer = await self._post(
             "/v1/hosts/register",
             {"token": token, "request": request, **self._about()},
@@ -299,7 +299,7 @@ class Member:
         member = self._membership
         if time.time() < (member.issued_at + member.expires_at) / 2:
             return
-        key, request = await asyncio.to_thread(_new_key)
+        key, request = await asyncio.to_thread(new_key)
         answer = await self._post(f"{self._path}/renew", {"request": request})
         if answer["issuer"] != member.issuer:
             raise Unauthenticated("the control plane has another issuer than it had")
@@ -347,7 +347,7 @@ def _error_of(answer: Mapping[str, Any], status: int) -> SandmartinError:
     return from_code(*words)
 
 
-def _new_key() -> tuple[str, str]:
+def new_key() -> tuple[str, str]:
     """A new private key, and the request for its certificate, as PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     # Who we are is not ours to say: the platform takes the key alone.
