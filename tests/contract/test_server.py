@@ -359,6 +359,7 @@ async def test_every_method_is_there_and_looks_at_its_request(agent: Agent) -> N
             answered[method] = error.code
     templates = answered.pop("ListTemplates")
     assert "base" in templates
+    assert "'accel': 'tcg'" in answered.pop("DescribeHost")
     # What names no sandbox is refused; a list is empty, and what is gone already is gone.
     assert set(answered.values()) == {"{}", "invalid", "not_found"}
     assert {name for name, code in answered.items() if code == "{}"} == {

@@ -30,6 +30,8 @@ from tests.control.test_sandboxes import create
 #: What anybody may ask.
 PUBLIC = {
     "GET /healthz",
+    # Its token is in the body.
+    "POST /v1/hosts/register",
     "GET /readyz",
     "GET /openapi.json",
     "GET /docs",
@@ -45,7 +47,14 @@ PUBLIC = {
 REFUSED = {401, 403, 404}
 #: What happens by itself, whoever asks for whatever.
 _TICKING_TABLES = {"attempts", "leases", "team_samples", "usage_days", "metric_blocks"}
-_TICKING = {"last_used_at", "last_active_at", "heartbeat_at", "disk_free_mb", "seen_event_id"}
+_TICKING = {
+    "last_used_at",
+    "last_active_at",
+    "heartbeat_at",
+    "reached_at",
+    "disk_free_mb",
+    "seen_event_id",
+}
 #: How long a stream may go on before it is taken to be one.
 _STREAM_S = 0.5
 _DEADLINE_S = 20.0

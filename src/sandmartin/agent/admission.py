@@ -8,13 +8,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from sandmartin import __version__
 from sandmartin.agent import disk
 from sandmartin.agent.limits import OVERHEAD_MB
 from sandmartin.agent.machine import Machine
 from sandmartin.errors import Exhausted
 from sandmartin.model import SandboxSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a host is, and what it has for sandboxes. The names are the wire's."""
+
+    cpus: int
+    #: For all sandboxes together.
+    memory_mb: int
+    #: What each of them takes beside its own memory.
+    memory_overhead_mb: int
+    disk_free_mb: int
+    cpu_overcommit: float
+    accel: str
+    vmm_version: str
+    agent_version: str
+    #: Sandboxes in these states.
+    running: int
+    paused: int
+
+
+def describe(machine: Machine, *, running: int, paused: int) -> Description:
+    return Description(
+        cpus=os.cpu_count() or 1,
+        memory_mb=max(0, memory_left_mb(machine, ())),
+        memory_overhead_mb=OVERHEAD_MB[machine.accel],
+        disk_free_mb=disk.free_mb(machine.data.path),
+        cpu_overcommit=machine.settings.cpu_overcommit,
+        accel=machine.accel,
+        vmm_version=machine.platform.vmm_version,
+        agent_version=__version__,
+        running=running,
+        paused=paused,
+    )
 
 
 def check_room(machine: Machine, spec: SandboxSpec, taken: Iterable[SandboxSpec]) -> None:

@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from sandmartin.agent import disk
-from sandmartin.agent.admission import check_room, memory_left_mb
+from sandmartin.agent.admission import Description, check_room, describe, memory_left_mb
 from sandmartin.agent.disk import Image
 from sandmartin.agent.folding import Folding
 from sandmartin.agent.images import Growth
@@ -424,6 +425,11 @@ class Host:
         return disk.allocated_bytes(target)
 
     # What is told.
+
+    def describe(self) -> Description:
+        """What this host is, and what it has for sandboxes."""
+        states = Counter(sandbox.state for sandbox in self.sandboxes())
+        return describe(self._machine, running=states[State.RUNNING], paused=states[State.PAUSED])
 
     def templates(self) -> list[Image | Snapshot]:
         """All that sandboxes can start from."""

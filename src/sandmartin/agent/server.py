@@ -15,8 +15,10 @@ import re
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import uvicorn
@@ -28,6 +30,7 @@ from connectrpc.request import RequestContext
 from sandmartin import errors
 from sandmartin.agent.host import Host
 from sandmartin.agent.machine import Machine, open_machine
+from sandmartin.agent.membership import HEARTBEAT_S, NO_WISH, Member, Wish, forget, plan
 from sandmartin.agent.service import MAX_MESSAGE_BYTES, HostAgent
 from sandmartin.errors import Invalid, SandmartinError
 from sandmartin.model import Settings
@@ -65,6 +68,9 @@ CODES: dict[str, Code] = {
 }
 
 _SHUTDOWN_GRACE_S = 10
+_HANDSHAKE_S = 10.0
+_FAREWELL_S = 0.5
+_SWEEP_S = 0.2
 #: Levels of nested JSON; our messages have four.
 _MAX_DEPTH = 64
 #: What changes the depth of a JSON document, and what may hide it: strings and escapes in them.
@@ -242,6 +248,51 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _TlsServer(_Server):
+    """As `_Server`, with a context of ours and patience for peers that say nothing."""
+
+    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext) -> None:
+        super().__init__(config)
+        self._tls = tls
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+
+        def make_protocol() -> asyncio.Protocol:
+            protocol: Any = self.config.http_protocol_class
+            made: asyncio.Protocol = protocol(
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+            )
+            return made
+
+        for listener in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                make_protocol,
+                sock=listener,
+                ssl=self._tls,
+                ssl_handshake_timeout=_HANDSHAKE_S,
+                # One that is idle does not answer our farewell: by default for 30 s.
+                ssl_shutdown_timeout=_FAREWELL_S,
+            )
+            self.servers.append(server)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        sweep = asyncio.create_task(self._sweep(), name="farewells")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            sweep.cancel()
+
+    async def _sweep(self) -> None:
+        """Bid farewell also to who was still shaking hands when all others were."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+
+
 def bind_socket(settings: Settings) -> socket.socket:
     """The agent's listening unix socket, for root and the group alone.
 
@@ -268,23 +319,46 @@ def bind_socket(settings: Settings) -> socket.socket:
     return listener
 
 
+def bind_tcp(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises Invalid."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise Invalid(
+            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            hint="choose another --listen; port 0 takes a free one",
+        ) from error
+    listener.listen(128)
+    return listener
+
+
 async def serve(
     settings: Settings,
     *,
     until_stdin_closes: bool = False,
     announce: Callable[[dict[str, Any]], None] = lambda _: None,
     leave: asyncio.Event | None = None,
+    wish: Wish = NO_WISH,
 ) -> None:
     """Run the agent until SIGTERM or SIGINT (VMs run on), Terminate, or the end of stdin.
 
     `announce` is called once requests are served. With `until_stdin_closes` the end of stdin
     destroys every sandbox, as Terminate does. With `leave` that ends it instead of a signal.
+    As a host of a platform it also listens on TCP, as `wish` has it or as it did before.
     """
     _forget_proxies()
     _raise_descriptor_limit()
     async with open_machine(settings) as machine:
         await serve_machine(
-            machine, until_stdin_closes=until_stdin_closes, announce=announce, leave=leave
+            machine,
+            until_stdin_closes=until_stdin_closes,
+            announce=announce,
+            leave=leave,
+            wish=wish,
         )
 
 
@@ -294,6 +368,8 @@ async def serve_machine(
     until_stdin_closes: bool = False,
     announce: Callable[[dict[str, Any]], None] = lambda _: None,
     leave: asyncio.Event | None = None,
+    wish: Wish = NO_WISH,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> None:
     """Serve the sandboxes of `machine`, as `serve` has it."""
     path = machine.settings.socket
@@ -309,19 +385,50 @@ async def serve_machine(
             stack.enter_context(_signals(leave.set))
         if until_stdin_closes:
             stack.enter_context(_stdin_watch(stdin_ended.set))
-        serving = await stack.enter_async_context(_serving(application(host), listener))
-        if not serving.done():
-            announce({"socket": os.fspath(path), "pid": os.getpid()})
+        app = application(host)
+        servers = [await stack.enter_async_context(_serving(app, listener))]
+        told: dict[str, Any] = {"socket": os.fspath(path), "pid": os.getpid()}
+        if (planned := plan(machine.data.path, wish)) is not None:
+            member = Member(
+                machine.data.path, planned, lambda: asdict(host.describe()), heartbeat_s
+            )
+            servers += await stack.enter_async_context(_membership(member, app, wish.token))
+            told["address"] = member.address
+        if not any(server.done() for server in servers):
+            announce(told)
         ends = (leave.wait(), stdin_ended.wait(), host.terminated.wait(), machine.tasks.failed())
-        await _first_of(serving, *ends)
+        await _first_of(*servers, *ends)
         if stdin_ended.is_set():
             await host.terminate()
+        if host.terminated.is_set():
+            forget(machine.data.path)
 
 
 @contextlib.asynccontextmanager
-async def _serving(app: Any, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+async def _membership(
+    member: Member, app: _App, token: str
+) -> AsyncIterator[list[asyncio.Task[None]]]:
+    """The agent is a host of a platform: it is served over TLS, and is heard of; both tasks."""
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(member.close)
+        listener = stack.enter_context(contextlib.closing(bind_tcp(*member.listen)))
+        await member.join(listener.getsockname()[1], token)
+        serving = await stack.enter_async_context(_serving(app, listener, member.context))
+        heard = asyncio.create_task(member.run(), name="membership")
+        try:
+            yield [serving, heard]
+        finally:
+            heard.cancel()
+            await asyncio.wait({heard})
+
+
+@contextlib.asynccontextmanager
+async def _serving(
+    app: Any, listener: socket.socket, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[asyncio.Task[None]]:
     """The server's task, for as long as requests are served."""
-    server = _Server(_uvicorn_config(app))
+    config = _uvicorn_config(app)
+    server = _Server(config) if tls is None else _TlsServer(config, tls)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="server")
     try:
         await _first_of(task, server.ready.wait())

@@ -461,6 +461,11 @@ class HostAgent(HostAgentService):
         await sandbox.remove_file(check_guest_path(request.path), request.user or "root")
         return pb.RemoveFileResponse()
 
+    async def describe_host(
+        self, _request: pb.DescribeHostRequest, _ctx: _Context
+    ) -> pb.DescribeHostResponse:
+        return pb.DescribeHostResponse(**asdict(self._host.describe()))
+
     async def terminate(
         self, _request: pb.TerminateRequest, _ctx: _Context
     ) -> pb.TerminateResponse:

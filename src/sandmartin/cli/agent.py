@@ -1,7 +1,7 @@
 """`sandmartin agent`: the host agent in the foreground.
 
-The announcement, one JSON object with `socket` and `pid`, is its only line on stdout, printed
-once requests are served; `run` waits for it.
+The announcement, one JSON object with `socket` and `pid`, and for a host of a platform its
+`address`, is its only line on stdout, printed once requests are served; `run` waits for it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -45,12 +46,38 @@ def configure(verbs: Any) -> None:
         action="store_true",
         help="use a private data directory, removed at the end; implies --until-stdin-closes",
     )
+    _add_membership_flags(parser)
     parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default: info")
     parser.set_defaults(act=_serve)
 
 
+def _add_membership_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "as a host of a platform", "Only for the first start: a restart needs none of these."
+    )
+    group.add_argument("--control", metavar="URL", default="", help="the control plane")
+    group.add_argument(
+        "--token",
+        default="",
+        help="what `sandmartin host add` printed (SANDMARTIN_HOST_TOKEN, which other users of "
+        "this machine do not see)",
+    )
+    group.add_argument(
+        "--listen", metavar="HOST:PORT", default="", help="for the control plane; mutual TLS"
+    )
+    group.add_argument(
+        "--advertise", metavar="NAME", default="", help="how it reaches us, if not as HOST"
+    )
+    group.add_argument(
+        "--insecure-control",
+        action="store_true",
+        help="send our token over plain HTTP to another machine",
+    )
+
+
 def _serve(args: argparse.Namespace) -> int:
     with extra("agent"):
+        from sandmartin.agent.membership import Wish  # noqa: PLC0415
         from sandmartin.agent.server import serve  # noqa: PLC0415
 
     level = "debug" if args.debug else args.log_level
@@ -59,10 +86,24 @@ def _serve(args: argparse.Namespace) -> int:
         level=level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    # It tells of every heartbeat.
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
     settings = load_settings(args)
     if not args.temporary:
+        wish = Wish(
+            control=args.control,
+            token=args.token or os.environ.get("SANDMARTIN_HOST_TOKEN", ""),
+            listen=args.listen,
+            advertise=args.advertise,
+            insecure=args.insecure_control,
+        )
         asyncio.run(
-            serve(settings, until_stdin_closes=args.until_stdin_closes, announce=print_json)
+            serve(
+                settings,
+                until_stdin_closes=args.until_stdin_closes,
+                announce=print_json,
+                wish=wish,
+            )
         )
         return 0
     with _private_data_dir(settings) as private:

@@ -13,12 +13,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sandmartin import __version__
 from sandmartin.cli.extras import extra
 from sandmartin.cli.options import (
     add_accel_flag,
@@ -56,19 +55,26 @@ def configure(verbs: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    log_to_stderr(args)
+    asyncio.run(_run(args))
+    return 0
+
+
+def log_to_stderr(args: argparse.Namespace) -> None:
     level = "debug" if args.debug else args.log_level
     logging.basicConfig(
         stream=sys.stderr,
         level=level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    asyncio.run(_run(args))
-    return 0
+    # It tells of every call to an agent.
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
 async def _run(args: argparse.Namespace) -> None:
     with extra("control"):
         from sandmartin.control import bootstrap  # noqa: PLC0415
+        from sandmartin.control.hosts import HostFacts  # noqa: PLC0415
         from sandmartin.control.platform import open_platform  # noqa: PLC0415
         from sandmartin.control.server import listen, serving  # noqa: PLC0415
         from sandmartin.control.settings import ControlSettings  # noqa: PLC0415
@@ -76,41 +82,61 @@ async def _run(args: argparse.Namespace) -> None:
     settings = load_settings(args)
     flags = {"host": args.host, "port": args.port, "database_url": args.database_url}
     control = ControlSettings.load({**flags, "data_dir": settings.data_dir})
-    leave = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, leave.set)
     async with contextlib.AsyncExitStack() as stack:
+        leave = stack.enter_context(signals())
         listener = stack.enter_context(contextlib.closing(listen(control.host, control.port)))
         control = replace(control, port=listener.getsockname()[1])
         agent_settings = replace(settings, data_dir=settings.data_dir / "agent")
         agent_ended = await stack.enter_async_context(_agent(agent_settings))
         platform = await stack.enter_async_context(open_platform(control))
         await bootstrap.ensure_platform(platform.db)
-        await platform.hosts.ensure_local(_facts(agent_settings))
+        local = HostFacts(name="local", address=f"unix:{agent_settings.socket}")
+        await platform.hosts.ensure_local(local)
         await platform.reconciler.tick()
         key_file = control.data_dir / "api.key"
         key = await bootstrap.ensure_first_key(platform.db, platform.keys, key_file)
         sign_up_url = await bootstrap.ensure_first_invitation(platform.db, platform.accounts)
         served = await stack.enter_async_context(serving(platform, listener))
-        _announce(args, control.base_url, key, control.data_dir)
-        if sign_up_url:
-            say(f"the first account is made at {sign_up_url}")
-        stopping = asyncio.ensure_future(leave.wait())
-        await asyncio.wait({stopping, served, agent_ended}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        for task in (served, agent_ended):
-            if task.done():
-                task.result()
+        announce(args, control.base_url, key, control.data_dir, sign_up_url)
+        await first_end(leave, served, agent_ended)
         await _leave(platform, args.on_exit)
 
 
-def _announce(args: argparse.Namespace, url: str, key: str, data_dir: Path) -> None:
+def announce(
+    args: argparse.Namespace, url: str, key: str, data_dir: Path, sign_up_url: str
+) -> None:
+    """Where is served, with which key, and where the first account is made if there is none."""
+    if sign_up_url:
+        say(f"the first account is made at {sign_up_url}")
     if args.json:
         print_json({"url": url, "api_key": key, "data_dir": os.fspath(data_dir)})
         sys.stdout.flush()
         return
     say(f"Sandmartin serves on {url}; everything is in {data_dir}")
     print(f"export SANDMARTIN_URL={url} SANDMARTIN_API_KEY={key}", flush=True)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[asyncio.Event]:
+    """Set by SIGTERM and SIGINT."""
+    leave, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave.set)
+    try:
+        yield leave
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def first_end(leave: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
+    """Wait for `leave`, or for a task to end, and raise what that raised."""
+    stopping = asyncio.ensure_future(leave.wait())
+    await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    for task in tasks:
+        if task.done():
+            task.result()
 
 
 @contextlib.asynccontextmanager
@@ -133,25 +159,6 @@ async def _agent(settings: Settings) -> AsyncIterator[asyncio.Task[None]]:
     finally:
         leave.set()
         await asyncio.wait({task})
-
-
-def _facts(settings: Settings) -> Any:
-    with extra("agent"):
-        from sandmartin.agent.admission import memory_total_mb  # noqa: PLC0415
-        from sandmartin.agent.disk import free_mb  # noqa: PLC0415
-        from sandmartin.control.hosts import HostFacts  # noqa: PLC0415
-
-    return HostFacts(
-        name="local",
-        address=f"unix:{settings.socket}",
-        cpus=os.cpu_count() or 1,
-        memory_mb=memory_total_mb() - settings.memory_reserve_mb,
-        disk_free_mb=free_mb(settings.data_dir),
-        cpu_overcommit=settings.cpu_overcommit,
-        memory_overhead_mb=0,
-        accel="",
-        version=__version__,
-    )
 
 
 async def _leave(platform: Any, on_exit: str) -> None:

@@ -26,6 +26,7 @@ from sandmartin.control.api import (
     admin,
     commands,
     files,
+    hosts,
     inside,
     keys,
     sandboxes,
@@ -86,6 +87,7 @@ def create_app(platform: Platform) -> FastAPI:
     app.include_router(teams.router, prefix="/v1")
     app.include_router(keys.router, prefix="/v1")
     app.include_router(admin.router, prefix="/v1")
+    app.include_router(hosts.router, prefix="/v1/hosts")
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from sandmartin.control.accounts import Accounts
+from sandmartin.control.authority import Authority
 from sandmartin.control.db import Database
 from sandmartin.control.events import Events
 from sandmartin.control.hosts import Hosts
@@ -89,10 +90,10 @@ async def open_platform(
         db = Database.open(settings.url)
         stack.push_async_callback(db.close)
         happenings, usage = Events(db), Usage(db)
-        hosts = Hosts(db)
+        owner = random_id(12)
+        hosts = Hosts(db, await Authority.open(db, sealer, owner))
         stack.push_async_callback(hosts.close)
         templates = Templates(db, hosts)
-        owner = random_id(12)
         operations = Operations(db, owner, timing or Timing())
         quotas = Quotas(
             max_sandboxes=settings.max_sandboxes,

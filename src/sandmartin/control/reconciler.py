@@ -8,6 +8,7 @@ says may be older than a row: only rows that were as they are before the host wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -15,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import events, tables
 from sandmartin.control.caller import system
 from sandmartin.control.db import Database
-from sandmartin.control.hosts import Hosts
+from sandmartin.control.hosts import Hosts, mark_unreachable
 from sandmartin.control.operations import Overtaken
 from sandmartin.control.sandboxes import Row, Sandboxes, observe, state_of
-from sandmartin.control.states import ALIVE, TRANSITIONAL, HostState
+from sandmartin.control.states import ALIVE, TRANSITIONAL
 from sandmartin.control.templates import Templates
 from sandmartin.errors import NotFound, SandmartinError
 from sandmartin.model import State
@@ -83,28 +85,26 @@ class Reconciler:
         asked_at = time.time()
         try:
             agent = await self._hosts.agent(host.host_id)
+            about = await agent.describe()
             infos = {each.sandbox_id: each for each in await agent.list_sandboxes()}
             templates = await agent.list_templates()
         except SandmartinError as error:
             await self._note_silence(host, error)
             return
-        if await self._hosts.mark_online(host.host_id):
+        if await self._hosts.mark_online(host.host_id, about):
             _log.info("host %s is online", host.name)
-        await self._templates.sync(host.host_id, templates)
+        # Another host, or another replica, may note the same just now.
+        with contextlib.suppress(IntegrityError):
+            await self._templates.sync(host.host_id, templates)
         await self._compare(host, infos, asked_at)
 
     async def _note_silence(self, host: tables.Host, error: SandmartinError) -> None:
         """A host that is silent for too long is unreachable, and its sandboxes are missing."""
         now = time.time()
-        if now - (host.heartbeat_at or host.created_at) < self._pace.unreachable_s:
+        if now - (host.reached_at or host.created_at) < self._pace.unreachable_s:
             return
         async with self._db.write() as session:
-            changed = await session.execute(
-                update(tables.Host)
-                .where(tables.Host.host_id == host.host_id, tables.Host.state == HostState.ONLINE)
-                .values(state=HostState.UNREACHABLE)
-            )
-            if changed.rowcount:  # type: ignore[attr-defined]
+            if await mark_unreachable(session, host):
                 _log.warning("host %s is unreachable: %s", host.name, error)
             # What is put to sleep lies on its disk; the rest may be gone.
             query = select(Row).where(
@@ -172,7 +172,10 @@ class Reconciler:
         _log.info("sandbox %s is %s, not %s: %s", row.sandbox_id, to, row.state, reason)
         try:
             async with self._db.write() as session:
-                await observe(session, row, to, reason=reason, operation_id=None, **values)
+                fresh = await session.get(Row, row.sandbox_id)
+                if fresh is None or fresh.state_at != row.state_at:
+                    return
+                await observe(session, fresh, to, reason=reason, operation_id=None, **values)
                 kind = f"sandbox.{to}"
                 data = {"state": to, "seen": True, "reason": reason}
                 events.record(session, row.team_id, kind, row.sandbox_id, **data)

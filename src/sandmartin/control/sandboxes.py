@@ -298,8 +298,8 @@ class Sandboxes:
             template_id=template.template_id,
         )
         row.operation_id = held.operation_id
-        data = {"host": choice.host.name, "load": choice.load, "others": choice.others}
-        _tell(session, row, "sandbox.starting", template=row.template, **data)
+        data = {"host": choice.host.name, "load": choice.load, "bottleneck": choice.bottleneck}
+        _tell(session, row, "sandbox.starting", template=row.template, others=choice.others, **data)
         audit.record(
             session,
             caller,

@@ -7,15 +7,16 @@ creates at once see each other. The agent has the last word: it admits or refuse
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import tables
-from sandmartin.control.states import HOLDING, HostState
+from sandmartin.control.hosts import Load, loads_of
+from sandmartin.control.states import HostState
 from sandmartin.errors import Exhausted, NotFound, Unavailable
 
 
@@ -37,15 +38,10 @@ class Choice:
     host: tables.Host
     #: Share of its scarcest resource that is then in use.
     load: float
+    #: Which that is: `vcpus`, `memory` or `disk`.
+    bottleneck: str
     #: What of others: their load, or why not.
     others: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Used:
-    vcpus: int = 0
-    memory_mb: int = 0
-    sandboxes: int = 0
 
 
 async def choose_host(
@@ -53,26 +49,13 @@ async def choose_host(
 ) -> Choice:
     """The best host for `need`, in a writing transaction.
 
-    Raises Unavailable when no host is there, NotFound when none has the template, Exhausted.
+    Raises Unavailable when no host that has the template is there, NotFound when none has it,
+    Exhausted.
     """
-    query = select(tables.Host).where(tables.Host.state == HostState.ONLINE)
-    # Where transactions write side by side, choices are made one after the other.
-    hosts = (await session.scalars(query.order_by(tables.Host.name).with_for_update())).all()
-    if not hosts:
-        raise Unavailable(
-            "no host is online", hint="look at `sandmartin host ls`; add one with `host add`"
-        )
-    having = set(
-        await session.scalars(
-            select(tables.TemplatePlacement.host_id).where(
-                tables.TemplatePlacement.template_id == need.template_id
-            )
-        )
-    )
-    if not having & {host.host_id for host in hosts}:
-        raise NotFound(f"no host that is online has the template {need.template!r}")
-    used = await _used(session)
-    loads: dict[str, float] = {}
+    hosts = await _online(session)
+    having = await _having(session, need, hosts)
+    loads = await loads_of(session)
+    fitting: dict[str, tuple[float, str]] = {}
     refused: dict[str, str] = {}
     for host in hosts:
         if host.host_id in without:
@@ -82,46 +65,66 @@ async def choose_host(
         elif host.host_id not in having:
             refused[host.name] = "it lacks the template"
         else:
-            load = _load(host, used.get(host.host_id, _Used()), need)
+            load, bottleneck = _load(host, loads.get(host.host_id, Load()), need)
             if load <= 1.0:
-                loads[host.host_id] = load
+                fitting[host.name] = load, bottleneck
             else:
-                refused[host.name] = f"it would be used by {load:.0%}"
-    if not loads:
+                refused[host.name] = f"its {bottleneck} would be used by {load:.0%}"
+    if not fitting:
+        why = "; ".join(sorted(set(refused.values())))
         raise Exhausted(
-            f"no host has room for {need.vcpus} vCPUs and {need.memory_mb} MB",
+            f"no host has room for {need.vcpus} vCPUs and {need.memory_mb} MB ({why})",
             hint="destroy or pause sandboxes, use less, or add a host",
         )
-    by_id = {host.host_id: host for host in hosts}
-    best = min(loads, key=lambda host_id: (loads[host_id], by_id[host_id].name))
-    others = {by_id[host_id].name: round(load, 3) for host_id, load in loads.items()}
-    others.pop(by_id[best].name)
-    return Choice(host=by_id[best], load=round(loads[best], 3), others=others | refused)
-
-
-async def _used(session: AsyncSession) -> dict[str, _Used]:
-    row = tables.Sandbox
-    query = (
-        select(row.host_id, func.sum(row.vcpus), func.sum(row.memory_mb), func.count())
-        .where(row.state.in_(HOLDING), row.host_id.is_not(None))
-        .group_by(row.host_id)
+    best = min(fitting, key=lambda name: (fitting[name][0], name))
+    load, bottleneck = fitting.pop(best)
+    return Choice(
+        host=next(host for host in hosts if host.name == best),
+        load=round(load, 3),
+        bottleneck=bottleneck,
+        others={name: round(each, 3) for name, (each, _) in fitting.items()} | refused,
     )
-    found = await session.execute(query)
-    return {
-        host: _Used(int(vcpus), int(mb), count)
-        for host, vcpus, mb, count in found
-        if host is not None
-    }
 
 
-def _load(host: tables.Host, used: _Used, need: Need) -> float:
+async def _online(session: AsyncSession) -> Sequence[tables.Host]:
+    query = select(tables.Host).where(tables.Host.state == HostState.ONLINE)
+    # Where transactions write side by side, choices are made one after the other.
+    hosts = (await session.scalars(query.order_by(tables.Host.name).with_for_update())).all()
+    if not hosts:
+        raise Unavailable(
+            "no host is online", hint="look at `sandmartin host ls`; add one with `host add`"
+        )
+    return hosts
+
+
+async def _having(
+    session: AsyncSession, need: Need, hosts: Sequence[tables.Host]
+) -> Collection[str]:
+    """The hosts that have the template, one of `hosts` at least."""
+    placed = tables.TemplatePlacement
+    having = set(
+        await session.scalars(select(placed.host_id).where(placed.template_id == need.template_id))
+    )
+    if not having:
+        raise NotFound(f"no host has the template {need.template!r}")
+    if not having & {host.host_id for host in hosts}:
+        raise Unavailable(
+            f"no host that has the template {need.template!r} can be reached",
+            hint="look at `sandmartin host ls`",
+        )
+    return having
+
+
+def _load(host: tables.Host, used: Load, need: Need) -> tuple[float, str]:
     """Share of the scarcest resource with one more sandbox; above 1 there is too little."""
-    overhead_mb = host.memory_overhead_mb * (used.sandboxes + 1)
-    shares = [
-        (used.vcpus + need.vcpus) / max(1.0, host.cpus * host.cpu_overcommit),
-        (used.memory_mb + need.memory_mb + overhead_mb) / max(1, host.memory_mb),
-        need.disk_floor_mb / max(1, host.disk_free_mb),
-    ]
     if need.vcpus > host.cpus:
-        return float("inf")
-    return max(shares)
+        # Overcommitted or not, one VM has no more processors than its host.
+        return need.vcpus / host.cpus if host.cpus else float("inf"), "vcpus"
+    overhead_mb = host.memory_overhead_mb * (used.running + 1)
+    shares = {
+        "vcpus": (used.vcpus + need.vcpus) / max(1.0, host.cpus * host.cpu_overcommit),
+        "memory": (used.memory_mb + need.memory_mb + overhead_mb) / max(1, host.memory_mb),
+        "disk": need.disk_floor_mb / max(1, host.disk_free_mb),
+    }
+    bottleneck = max(shares, key=lambda name: shares[name])
+    return shares[bottleneck], bottleneck

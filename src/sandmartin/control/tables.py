@@ -158,7 +158,7 @@ class Host(Base):
     __tablename__ = "hosts"
 
     host_id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
     #: `unix:PATH`, or `https://NAME:PORT`; empty before it is registered.
     address: Mapped[str] = mapped_column(default="")
     #: A `HostState`; changed by `hosts` alone.
@@ -166,7 +166,9 @@ class Host(Base):
     #: Takes nothing new.
     draining: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[float]
+    #: When it was last heard of, and when it was last reached.
     heartbeat_at: Mapped[float | None]
+    reached_at: Mapped[float | None]
     cpus: Mapped[int] = mapped_column(default=0)
     memory_mb: Mapped[int] = mapped_column(default=0)
     disk_free_mb: Mapped[int] = mapped_column(default=0)
@@ -174,14 +176,27 @@ class Host(Base):
     #: What the monitor of each sandbox takes beside its memory.
     memory_overhead_mb: Mapped[int] = mapped_column(default=0)
     accel: Mapped[str] = mapped_column(default="")
+    vmm_version: Mapped[str] = mapped_column(default="")
     version: Mapped[str] = mapped_column(default="")
     #: SHA-256 of the one-time token with which it may register, until then.
     registration_hash: Mapped[str | None]
     registration_expires_at: Mapped[float | None]
     #: SHA-256 of the token with which it sends heartbeats and renews its certificate.
     token_hash: Mapped[str | None] = mapped_column(unique=True)
-    certificate_serial: Mapped[str] = mapped_column(default="")
+    #: Serial numbers of the certificates that it may show, as hexadecimal text, newest first.
+    certificate_serials: Mapped[list[str]] = mapped_column(_Json, default=list)
     certificate_expires_at: Mapped[float | None]
+
+    __table_args__ = (
+        # The name of a deleted one may be used again.
+        Index(
+            "hosts_by_name",
+            "name",
+            unique=True,
+            sqlite_where=text("state != 'deleted'"),
+            postgresql_where=text("state != 'deleted'"),
+        ),
+    )
 
 
 # Templates.
@@ -236,7 +251,8 @@ class Sandbox(Base):
     #: As it was asked for, and its name on the host.
     template: Mapped[str]
     agent_template: Mapped[str]
-    #: A `State`; changed by `sandboxes.move` and `sandboxes.observe` alone.
+    #: A `State`; changed by `sandboxes.move` and `sandboxes.observe` alone, and by `hosts` when
+    #: its host is deleted.
     state: Mapped[str]
     state_at: Mapped[float]
     #: Why it is in error, missing or stopped.

@@ -134,6 +134,27 @@ class MetricPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostInfo:
+    """What a host is, and what it has for sandboxes."""
+
+    cpus: int
+    #: For all sandboxes together.
+    memory_mb: int
+    #: What each of them takes beside its own memory.
+    memory_overhead_mb: int
+    disk_free_mb: int
+    #: Virtual CPUs granted for each CPU.
+    cpu_overcommit: float
+    #: `kvm` or `tcg`.
+    accel: str
+    vmm_version: str
+    agent_version: str
+    #: Sandboxes in these states.
+    running: int
+    paused: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Process:
     """A process that was started by a call and runs."""
 

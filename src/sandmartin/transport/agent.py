@@ -28,6 +28,7 @@ from sandmartin.transport import (
     ExecEvent,
     FileInfo,
     ForkedSandbox,
+    HostInfo,
     MetricPoint,
     NewSandbox,
     Process,
@@ -195,6 +196,10 @@ class Agent:
             for tier, field in fields.items()
         }
 
+    async def describe(self) -> HostInfo:
+        """What the host is, and what it has for sandboxes."""
+        return _host_info(await self._call("DescribeHost", {}))
+
     async def flatten(self, sandbox_id: str, name: str) -> int:
         """Make an image of a sandbox's disk, and end it; the bytes that the image takes."""
         message = {"sandbox_id": sandbox_id, "name": name}
@@ -328,6 +333,10 @@ class Agent:
             yield
         except httpx.ConnectError as error:
             raise self._unreachable(_os_error(error)) from error
+        except RuntimeError as error:
+            if not self._http.is_closed:
+                raise
+            raise Unavailable("the connection to the agent was closed") from error
 
 
 class AgentSocket(Agent):
@@ -343,12 +352,27 @@ class AgentSocket(Agent):
         return _refusal(self._path, error)
 
 
-class RemoteAgent(Agent):
-    """A Transport to the agent at `url` on another machine; `tls` says who either side is."""
+class _NamedPeer(httpx.AsyncHTTPTransport):
+    """HTTP to a peer that is known by a name of its own, not by its address."""
 
-    def __init__(self, url: str, tls: ssl.SSLContext) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._name = name
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        request.extensions = {**request.extensions, "sni_hostname": self._name}
+        return await super().handle_async_request(request)
+
+
+class RemoteAgent(Agent):
+    """A Transport to the agent at `url` on another machine; `tls` says who either side is.
+
+    The agent's certificate must be one for `name`, whatever address it has.
+    """
+
+    def __init__(self, url: str, tls: ssl.SSLContext, name: str) -> None:
         self._url = url
-        super().__init__(httpx.AsyncHTTPTransport(verify=tls, limits=_LIMITS), url)
+        super().__init__(_NamedPeer(name, verify=tls, limits=_LIMITS), url)
 
     def _unreachable(self, error: OSError | None) -> SandmartinError:
         return Unavailable(
@@ -502,6 +526,21 @@ def _metric_point(message: Message) -> MetricPoint:
         cpu_pct=_float(message, "cpuPct"),
         mem_bytes=_int(message, "memBytes"),
         disk_bytes=_int(message, "diskBytes"),
+    )
+
+
+def _host_info(message: Message) -> HostInfo:
+    return HostInfo(
+        cpus=_int(message, "cpus"),
+        memory_mb=_int(message, "memoryMb"),
+        memory_overhead_mb=_int(message, "memoryOverheadMb"),
+        disk_free_mb=_int(message, "diskFreeMb"),
+        cpu_overcommit=_float(message, "cpuOvercommit"),
+        accel=_text(message, "accel"),
+        vmm_version=_text(message, "vmmVersion"),
+        agent_version=_text(message, "agentVersion"),
+        running=_int(message, "running"),
+        paused=_int(message, "paused"),
     )
 
 

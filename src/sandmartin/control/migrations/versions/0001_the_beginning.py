@@ -79,22 +79,36 @@ def upgrade() -> None:
         sa.Column("draining", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("heartbeat_at", sa.Double(), nullable=True),
+        sa.Column("reached_at", sa.Double(), nullable=True),
         sa.Column("cpus", sa.Integer(), nullable=False),
         sa.Column("memory_mb", sa.Integer(), nullable=False),
         sa.Column("disk_free_mb", sa.Integer(), nullable=False),
         sa.Column("cpu_overcommit", sa.Double(), nullable=False),
         sa.Column("memory_overhead_mb", sa.Integer(), nullable=False),
         sa.Column("accel", sa.String(), nullable=False),
+        sa.Column("vmm_version", sa.String(), nullable=False),
         sa.Column("version", sa.String(), nullable=False),
         sa.Column("registration_hash", sa.String(), nullable=True),
         sa.Column("registration_expires_at", sa.Double(), nullable=True),
         sa.Column("token_hash", sa.String(), nullable=True),
-        sa.Column("certificate_serial", sa.String(), nullable=False),
+        sa.Column(
+            "certificate_serials",
+            sa.JSON().with_variant(postgresql.JSONB(), "postgresql"),
+            nullable=False,
+        ),
         sa.Column("certificate_expires_at", sa.Double(), nullable=True),
         sa.PrimaryKeyConstraint("host_id"),
-        sa.UniqueConstraint("name"),
         sa.UniqueConstraint("token_hash"),
     )
+    with op.batch_alter_table("hosts", schema=None) as batch_op:
+        batch_op.create_index(
+            "hosts_by_name",
+            ["name"],
+            unique=True,
+            sqlite_where=sa.text("state != 'deleted'"),
+            postgresql_where=sa.text("state != 'deleted'"),
+        )
+
     op.create_table(
         "leases",
         sa.Column("name", sa.String(), nullable=False),
