@@ -18,7 +18,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandmartin import __version__, errors
-from sandmartin.control.api import sandboxes, templates
+from sandmartin.control.api import (
+    audit,
+    channels,
+    events,
+    metrics,
+    sandboxes,
+    templates,
+    usage,
+)
 from sandmartin.control.platform import Platform
 from sandmartin.errors import SandmartinError
 from sandmartin.model import random_id
@@ -60,14 +68,21 @@ def create_app(platform: Platform) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.platform = platform
+    app.include_router(usage.router, prefix="/v1/sandboxes")
+    app.include_router(usage.router, prefix="/v1/capsules", include_in_schema=False)
     app.include_router(sandboxes.router, prefix="/v1/sandboxes")
     # The same, for clients of the prior surface.
     app.include_router(sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
     app.include_router(templates.router, prefix="/v1")
+    app.include_router(events.router, prefix="/v1")
+    app.include_router(channels.router, prefix="/v1")
+    app.include_router(audit.router, prefix="/v1")
+    app.include_router(metrics.router)
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)
     app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(metrics.Measured, telemetry=platform.telemetry)
     app.add_middleware(RequestIds)
     app.add_middleware(BoundedBodies)
 
