@@ -28,6 +28,7 @@ from sandmartin.control.migrations import upgrade
 from sandmartin.control.operations import Timing
 from sandmartin.control.platform import Platform, open_platform
 from sandmartin.control.reconciler import Pace
+from sandmartin.control.server import listen, serving
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import random_id
 from tests import postgres
@@ -199,3 +200,24 @@ async def other_team(platform: Platform) -> AsyncIterator[Team]:
     team_id, key = await make_team(platform, "swallows")
     async with client_of(platform, **{"x-api-key": key}) as http:
         yield Team(team_id, key, http)
+
+
+@contextlib.asynccontextmanager
+async def served_platform(
+    database_url: str, directory: Path, *hosts: RunningHost, **settings: object
+) -> AsyncIterator[tuple[Platform, str]]:
+    """A replica that listens and works, and its address: for streams, which need a network."""
+    made = ControlSettings(
+        data_dir=directory / "control",
+        database_url=database_url,
+        **settings,  # type: ignore[arg-type]
+    )
+    async with open_platform(made, timing=TIMING, pace=PACE) as platform:
+        await ensure_platform(platform.db)
+        for host in hosts:
+            await platform.hosts.ensure_local(facts_of(host))
+        await platform.reconciler.tick()
+        listener = listen("127.0.0.1", 0)
+        with contextlib.closing(listener):
+            async with serving(platform, listener):
+                yield platform, f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -52,16 +51,16 @@ def configure(verbs: Any) -> None:
         "--on-exit", choices=_AT_EXIT, default="pause", help="what becomes of running sandboxes"
     )
     parser.add_argument("--log-level", choices=_LEVELS, default="warning")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.set_defaults(act=_serve)
 
 
 def _serve(args: argparse.Namespace) -> int:
     level = "debug" if args.debug else args.log_level
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    with extra("control"):
+        from sandmartin.control.telemetry import set_up_logging  # noqa: PLC0415
+
+    set_up_logging(level, args.log_format)
     asyncio.run(_run(args))
     return 0
 
