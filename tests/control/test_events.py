@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from sandmartin.control import events
 from sandmartin.control.caller import system
@@ -188,7 +189,7 @@ async def test_postgresql_wakes_other_replicas(postgres_server: Any) -> None:
         await waiting
         assert time.monotonic() - began_at < DEADLINE_S / 2
         async with there.write() as session:
-            await session.execute(events.text(_CUT))
+            await session.execute(text(_CUT))
         async with asyncio.timeout(DEADLINE_S):
             await asyncio.wait({watching})
         assert watching.exception() is None
@@ -206,4 +207,4 @@ _CUT = f"SELECT pg_terminate_backend(pid) {_LISTENING}"
 
 async def _listeners(db: Database) -> int:
     async with db.read() as session:
-        return int(await session.scalar(events.text(f"SELECT count(*) {_LISTENING}")) or 0)
+        return int(await session.scalar(text(f"SELECT count(*) {_LISTENING}")) or 0)

@@ -24,28 +24,11 @@ _DEADLINE_S = 30.0
 _SENT, _REFUSED, _UNKNOWN = 0, 3, 4
 #: Services of the generic kind: each of them asks over HTTP and nothing else.
 SCHEMES = frozenset(
-    [
-        "discord",
-        "gchat",
-        "gotify",
-        "gotifys",
-        "lark",
-        "matrix",
-        "matrixs",
-        "mmost",
-        "mmosts",
-        "ntfy",
-        "ntfys",
-        "opsgenie",
-        "pagerduty",
-        "pover",
-        "rocket",
-        "rockets",
-        "slack",
-        "tgram",
-        "workflows",
-        "zulip",
-    ]
+    {
+        *("discord", "gchat", "gotify", "gotifys", "lark", "matrix", "matrixs", "mmost", "mmosts"),
+        *("ntfy", "ntfys", "opsgenie", "pagerduty", "pover", "rocket", "rockets", "slack"),
+        *("tgram", "workflows", "zulip"),
+    }
 )
 #: Options that change how a message looks; others may read files or loosen TLS.
 _OPTIONS = frozenset(["format", "priority", "tags", "click", "avatar", "footer", "mode"])

@@ -17,6 +17,7 @@ import hmac
 import logging
 import secrets
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import (
@@ -39,8 +40,11 @@ _MAX_ANSWER_BYTES = 64 * 1024
 _MAX_HEAD_BYTES = 32 * 1024
 _CHUNK_BYTES = 64 * 1024
 _PORTS = {"http": 80, "https": 443}
-#: Addresses of IPv4 hosts in disguise, and what no host has.
-_TUNNELS = tuple(map(IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
+#: Addresses of IPv4 hosts in disguise, and of protocols: some releases of Python call them global.
+_SPECIAL: tuple[IPv4Network | IPv6Network, ...] = (
+    IPv4Network("192.0.0.0/24"),
+    *map(IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/23")),
+)
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -75,11 +79,10 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
 def is_public(address: Address) -> bool:
     """Whether an address is somewhere in the Internet, and nowhere else."""
-    if isinstance(address, IPv6Address):
-        if address.ipv4_mapped is not None:
-            return is_public(address.ipv4_mapped)
-        if any(address in tunnel for tunnel in _TUNNELS):
-            return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return is_public(address.ipv4_mapped)
+    if any(address in network for network in _SPECIAL):
+        return False
     return (
         address.is_global
         and not address.is_multicast
@@ -91,10 +94,15 @@ def is_public(address: Address) -> bool:
 class Outgoing:
     """The way out, for whatever goes where a user says."""
 
-    def __init__(self, allow: Sequence[Network] = (), resolve: Resolve = _resolve) -> None:
+    def __init__(
+        self,
+        allow: Sequence[Network] = (),
+        resolve: Resolve = _resolve,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._allow = tuple(allow)
         self._resolve = resolve
-        self._tls = httpx.create_ssl_context()
+        self._tls = tls or httpx.create_ssl_context()
 
     def check_url(self, url: str) -> httpx.URL:
         """The address, if it is one that can be asked. Raises Invalid."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, MutableMapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from sqlalchemy import func, select
@@ -166,9 +166,9 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def set_up_logging(level: str, form: str) -> None:
-    """Log to standard error, as `text` or as `json` lines."""
-    handler = logging.StreamHandler(sys.stderr)
+def set_up_logging(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Log to standard error, or to a stream, as `text` or as `json` lines."""
+    handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(
         JsonLines()
         if form == "json"

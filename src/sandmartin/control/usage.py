@@ -334,6 +334,7 @@ def _by_day(span: _Span) -> Iterator[tuple[date, float]]:
 
 
 def _begin(day: date) -> float:
+    """The first moment of a day (UTC)."""
     return datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
 
 

@@ -86,4 +86,10 @@ def _about(scope: Scope) -> Any:
 
 def _route(scope: Scope) -> str:
     """The pattern of the route; a path that leads nowhere must not become a label."""
-    return str(getattr(scope.get("route"), "path", "") or "other")
+    pattern = str(getattr(scope.get("route"), "path", ""))
+    if "route" not in scope or ":path}" in pattern:
+        return pattern or "other"
+    # A route knows its pattern below the prefix with which its router is included.
+    segments = [each for each in pattern.split("/") if each]
+    asked = [each for each in scope["path"].split("/") if each]
+    return "/".join(["", *asked[: len(asked) - len(segments)], *segments])

@@ -6,7 +6,7 @@ To be declared before the routes of single sandboxes, whose ids these names woul
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -75,9 +75,8 @@ async def usage(
 ) -> UsageBody:
     """What was used on each day, the last thirty unless asked for others."""
     last = last or datetime.now(UTC).date()
-    first = first or max(date.min + timedelta(days=_SHOWN_DAYS), last) - timedelta(
-        days=_SHOWN_DAYS - 1
-    )
+    if first is None:
+        first = date.fromordinal(max(1, last.toordinal() - _SHOWN_DAYS + 1))
     found = await platform.usage.days(caller.team_id, first, last)
     return UsageBody(
         items=[
