@@ -32,6 +32,7 @@ from sandmartin.control.migrations import upgrade
 from sandmartin.control.operations import Timing
 from sandmartin.control.platform import Platform, open_platform
 from sandmartin.control.reconciler import Pace
+from sandmartin.control.server import listen, serving
 from sandmartin.control.sessions import cookie_name
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import random_id
@@ -296,3 +297,24 @@ async def place(
     url = f"sqlite:///{directory / 'control.sqlite3'}"
     async with living_guest(guest_binary) as agent, living_place(url, directory, agent) as place:
         yield place
+
+
+@contextlib.asynccontextmanager
+async def served_platform(
+    database_url: str, directory: Path, *hosts: RunningHost, **settings: object
+) -> AsyncIterator[tuple[Platform, str]]:
+    """A replica that listens and works, and its address: for streams, which need a network."""
+    made = ControlSettings(
+        data_dir=directory / "control",
+        database_url=database_url,
+        **settings,  # type: ignore[arg-type]
+    )
+    async with open_platform(made, timing=TIMING, pace=PACE) as platform:
+        await ensure_platform(platform.db)
+        for host in hosts:
+            await platform.hosts.ensure_local(facts_of(host))
+        await platform.reconciler.tick()
+        listener = listen("127.0.0.1", 0)
+        with contextlib.closing(listener):
+            async with serving(platform, listener):
+                yield platform, f"http://127.0.0.1:{listener.getsockname()[1]}"

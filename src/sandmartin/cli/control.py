@@ -36,6 +36,7 @@ def configure(verbs: Any) -> None:
     add("--port", type=int, help="0 takes a free one (default: 8000)")
     add("--database-url", metavar="URL", help="default: SQLite in the data dir")
     add("--log-level", choices=_LEVELS, default="info", help="default: info")
+    add("--log-format", choices=("text", "json"), default="text", help="default: text")
     add_json_flag(parser)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -51,6 +50,7 @@ def configure(verbs: Any) -> None:
         "--on-exit", choices=_AT_EXIT, default="pause", help="what becomes of running sandboxes"
     )
     parser.add_argument("--log-level", choices=_LEVELS, default="warning")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.set_defaults(act=_serve)
 
 
@@ -62,13 +62,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 def log_to_stderr(args: argparse.Namespace) -> None:
     level = "debug" if args.debug else args.log_level
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    # It tells of every call to an agent.
-    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
+    with extra("control"):
+        from sandmartin.control.telemetry import set_up_logging  # noqa: PLC0415
+
+    set_up_logging(level, args.log_format)
 
 
 async def _run(args: argparse.Namespace) -> None:

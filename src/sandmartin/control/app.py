@@ -24,14 +24,19 @@ from sandmartin.control import streams
 from sandmartin.control.api import (
     accounts,
     admin,
+    audit,
+    channels,
     commands,
+    events,
     files,
     hosts,
     inside,
     keys,
+    metrics,
     sandboxes,
     teams,
     templates,
+    usage,
 )
 from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
@@ -77,21 +82,22 @@ def create_app(platform: Platform) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.platform = platform
-    for of_sandboxes in (sandboxes, commands, files, inside, streams):
+    # `usage` first: its paths would else be taken for ids.
+    for of_sandboxes in (usage, sandboxes, commands, files, inside, streams):
         app.include_router(of_sandboxes.router, prefix="/v1/sandboxes")
         # The same, for clients of the prior surface.
         app.include_router(of_sandboxes.router, prefix="/v1/capsules", include_in_schema=False)
-    app.include_router(templates.router, prefix="/v1")
     app.include_router(accounts.router)
     app.include_router(accounts.pages)
-    app.include_router(teams.router, prefix="/v1")
-    app.include_router(keys.router, prefix="/v1")
-    app.include_router(admin.router, prefix="/v1")
     app.include_router(hosts.router, prefix="/v1/hosts")
+    for module in (templates, teams, keys, admin, events, channels, audit):
+        app.include_router(module.router, prefix="/v1")
+    app.include_router(metrics.router)
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)
     app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(metrics.Measured, telemetry=platform.telemetry)
     app.add_middleware(RequestIds)
     app.add_middleware(BoundedBodies)
 

@@ -72,7 +72,12 @@ class Database:
         parsed = parsed.set(drivername=driver)
         if driver.startswith("sqlite"):
             engine = create_async_engine(
-                parsed, connect_args={"timeout": _BUSY_S}, pool_size=_POOL_SIZE, max_overflow=0
+                parsed,
+                connect_args={"timeout": _BUSY_S},
+                pool_size=_POOL_SIZE,
+                max_overflow=0,
+                # What a statement was given may be secret; its errors go to the log.
+                hide_parameters=True,
             )
             _prepare_sqlite(engine.sync_engine)
         else:
@@ -83,6 +88,7 @@ class Database:
                 pool_timeout=_POOL_WAIT_S,
                 # One that the server has closed meanwhile is noticed before it is used.
                 pool_pre_ping=True,
+                hide_parameters=True,
                 connect_args={"timeout": _CONNECT_S},
             )
         return cls(engine)

@@ -100,6 +100,8 @@ class Operations:
         self._closing = False
         #: Called with the name of each step: for tests that end the process there.
         self.step: Callable[[str], None] = lambda _: None
+        #: Called at an operation's end with its kind, the error's code (or nothing), and seconds.
+        self.ended: Callable[[Kind, str, float], None] = lambda *_: None
 
     def register(self, kind: Kind, work: Work) -> None:
         self._works[kind] = work
@@ -138,9 +140,11 @@ class Operations:
     def _start(self, held: Held) -> asyncio.Task[Any]:
         task = asyncio.create_task(self._do(held), name=f"{held.kind} {held.sandbox_id}")
         self._running[held.operation_id] = task
+        began_at = time.monotonic()
 
         def ended(task: asyncio.Task[Any]) -> None:
             self._running.pop(held.operation_id, None)
+            self.ended(held.kind, _outcome(task), time.monotonic() - began_at)
             if not task.cancelled() and (error := task.exception()) is not None:
                 # Whoever waits is told as well; nobody may be left who does.
                 bug = None if isinstance(error, SandmartinError) else error
@@ -280,6 +284,14 @@ class Operations:
                 task.cancel()
             if left:
                 await asyncio.wait(left)
+
+
+def _outcome(task: asyncio.Task[Any]) -> str:
+    """Code of the error a task ended with; empty for success."""
+    if task.cancelled():
+        return "cancelled"
+    error = task.exception()
+    return "" if error is None else getattr(error, "code", SandmartinError.code)
 
 
 def _held(held: Held) -> tuple[Any, ...]:

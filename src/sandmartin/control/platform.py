@@ -12,20 +12,24 @@ from sandmartin.control.accounts import Accounts
 from sandmartin.control.authority import Authority
 from sandmartin.control.db import Database
 from sandmartin.control.events import Events
+from sandmartin.control.guarded import Outgoing, parse_networks
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.keys import Keys
 from sandmartin.control.leader import Leader
 from sandmartin.control.limits import Limits
 from sandmartin.control.migrations import upgrade
+from sandmartin.control.notifications import Notifications, Patience
 from sandmartin.control.oauth import Oauth
 from sandmartin.control.operations import Operations, Timing
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.reconciler import Pace, Reconciler
+from sandmartin.control.retention import Keep, Retention
 from sandmartin.control.sandboxes import Sandboxes
 from sandmartin.control.seal import Sealer
 from sandmartin.control.sessions import Sessions
 from sandmartin.control.settings import ControlSettings
 from sandmartin.control.teams import Teams
+from sandmartin.control.telemetry import Telemetry
 from sandmartin.control.templates import Templates
 from sandmartin.control.usage import Usage
 from sandmartin.model import random_id
@@ -53,6 +57,10 @@ class Platform:
     usage: Usage
     reconciler: Reconciler
     leader: Leader
+    outgoing: Outgoing
+    notifications: Notifications
+    retention: Retention
+    telemetry: Telemetry
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -60,7 +68,9 @@ class Platform:
         tasks = [
             asyncio.create_task(self.operations.pick_up(), name="operations"),
             asyncio.create_task(self.teams.sweep(), name="deleted teams"),
-            asyncio.create_task(self.leader.lead(self.reconciler.run), name="reconciler"),
+            asyncio.create_task(self.leader.lead(self._lead), name="leader"),
+            asyncio.create_task(self.events.watch(), name="events"),
+            asyncio.create_task(self.notifications.run(), name="notifications"),
         ]
         try:
             yield
@@ -70,10 +80,20 @@ class Platform:
             await asyncio.wait(tasks)
             await self.operations.close()
 
+    async def _lead(self) -> None:
+        """What only one replica does."""
+        async with asyncio.TaskGroup() as group:
+            for work in (self.reconciler.run, self.usage.run, self.retention.run):
+                group.create_task(work())
+
 
 @contextlib.asynccontextmanager
 async def open_platform(
-    settings: ControlSettings, *, timing: Timing | None = None, pace: Pace | None = None
+    settings: ControlSettings,
+    *,
+    timing: Timing | None = None,
+    pace: Pace | None = None,
+    patience: Patience | None = None,
 ) -> AsyncIterator[Platform]:
     """The parts of one replica, its database brought to this release's form.
 
@@ -105,6 +125,8 @@ async def open_platform(
         limits = Limits(db)
         teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
         accounts = Accounts(db, settings, limits, teams)
+        reconciler = Reconciler(db, hosts, sandboxes, templates, happenings, pace)
+        outgoing = Outgoing(parse_networks(settings.outgoing_allow))
         yield Platform(
             settings=settings,
             db=db,
@@ -120,6 +142,20 @@ async def open_platform(
             operations=operations,
             sandboxes=sandboxes,
             usage=usage,
-            reconciler=Reconciler(db, hosts, sandboxes, templates, happenings, pace),
+            reconciler=reconciler,
             leader=Leader(db, owner),
+            outgoing=outgoing,
+            notifications=Notifications(db, sealer, happenings, outgoing, patience or Patience()),
+            retention=Retention(db, _keep(settings)),
+            telemetry=Telemetry(db, operations, reconciler),
         )
+
+
+def _keep(settings: ControlSettings) -> Keep:
+    return Keep(
+        samples=settings.keep_samples_days,
+        metrics=settings.keep_metrics_days,
+        events=settings.keep_events_days,
+        operations=settings.keep_operations_days,
+        deliveries=settings.keep_deliveries_days,
+    )

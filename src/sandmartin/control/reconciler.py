@@ -67,6 +67,8 @@ class Reconciler:
         self._pace = pace
         #: When a VM that no row knows was first seen, by host and id.
         self._unknown: dict[tuple[str, str], float] = {}
+        #: When all hosts were looked at last by this replica; 0 before.
+        self.looked_at = 0.0
 
     async def run(self) -> None:
         while True:
@@ -80,6 +82,7 @@ class Reconciler:
         """Look at every host once, all at the same time."""
         hosts = await self._hosts.list_reachable()
         await asyncio.gather(*(self._look_at(host) for host in hosts))
+        self.looked_at = time.time()
 
     async def _look_at(self, host: tables.Host) -> None:
         asked_at = time.time()

@@ -78,5 +78,7 @@ async def serving(platform: Platform, listener: socket.socket) -> AsyncIterator[
             ready.cancel()
             yield task
         finally:
+            # Streams of events would go on until the grace is over.
+            platform.events.close()
             server.should_exit = True
             await asyncio.wait({task})

@@ -37,6 +37,16 @@ class ControlSettings:
     #: A host that did not answer for so long is unreachable.
     unreachable_s: float = 90.0
     reconcile_s: float = 5.0
+    #: Who may read `/metrics`; empty for this machine alone.
+    metrics_token: str = field(default="", repr=False)
+    #: Networks that webhooks and the like may reach beside the Internet, separated by commas.
+    outgoing_allow: str = ""
+    #: For how many days is kept what grows.
+    keep_samples_days: float = 60.0
+    keep_metrics_days: float = 30.0
+    keep_events_days: float = 90.0
+    keep_operations_days: float = 7.0
+    keep_deliveries_days: float = 7.0
 
     @classmethod
     def load(

@@ -357,6 +357,7 @@ class Event(Base):
     __table_args__ = (
         Index("events_by_team", "team_id", "event_id"),
         Index("events_by_sandbox", "sandbox_id", "event_id"),
+        Index("events_by_team_and_time", "team_id", "at"),
         {"sqlite_autoincrement": True},
     )
 
@@ -429,7 +430,15 @@ class Delivery(Base):
     lease_token: Mapped[str] = mapped_column(default="")
     lease_expires_at: Mapped[float] = mapped_column(default=0.0)
 
-    __table_args__ = (UniqueConstraint("channel_id", "event_id"),)
+    __table_args__ = (
+        UniqueConstraint("channel_id", "event_id"),
+        Index(
+            "deliveries_open",
+            "next_at",
+            sqlite_where=text("finished_at IS NULL"),
+            postgresql_where=text("finished_at IS NULL"),
+        ),
+    )
 
 
 # What was used.

@@ -69,6 +69,7 @@ def upgrade() -> None:
     with op.batch_alter_table("events", schema=None) as batch_op:
         batch_op.create_index("events_by_sandbox", ["sandbox_id", "event_id"], unique=False)
         batch_op.create_index("events_by_team", ["team_id", "event_id"], unique=False)
+        batch_op.create_index("events_by_team_and_time", ["team_id", "at"], unique=False)
 
     op.create_table(
         "hosts",
@@ -338,6 +339,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("delivery_id"),
         sa.UniqueConstraint("channel_id", "event_id"),
     )
+    with op.batch_alter_table("deliveries", schema=None) as batch_op:
+        batch_op.create_index(
+            "deliveries_open",
+            ["next_at"],
+            unique=False,
+            sqlite_where=sa.text("finished_at IS NULL"),
+            postgresql_where=sa.text("finished_at IS NULL"),
+        )
+
     op.create_table(
         "metric_blocks",
         sa.Column(
