@@ -185,7 +185,7 @@ class MicroVm:
         self._records.step("vm")
 
     def _inject(self, diff: Diff) -> None:
-        inject(self._ram(), diff, Buffer())
+        inject(self._ram(), diff)
 
     def _ram(self) -> Ram:
         assert self.lease is not None

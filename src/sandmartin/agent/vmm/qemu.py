@@ -23,6 +23,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +31,7 @@ from typing import TypeVar
 from sandmartin.agent import proc
 from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec, VmStatus
 from sandmartin.agent.vmm.balloon import Balloon
-from sandmartin.agent.vmm.freezer import Freezer
+from sandmartin.agent.vmm.freezer import Freezer, urgent
 from sandmartin.agent.vmm.monitor import DEADLINE_S, Monitor, listen
 from sandmartin.agent.vmm.tap import open_tap
 from sandmartin.agent.vmm.tsc import measure_tsc_khz
@@ -236,23 +237,26 @@ class QemuVm:
     def _freeze(
         self, while_stopped: Callable[[], _T], top: Path | None, cont: bool
     ) -> tuple[bytes, _T]:
-        with Freezer(self.freezer) as freezer:
+        with urgent(), Freezer(self.freezer) as freezer, freezer.state_file() as state:
             below = ""
             if top is not None:
                 below, _ = _root_disk(freezer.execute("query-block"))
                 _add_node(freezer, top, _layer_node(top.stem, None))
             began = time.monotonic()
-            with freezer.stopped(cont=cont):
-                read_state = freezer.save_state()
-                done = while_stopped()
+            # Saving changes nothing of the RAM, so both are done at once; what has begun has come
+            # to its end before the VM goes on.
+            with freezer.stopped(cont=cont), ThreadPoolExecutor(1, "freeze") as beside:
+                work = beside.submit(while_stopped)
+                freezer.save_state(state)
                 if top is not None:
                     switch = {"node": below, "overlay": top.stem}
                     freezer.execute("blockdev-snapshot", switch)
+                done = work.result()
             if cont:
                 stopped_s = time.monotonic() - began
                 # The number stands in the record too, for whoever measures.
                 _log.info("a VM stood still for %.1f ms", stopped_s * 1000, extra={"s": stopped_s})
-        return read_state(), done
+            return state.read(), done
 
     async def relink(self, disk: Disk) -> None:
         def relink() -> None:
