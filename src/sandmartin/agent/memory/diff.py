@@ -21,7 +21,7 @@ from typing import NamedTuple
 from sandmartin.agent.memory.base import Base, Check, build_base, go_on
 from sandmartin.agent.memory.ram import MOVERS, Buffer, Ram
 from sandmartin.agent.memory.runs import PAGE, Runs
-from sandmartin.agent.memory.whole import appearing, opened, read_at, write_at
+from sandmartin.agent.memory.whole import appearing, begin_sync, opened, read_at, write_at
 from sandmartin.errors import Invalid
 
 _MAGIC = b"SNDMDIFF"
@@ -29,6 +29,8 @@ _VERSION = 1
 #: Magic, version, page size, RAM bytes, checksum of the base, number of runs, number of pages.
 _HEAD = struct.Struct("<8sIIQ32sQQ")
 _RUN_BYTES = 16
+#: What goes to disk at a time while the rest is written.
+_SYNC_BYTES = 4 << 20
 #: Fewer pages are no work for a thread of their own.
 _LEAST_SHARE = 4 * 2**20 // PAGE
 #: More RAM than any host gives one VM; bounds what a foreign file can make us do.
@@ -65,11 +67,15 @@ def write_diff(
     ):
         write_at(file, head, 0)
         size_bytes = len(head)
+        begun = 0
         for part in data:
             hashed = beside.submit(digest.update, part)
             write_at(file, part, size_bytes)
-            hashed.result()
             size_bytes += len(part)
+            if sync and size_bytes - begun >= _SYNC_BYTES:
+                begin_sync(file, begun, size_bytes - begun)
+                begun = size_bytes
+            hashed.result()
         if size_bytes != len(head) + runs.size_bytes:
             raise Invalid(f"{runs.pages} pages were announced and others came")
     return Written(size_bytes, digest.hexdigest())
