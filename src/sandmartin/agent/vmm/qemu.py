@@ -58,6 +58,8 @@ _START_DEADLINE_S = 30.0
 _GONE_DEADLINE_S = 10.0
 #: How often what QEMU itself writes is cut down: a guest can provoke warnings.
 _TRIM_PERIOD_S = 5.0
+#: How often the process of a VM whose monitor is connected is looked at.
+_LOOK_PERIOD_S = 10.0
 #: A write that failed for want of space is tried again at once when the VM goes on.
 _RETRY_S = 0.3
 _CONSOLE_BYTES = 64 * 1024
@@ -148,6 +150,8 @@ class QemuVm:
         self._balloon = Balloon(self._monitor.execute, record.memory_mb << 20)
         self._status: VmStatus | None = None
         self._changes = 0
+        #: When to look at the process again; an open connection to its monitor says that it lives.
+        self._look_at = 0.0
         self._stopped = asyncio.Event()
 
     @property
@@ -182,8 +186,11 @@ class QemuVm:
         await self._monitor.execute("query-status", deadline_s=deadline_s)
 
     async def status(self) -> VmStatus:
+        if time.monotonic() < self._look_at and self._status and self._monitor.connected:
+            return self._status
         if not self._record.process.alive():
             return VmStatus.GONE
+        self._look_at = time.monotonic() + _LOOK_PERIOD_S
         if self._status is not None and self._monitor.connected:
             return self._status
         changes = self._changes
@@ -198,9 +205,12 @@ class QemuVm:
         return now
 
     async def wait_gone(self) -> None:
-        # This is the one call that lasts as long as the VM, so it also keeps the log bounded.
+        # This is the one call that lasts as long as the VM, so it also keeps the log bounded. To
+        # look takes no thread: many VMs idle for long.
         while not await self._record.process.gone(_TRIM_PERIOD_S):
-            await asyncio.to_thread(trim_log, self._record.run_dir / LOG)
+            if log_is_long(log := self._record.run_dir / LOG):
+                await asyncio.to_thread(trim_log, log)
+        self._look_at = 0.0
 
     async def stop(self) -> None:
         await self._monitor.execute("stop")
@@ -413,6 +423,13 @@ def _reopen_to_read(freezer: Freezer, layer: Path) -> None:
     # All of them: what QEMU reads by is a descriptor beside these.
     with contextlib.suppress(ToolFailed):
         freezer.execute("remove-fd", {"fdset-id": number})
+
+
+def log_is_long(log: Path) -> bool:
+    """Whether a log grew over its limit."""
+    with contextlib.suppress(FileNotFoundError):
+        return log.stat().st_size > _LOG_LIMIT_BYTES
+    return False
 
 
 def trim_log(log: Path) -> None:
