@@ -289,7 +289,7 @@ async def test_a_ram_comes_back_byte_for_byte(
             with Child(lease, pieces, access=access) as child:
                 if digest:
                     with open_diff(tmp_path / "diff", digest) as diff:
-                        inject(child.ram(), diff, buffer)
+                        inject(child.ram(), diff)
                 assert child.ask("digest") == hashlib.sha256(image).hexdigest()
                 dirt = some_dirt(chance)
                 child.dirty(dirt)
@@ -320,12 +320,14 @@ async def test_many_small_runs_and_a_small_buffer(tmp_path: Path) -> None:
             ram = child.ram()
             runs = ram.scan()
             assert len(runs) == _PAGES // 2 > 1024
+            pages = b"".join(image[page * PAGE : (page + 1) * PAGE] for page in sorted(own))
+            assert ram.read(runs, Buffer()) == pages
             small = Buffer(37 * PAGE)
             parts = (data for _, data in ram.parts(runs, small))
             written = write_diff(tmp_path / "diff", base, runs, parts, sync=True)
             assert small.size_bytes == 37 * PAGE
             with open_diff(tmp_path / "diff", written.digest) as diff:
-                inject(other.ram(), diff, small)
+                inject(other.ram(), diff)
             assert other.ask("digest") == hashlib.sha256(image).hexdigest()
             assert both_scans(other.ram()) == own
 
@@ -384,7 +386,7 @@ async def test_pages_that_were_swapped_out_are_dirtied_ones(tmp_path: Path) -> N
             child.go_on()
             digest = frozen(child, base, tmp_path / "diff", Buffer())
             with open_diff(tmp_path / "diff", digest) as diff:
-                inject(other.ram(), diff, Buffer())
+                inject(other.ram(), diff)
             assert other.ask("digest") == hashlib.sha256(image).hexdigest()
 
 

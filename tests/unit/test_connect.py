@@ -15,11 +15,11 @@ from sandmartin import errors
 from sandmartin.errors import SandmartinError, TimedOut, Unavailable
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.transport import Command, Started, Stdout
+from sandmartin.transport import protobuf as wire
 from sandmartin.transport.agent import AgentSocket
 from sandmartin.transport.connect import (
     MAX_FRAME_BYTES,
     FrameReader,
-    Message,
     encode_frame,
     error_from_body,
 )
@@ -40,7 +40,11 @@ def error_body(code: str, info: pb.ErrorInfo) -> dict[str, object]:
     }
 
 
-def read(*pieces: bytes) -> list[Message]:
+#: How a stream of events begins.
+STARTED = encode_frame(wire.content(1, wire.integer(1, 7)))
+
+
+def read(*pieces: bytes) -> list[bytes]:
     reader = FrameReader(max_frame_bytes=1000)
     return [message for piece in pieces for message in reader.feed(piece)]
 
@@ -49,9 +53,9 @@ def read(*pieces: bytes) -> list[Message]:
 
 
 def test_frames_come_whole_however_they_are_cut() -> None:
-    messages: list[Message] = [{"a": 1}, {}, {"b": "ü" * 40}]
+    messages = [b"a", b"", b"b" * 400, b"c"]
     stream = b"".join(map(encode_frame, messages)) + frame(b"{}", flags=2)
-    for size in (1, 2, 7, len(stream)):
+    for size in (1, 2, 7, 410, len(stream)):
         reader = FrameReader()
         pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
         assert [each for piece in pieces for each in reader.feed(piece)] == messages
@@ -65,10 +69,10 @@ def test_frames_come_whole_however_they_are_cut() -> None:
         (frame(b"{}", length=2**32 - 1), "4294967295 bytes"),
         (frame(b"{}", flags=1), "flags 0x01"),
         (frame(b"{}", flags=0x80), "flags 0x80"),
-        (frame(b"{]"), "not JSON"),
-        (frame(b"\xff\xfe"), "not JSON"),
-        (frame(b"[1]"), "not a JSON object"),
-        (frame(b"[" * 900), "not JSON"),
+        (frame(b"{]", flags=2), "not JSON"),
+        (frame(b"\xff\xfe", flags=2), "not JSON"),
+        (frame(b"[1]", flags=2), "not a JSON object"),
+        (frame(b"[" * 900, flags=2), "not JSON"),
         (frame(b"{}", flags=2) + frame(b"{}"), "follows the end"),
         (b"<html>502 Bad Gateway</html>", "bytes"),
     ],
@@ -88,8 +92,8 @@ def test_an_oversized_frame_is_refused_by_its_head_alone() -> None:
 def test_the_end_frame_raises_what_it_reports_after_the_messages_before_it() -> None:
     end = {"error": error_body("resource_exhausted", pb.ErrorInfo(code="disk_full", hint="tidy"))}
     reader = FrameReader()
-    messages = reader.feed(frame(b'{"a":1}') + frame(json.dumps(end).encode(), flags=2))
-    assert next(messages) == {"a": 1}
+    messages = reader.feed(frame(b"a") + frame(json.dumps(end).encode(), flags=2))
+    assert next(messages) == b"a"
     with pytest.raises(errors.DiskFull, match="a sentence") as full:
         next(messages)
     assert full.value.hint == "tidy"
@@ -220,24 +224,21 @@ async def test_a_call_raises_the_error_in_its_body(tmp_path: Path) -> None:
     ("answer", "error"),
     [
         # The head promises more than comes; a whole answer without the end frame.
-        (http(encode_frame({"start": {"pid": 7}}), length=500), Unavailable),
-        (http(encode_frame({"start": {"pid": 7}})), Unavailable),
-        (http(encode_frame({"start": {"pid": 7}}) + frame(b"{}", length=99)), Unavailable),
-        (http(encode_frame({"start": {"pid": 7}}) + frame(b"{}", flags=9)), Unavailable),
-        (http(encode_frame({"start": {"pid": 7}}) + encode_frame({"data": 5})), SandmartinError),
+        (http(STARTED, length=500), Unavailable),
+        (http(STARTED), Unavailable),
+        (http(STARTED + frame(b"{}", length=99)), Unavailable),
+        (http(STARTED + frame(b"{}", flags=9)), Unavailable),
+        (http(STARTED + encode_frame(wire.integer(2, 5))), SandmartinError),
         (
-            http(encode_frame({"start": {"pid": 7}}) + encode_frame({"data": {"stdout": "ü"}})),
+            http(STARTED + encode_frame(wire.content(2, b"\x0a\x09x"))),
+            Unavailable,
+        ),
+        (
+            http(STARTED + encode_frame(wire.content(3, wire.text(1, "x")))),
             SandmartinError,
         ),
         (
-            http(encode_frame({"start": {"pid": 7}}) + frame(b'{"end":{"exitCode":1e999}}')),
-            SandmartinError,
-        ),
-        (
-            http(
-                encode_frame({"start": {"pid": 7}})
-                + frame(b'{"error":{"code":"deadline_exceeded"}}', flags=2)
-            ),
+            http(STARTED + frame(b'{"error":{"code":"deadline_exceeded"}}', flags=2)),
             TimedOut,
         ),
     ],
@@ -262,8 +263,8 @@ async def test_events_arrive_while_the_stream_lasts(tmp_path: Path) -> None:
     ) -> AsyncIterator[bytes]:
         yield b"HTTP/1.1 200 OK\r\ncontent-length: 5000\r\n\r\n"
         # An event of a kind that this release does not know is passed over.
-        yield encode_frame({"start": {"pid": 7}}) + encode_frame({"news": {}})
-        yield encode_frame({"data": {"stdout": "aGk="}})
+        yield STARTED + encode_frame(wire.content(9, b"news"))
+        yield encode_frame(wire.content(2, wire.content(1, b"hi")))
         await heard.wait()
 
     async with peer(tmp_path / "s", answer) as client:

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from sandmartin.agent.vmm import Disk, VmSpec
-from sandmartin.agent.vmm.qemu import Descriptors, Installation, QemuVersion, arguments, trim_log
+from sandmartin.agent.vmm.qemu import (
+    Descriptors,
+    Installation,
+    QemuVersion,
+    arguments,
+    machine_type,
+    trim_log,
+)
 from sandmartin.errors import ToolFailed
 from sandmartin.model import Accel
 
@@ -211,6 +218,16 @@ def test_clock_under_emulation_is_told_and_not_measured() -> None:
     assert tcg.endswith(" sandmartin.addr=169.254.0.21/30")
     (kvm,) = _values(_words(replace(SPEC, accel=Accel.KVM), tsc_khz=0), "-append")
     assert "tsc" not in kvm
+
+
+def test_emulation_is_spared_the_string_instructions() -> None:
+    words = _words(SPEC)
+    assert _values(words, "-cpu") == ["max,-erms,-fsrm"]
+    assert "clearcpuid=rep_good" in _values(words, "-append")[0].split()
+    # A device state of the one processor is none of the other.
+    assert machine_type(Accel.TCG) != machine_type(Accel.KVM)
+    kvm = _words(replace(SPEC, accel=Accel.KVM), tsc_khz=0)
+    assert "clearcpuid" not in _values(kvm, "-append")[0]
 
 
 def test_log_is_cut_to_its_newer_half_and_still_appended_to(tmp_path: Path) -> None:

@@ -141,11 +141,13 @@ func send(w http.ResponseWriter, file *os.File, size int64) {
 		_, _ = io.Copy(w, file)
 		return
 	}
+	left := size - int64(n)
+	if left >= blockSize && !cached(file, size/2) && sendDirect(w, file, left) {
+		return
+	}
 	// A file that shrinks meanwhile cuts the answer short, which the client notices.
-	_, _ = io.Copy(w, io.LimitReader(file, size-int64(n)))
+	_, _ = io.Copy(w, io.LimitReader(file, left))
 }
-
-type onlyWriter struct{ io.Writer }
 
 func upload(w http.ResponseWriter, r *http.Request, user *users.User, path string) {
 	kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
@@ -263,18 +265,26 @@ func (c content) Read(buffer []byte) (int, error) {
 }
 
 func copyChecked(to *os.File, from io.Reader) error {
-	buffer := make([]byte, chunkSize)
-	for {
-		written, err := io.CopyBuffer(onlyWriter{to}, io.LimitReader(content{from}, checkEvery), buffer)
-		if err != nil {
+	block, err := newBlock()
+	if err != nil {
+		return err
+	}
+	defer block.free()
+	for unchecked := 0; ; {
+		n, err := io.ReadFull(content{from}, block.bytes)
+		// Compared as they are: content that is cut short wraps the same error.
+		if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 			return err
 		}
-		if written < checkEvery {
-			return nil
+		if writeErr := block.writeTo(to, n); writeErr != nil || err != nil {
+			return writeErr
 		}
 		// What comes before the next look fits into what is kept free.
-		if err := enoughSpace(to, 0); err != nil {
-			return err
+		if unchecked += n; unchecked >= checkEvery {
+			if err := enoughSpace(to, 0); err != nil {
+				return err
+			}
+			unchecked = 0
 		}
 	}
 }

@@ -87,6 +87,39 @@ func TestContentOfManySizes(t *testing.T) {
 	}
 }
 
+func TestLargeContentStaysOutOfMemory(t *testing.T) {
+	base, path := serve(t), filepath.Join(t.TempDir(), "file")
+	content := bytes.Repeat([]byte("0123456789\x00\xff\n"), 300_000)
+	if status, answer := post(t, base, path, bytes.NewReader(content)); status != http.StatusOK {
+		t.Fatalf("%d %s", status, answer)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if !setDirect(file, true) {
+		t.Skip("this file system has no direct input and output")
+	}
+	setDirect(file, false)
+	middle := int64(len(content) / 2)
+	for _, passed := range []string{"written", "read"} {
+		if cached(file, middle) {
+			t.Errorf("what was %s is in memory", passed)
+		}
+		if status, got := get(t, base, path); status != http.StatusOK || !bytes.Equal(got, content) {
+			t.Errorf("%d, %d bytes", status, len(got))
+		}
+	}
+	// What is in memory anyway is sent from there.
+	if read, err := os.ReadFile(path); err != nil || !bytes.Equal(read, content) || !cached(file, middle) {
+		t.Errorf("read %d bytes, %v", len(read), err)
+	}
+	if status, got := get(t, base, path); status != http.StatusOK || !bytes.Equal(got, content) {
+		t.Errorf("%d, %d bytes", status, len(got))
+	}
+}
+
 func TestFilesWhoseSizeMeansNothing(t *testing.T) {
 	base := serve(t)
 	for _, path := range []string{"/proc/self/status", "/proc/kallsyms", "/sys/kernel/mm/transparent_hugepage/enabled"} {

@@ -26,7 +26,7 @@ from sandmartin.agent.storage import Storage
 from sandmartin.agent.tasks import Tasks
 from sandmartin.agent.vmm import Vmm
 from sandmartin.agent.vmm.accel import choose_accel
-from sandmartin.agent.vmm.qemu import MACHINE, Qemu
+from sandmartin.agent.vmm.qemu import Qemu, machine_type
 from sandmartin.model import Accel, Settings
 
 _log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ async def open_machine(settings: Settings) -> AsyncIterator[Machine]:
             bases=bases,
             platform=Platform(
                 vmm_version=installation.version.text,
-                machine=MACHINE,
+                machine=machine_type(choice.accel),
                 accel=choice.accel,
                 tsc_khz=await qemu.tsc_khz() if choice.accel is Accel.TCG else 0,
             ),

@@ -65,6 +65,8 @@ class Frozen:
     pages: memoryview | None
 
 
+#: Device state and diff of a snapshot, being read; the diff is good while the stack is open.
+_Opening = asyncio.Future[tuple[bytes, ExitStack, Diff | None]]
 #: Gives a VM that waits over such a base, if there is one; it is the caller's then.
 Take = Callable[[Shape, Base], "MicroVm | None"]
 
@@ -111,36 +113,52 @@ class MicroVm:
             opening = asyncio.ensure_future(asyncio.to_thread(_read, snapshot))
             stack.push_async_callback(_finished, opening)
             waiting = take(shape, base)
-            if waiting is None or not await self._take(waiting, disk):
+            if waiting is None or not await self._take(waiting, disk, opening):
                 await self._start(shape, disk, base, incoming=True)
-            state, files, diff = await opening
-            with files:
-                if diff is not None:
-                    await asyncio.to_thread(self._inject, diff)
+                await self._fill(opening)
             self._records.step("injected")
+            state, _, _ = await opening
             await self.running.load(state)
         self._records.step("loaded")
 
-    async def _take(self, waiting: MicroVm, disk: Disk) -> bool:
-        """Become `waiting`, with a disk; False when that is not as it should be, and is ended."""
+    async def _fill(self, opening: _Opening) -> None:
+        """Put the snapshot's pages into the RAM of a VM that waits."""
+        _, _, diff = await asyncio.shield(opening)
+        if diff is not None:
+            await asyncio.to_thread(self._inject, diff)
+
+    async def _take(self, waiting: MicroVm, disk: Disk, opening: _Opening) -> bool:
+        """Become `waiting`, with a disk and the pages; False when that has ended it.
+
+        Raises what `opening` does.
+        """
         self._records.step("taken")
         own_group, self.group = self.group, waiting.group
         self.slot, self.lease, self.vm = slot, lease, vm = waiting._give_away()
         self._records.place(slot, self.group)
         self._records.step("place")
-        try:
-            _move_files(vm.record.run_dir, self._run_dir)
-            vm.move(self._run_dir)
-            self._records.step("moved")
-            await vm.insert_disk(disk)
-        except (SandmartinError, OSError) as error:
-            _log.warning("a VM that waited cannot be used: %s", error)
+        # Its pages need not wait for its disk.
+        both = self._insert(disk), self._fill(opening)
+        inserted, filled = await asyncio.gather(*both, return_exceptions=True)
+        if isinstance(inserted, SandmartinError | OSError):
+            _log.warning("a VM that waited cannot be used: %s", inserted)
             await self.end(None, None, "taken")
             self.group = own_group
             return False
+        for failure in (inserted, filled):
+            if failure is not None:
+                raise failure
         self._records.vm(vm.record, RamRecord(lease.base.digest, lease.file))
         self._records.step("vm")
         return True
+
+    async def _insert(self, disk: Disk) -> None:
+        """Put the files of a VM that waited in their place, and a disk into its drive."""
+        vm = self.running
+        _move_files(vm.record.run_dir, self._run_dir)
+        vm.move(self._run_dir)
+        self._records.step("moved")
+        await vm.insert_disk(disk)
 
     def _give_away(self) -> tuple[Slot, Lease, Vm]:
         assert self.slot is not None and self.lease is not None
@@ -185,7 +203,7 @@ class MicroVm:
         self._records.step("vm")
 
     def _inject(self, diff: Diff) -> None:
-        inject(self._ram(), diff, Buffer())
+        inject(self._ram(), diff)
 
     def _ram(self) -> Ram:
         assert self.lease is not None
@@ -316,7 +334,7 @@ def _read(snapshot: Snapshot) -> tuple[bytes, ExitStack, Diff | None]:
     return snapshot.read_state(), files, diff
 
 
-async def _finished(opening: asyncio.Future[tuple[bytes, ExitStack, Diff | None]]) -> None:
+async def _finished(opening: _Opening) -> None:
     with contextlib.suppress(SandmartinError, OSError):
         (await opening)[1].close()
 

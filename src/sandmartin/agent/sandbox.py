@@ -71,6 +71,8 @@ class Sandbox(Inside):
         self._watch: asyncio.Task[None] | None = None
         self._disk_full = False
         self._saved_active_at = entry.last_active_at
+        #: What `layers` found out, and of what.
+        self._layers: tuple[tuple[str, str], tuple[Path, ...]] = ("", ""), ()
 
     def _new_microvm(self, operation: str) -> MicroVm:
         records = Records(
@@ -224,7 +226,11 @@ class Sandbox(Inside):
     @property
     def layers(self) -> tuple[Path, ...]:
         """Files that hold what it wrote."""
-        return (self._paths.layer(self._entry.top),)
+        # Asked for twice a second of every sandbox.
+        names = self.sandbox_id, self._entry.top
+        if self._layers[0] != names:
+            self._layers = names, (self._paths.layer(self._entry.top),)
+        return self._layers[1]
 
     async def memory(self) -> int | None:
         """Bytes the guest uses, as it sees it; None when it does not say."""

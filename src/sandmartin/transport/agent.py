@@ -1,8 +1,9 @@
 """The transport to a host agent: `hostagent.v1` over its unix socket, or TLS to another machine.
 
-The only module that knows that contract's messages: they end here, in both directions. JSON
-rules of protobuf that matter: bytes are base64, 64-bit integers are strings, a field with its
-default value is left out, and unknown fields are ignored.
+The only module that knows that contract's messages: they end here, in both directions. Single
+calls are JSON. Protobuf's rules for it that matter: bytes are base64, 64-bit integers are strings,
+a field with its default value is left out, and unknown fields are ignored. The messages of
+streams, which carry content, are protobuf's binary form.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from sandmartin.transport import (
     Stdout,
     Template,
 )
-from sandmartin.transport.connect import ConnectChannel, Message
+from sandmartin.transport import protobuf as wire
+from sandmartin.transport.connect import ConnectChannel, Message, malformed
 
 _SERVICE = "hostagent.v1.HostAgentService"
 _CONNECT_S = 5.0
@@ -51,8 +53,8 @@ _DESTROY_S = 60.0
 _SNAPSHOT_S = 300.0
 _CALL_S = 30.0
 _FILE_S = 120.0
-#: Base64 of it stays far below any frame limit.
-CHUNK_BYTES = 256 * 2**10
+#: Stays far below any frame limit.
+CHUNK_BYTES = 512 * 2**10
 
 
 async def agent_answers(path: Path) -> bool:
@@ -216,30 +218,18 @@ class Agent:
     async def exec_stream(
         self, sandbox_id: str, command: Command
     ) -> AsyncGenerator[ExecEvent, None]:
-        message = _without_defaults(
-            sandbox_id=sandbox_id,
-            cmd=command.cmd,
-            args=list(command.args),
-            # 0 would be the agent's default limit; below 0 is none.
-            timeout_sec=-1 if command.timeout_s is None else command.timeout_s,
-            envs=dict(command.envs),
-            cwd=command.cwd,
-            user=command.user,
-            stdin=command.stdin,
-            pty=command.pty and asdict(command.pty),
-            tag=command.tag,
-        )
-        async with aclosing(self._listen("ExecStream", message)) as events:
+        events = self._listen("ExecStream", _exec_request(sandbox_id, command))
+        async with aclosing(events):
             async for event in events:
                 yield event
 
     async def connect_process(self, sandbox_id: str, pid: int) -> AsyncGenerator[ExecEvent, None]:
-        message = {"sandbox_id": sandbox_id, "pid": pid}
+        message = wire.text(1, sandbox_id) + wire.integer(2, pid)
         async with aclosing(self._listen("ConnectProcess", message)) as events:
             async for event in events:
                 yield event
 
-    async def _listen(self, method: str, message: Message) -> AsyncGenerator[ExecEvent, None]:
+    async def _listen(self, method: str, message: bytes) -> AsyncGenerator[ExecEvent, None]:
         with self._connect_errors_as_ours():
             async with aclosing(self._channel.server_stream(method, message)) as answers:
                 async for answer in answers:
@@ -248,7 +238,7 @@ class Agent:
 
     async def send_stdin(self, sandbox_id: str, pid: int, chunks: AsyncIterator[bytes]) -> None:
         # A command may read its input as slowly as it likes: no deadline.
-        meta = {"sandbox_id": sandbox_id, "pid": pid}
+        meta = wire.text(1, sandbox_id) + wire.integer(2, pid)
         await self._upload("StreamInput", meta, chunks, deadline_s=None)
 
     async def send_signal(self, sandbox_id: str, pid: int, signal: int) -> None:
@@ -290,37 +280,33 @@ class Agent:
     async def write_file(
         self, sandbox_id: str, path: str, chunks: AsyncIterator[bytes], user: str = ""
     ) -> None:
-        meta = _without_defaults(sandbox_id=sandbox_id, path=path, user=user)
+        meta = _file_request(sandbox_id, path, user)
         await self._upload("WriteFileStream", meta, chunks, deadline_s=_FILE_S)
 
     async def read_file(
         self, sandbox_id: str, path: str, user: str = ""
     ) -> AsyncGenerator[bytes, None]:
-        message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user)
+        message = _file_request(sandbox_id, path, user)
         with self._connect_errors_as_ours():
             answers = self._channel.server_stream("ReadFileStream", message)
             async with aclosing(answers):
                 async for answer in answers:
-                    yield _bytes(answer, "chunk")
+                    if chunk := _content(_fields(answer), 1):
+                        yield chunk
 
     async def _call(self, method: str, message: Message, *, deadline_s: float = _CALL_S) -> Message:
         with self._connect_errors_as_ours():
             return await self._channel.unary(method, message, deadline_s=deadline_s)
 
     async def _upload(
-        self,
-        method: str,
-        meta: Message,
-        chunks: AsyncIterator[bytes],
-        *,
-        deadline_s: float | None,
+        self, method: str, meta: bytes, chunks: AsyncIterator[bytes], *, deadline_s: float | None
     ) -> None:
-        async def messages() -> AsyncGenerator[Message, None]:
-            yield {"meta": meta}
+        async def messages() -> AsyncGenerator[bytes, None]:
+            yield wire.content(1, meta, always=True)
             async for chunk in chunks:
-                for at in range(0, len(chunk), CHUNK_BYTES):
-                    piece = chunk[at : at + CHUNK_BYTES]
-                    yield {"chunk": base64.b64encode(piece).decode("ascii")}
+                whole = memoryview(chunk)
+                for at in range(0, len(whole), CHUNK_BYTES):
+                    yield wire.content(2, whole[at : at + CHUNK_BYTES])
 
         with self._connect_errors_as_ours():
             async with aclosing(messages()) as body:
@@ -447,18 +433,70 @@ def _parts(message: Message, name: str) -> list[Message]:
     return parts
 
 
-def _exec_event(message: Message) -> ExecEvent | None:
+# Messages of streams.
+
+
+def _exec_request(sandbox_id: str, command: Command) -> bytes:
+    # 0 would be the agent's default limit; below 0 is none.
+    timeout_s = -1 if command.timeout_s is None else command.timeout_s
+    pty = command.pty
+    size = None if pty is None else wire.integer(1, pty.cols) + wire.integer(2, pty.rows)
+    return b"".join(
+        (
+            wire.text(1, sandbox_id),
+            wire.text(2, command.cmd),
+            wire.texts(3, command.args),
+            wire.integer(4, timeout_s),
+            wire.pairs(100, command.envs),
+            wire.text(101, command.cwd),
+            wire.text(102, command.user),
+            wire.integer(103, command.stdin),
+            b"" if size is None else wire.content(104, size, always=True),
+            wire.text(105, command.tag),
+        )
+    )
+
+
+def _file_request(sandbox_id: str, path: str, user: str) -> bytes:
+    """A request for a stream of a file, or the meta data of one."""
+    return wire.text(1, sandbox_id) + wire.text(2, path) + wire.text(100, user)
+
+
+def _fields(message: bytes) -> wire.Fields:
+    try:
+        return wire.decode(message)
+    except ValueError as error:
+        raise malformed(str(error)) from error
+
+
+def _content(fields: wire.Fields, number: int) -> bytes:
+    value = fields.get(number, b"")
+    if isinstance(value, int):
+        raise SandmartinError(f"the agent's answer has a number in field {number}")
+    return value
+
+
+def _number(fields: wire.Fields, number: int) -> int:
+    value = fields.get(number, 0)
+    if isinstance(value, bytes):
+        raise SandmartinError(f"the agent's answer has no number in field {number}")
+    return wire.signed(value)
+
+
+def _exec_event(message: bytes) -> ExecEvent | None:
     """The event in an ExecStreamResponse, None for a kind that this release does not know."""
-    if (start := _part(message, "start")) is not None:
-        return Started(_int(start, "pid"))
-    if (data := _part(message, "data")) is not None:
-        kind = Stdout if "stdout" in data else Stderr
-        return kind(_bytes(data, "stdout" if kind is Stdout else "stderr"))
-    if (end := _part(message, "end")) is not None:
+    event = _fields(message)
+    if 1 in event:
+        return Started(_number(_fields(_content(event, 1)), 1))
+    if 2 in event:
+        data = _fields(_content(event, 2))
+        return Stdout(_content(data, 1)) if 1 in data else Stderr(_content(data, 2))
+    if 3 in event:
+        end = _fields(_content(event, 3))
         return Ended(
-            exit_code=_int(end, "exitCode"),
-            signal=_int(end, "signal"),
-            error=_text(end, "error"),
+            exit_code=_number(end, 1),
+            signal=_number(end, 100),
+            error=_content(end, 2).decode(errors="replace"),
         )
     return None
 

@@ -1,8 +1,9 @@
-"""The Connect protocol with JSON, as far as a client needs it, over httpx.
+"""The Connect protocol, as far as a client needs it, over httpx.
 
-Owns frames, error bodies and deadlines; knows no method of any service. Sizes are checked before
-anything is stored, so a broken or hostile peer costs at most one frame of memory. A stream is
-complete only when its end frame arrived: everything else is Unavailable.
+Owns frames, error bodies and deadlines; knows no method of any service. A single call speaks
+JSON; the messages of a stream are protobuf's binary form, which is their owner's to encode.
+Sizes are checked before anything is stored, so a broken or hostile peer costs at most one frame
+of memory. A stream is complete only when its end frame arrived: everything else is Unavailable.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import httpx
 
 from sandmartin import errors
 from sandmartin.errors import SandmartinError, TimedOut, Unavailable
+from sandmartin.transport import protobuf
 
 #: Largest message taken in one piece; longer content comes in several.
 MAX_FRAME_BYTES = 16 * 2**20
@@ -49,7 +51,7 @@ FROM_CONNECT: Mapping[str, type[SandmartinError]] = {
 Message = dict[str, Any]
 
 
-def _malformed(what: str) -> Unavailable:
+def malformed(what: str) -> Unavailable:
     return Unavailable(
         f"the agent's answer is malformed: {what}",
         hint="are the agent and this client of the same release?",
@@ -66,55 +68,67 @@ def parse_message(data: bytes) -> Message:
         message = json.loads(data)
     # A deeply nested document exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
-        raise _malformed("it is not JSON") from error
+        raise malformed("it is not JSON") from error
     if not isinstance(message, dict):
-        raise _malformed("it is not a JSON object")
+        raise malformed("it is not a JSON object")
     return message
 
 
-def encode_frame(message: Message) -> bytes:
+def encode_frame(message: bytes) -> bytes:
     """One message of a stream."""
-    body = json.dumps(message, separators=(",", ":")).encode()
-    return b"\0" + len(body).to_bytes(4, "big") + body
+    return b"".join((b"\0", len(message).to_bytes(4, "big"), message))
 
 
 class FrameReader:
     """Cuts a byte stream into messages; `ended` once the end frame came."""
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._buffer = bytearray()
+        self._pending: bytes | bytearray = b""
         self._max_frame_bytes = max_frame_bytes
         self.ended = False
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def feed(self, data: bytes) -> Iterator[bytes]:
         """The messages that `data` completes. Raises what the end frame reports, Unavailable."""
-        self._buffer += data
-        while (frame := self._next_frame()) is not None:
-            flags, body = frame
-            if self.ended:
-                raise _malformed("data follows the end of the stream")
-            if flags & ~_END:
-                raise _malformed(f"a frame has the flags {flags:#04x}")
-            message = parse_message(body)
-            if not flags & _END:
-                yield message
-                continue
-            self.ended = True
-            if "error" in message:
-                raise error_from_body(message["error"])
+        # A frame in many pieces is put together in place; a piece with many is not copied.
+        if self._pending:
+            self._pending += data
+        else:
+            self._pending = data
+        at = 0
+        try:
+            while (length := self._next_length(at)) is not None:
+                begin, at = at, at + _HEADER_BYTES + length
+                yield from self._take(begin, at)
+        finally:
+            # What is left of a long frame is already where the next piece is added to it.
+            if at or isinstance(self._pending, bytes):
+                self._pending = bytearray(memoryview(self._pending)[at:])
 
-    def _next_frame(self) -> tuple[int, bytes] | None:
-        if len(self._buffer) < _HEADER_BYTES:
+    def _next_length(self, at: int) -> int | None:
+        """Size of the message whose frame begins at `at`, None while it is not whole."""
+        left = len(self._pending) - at
+        if left < _HEADER_BYTES:
             return None
-        length = int.from_bytes(self._buffer[1:_HEADER_BYTES], "big")
+        length = int.from_bytes(self._pending[at + 1 : at + _HEADER_BYTES], "big")
         if length > self._max_frame_bytes:
-            raise _malformed(f"a frame of {length} bytes, more than {self._max_frame_bytes}")
-        whole = _HEADER_BYTES + length
-        if len(self._buffer) < whole:
-            return None
-        flags, body = self._buffer[0], bytes(self._buffer[_HEADER_BYTES:whole])
-        del self._buffer[:whole]
-        return flags, body
+            raise malformed(f"a frame of {length} bytes, more than {self._max_frame_bytes}")
+        return length if left >= _HEADER_BYTES + length else None
+
+    def _take(self, begin: int, end: int) -> Iterator[bytes]:
+        """The message in a whole frame, unless it is the end frame."""
+        flags = self._pending[begin]
+        if self.ended:
+            raise malformed("data follows the end of the stream")
+        if flags & ~_END:
+            raise malformed(f"a frame has the flags {flags:#04x}")
+        body = bytes(memoryview(self._pending)[begin + _HEADER_BYTES : end])
+        if not flags & _END:
+            yield body
+            return
+        self.ended = True
+        told = parse_message(body)
+        if "error" in told:
+            raise error_from_body(told["error"])
 
 
 def error_from_body(body: object, http_status: int = 200) -> SandmartinError:
@@ -138,34 +152,19 @@ def error_from_body(body: object, http_status: int = 200) -> SandmartinError:
 
 
 def _decode_error_info(value: str) -> dict[int, str]:
-    """Text fields of a protobuf message by number; what is no text field ends the reading.
+    """Text fields of a protobuf message by number; none of one that is damaged.
 
-    An ErrorInfo is two strings, and `debug`, its JSON form, is optional by the protocol: these
-    lines spare every user of the client a protobuf package.
+    `debug`, its JSON form, is optional by the protocol.
     """
-    found: dict[int, str] = {}
     try:
-        data = base64.b64decode(value + "=" * (-len(value) % 4))
+        fields = protobuf.decode(base64.b64decode(value + "=" * (-len(value) % 4)))
     except ValueError:
-        return found
-    at = 0
-    while at < len(data) and data[at] & 0x87 == 0x02:
-        number = data[at] >> 3
-        length, at = _varint(data, at + 1)
-        found[number] = data[at : at + length].decode(errors="replace")
-        at += length
-    return found
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The variable-length integer at `at`, and where it ends."""
-    number = 0
-    for shift, byte in enumerate(data[at : at + 10]):
-        number |= (byte & 0x7F) << 7 * shift
-        at += 1
-        if not byte & 0x80:
-            break
-    return number, at
+        return {}
+    return {
+        number: field.decode(errors="replace")
+        for number, field in fields.items()
+        if isinstance(field, bytes)
+    }
 
 
 @contextmanager
@@ -207,7 +206,7 @@ class ConnectChannel:
             raise error_from_body(_parse_or_none(answer), response.status_code)
         return parse_message(answer)
 
-    async def server_stream(self, method: str, message: Message) -> AsyncGenerator[Message, None]:
+    async def server_stream(self, method: str, message: bytes) -> AsyncGenerator[bytes, None]:
         """One request, many answers, for as long as they come."""
         timeout = httpx.Timeout(None, connect=5, write=60)
         async with aclosing(self._stream(method, encode_frame(message), timeout)) as answers:
@@ -215,7 +214,7 @@ class ConnectChannel:
                 yield answer
 
     async def client_stream(
-        self, method: str, messages: AsyncIterator[Message], *, deadline_s: float | None
+        self, method: str, messages: AsyncIterator[bytes], *, deadline_s: float | None
     ) -> None:
         """Many requests; the answer of every such call is empty.
 
@@ -229,8 +228,8 @@ class ConnectChannel:
 
     async def _stream(
         self, method: str, body: bytes | AsyncIterator[bytes], timeout: httpx.Timeout
-    ) -> AsyncGenerator[Message, None]:
-        async with self._post(method, "application/connect+json", body, timeout) as response:
+    ) -> AsyncGenerator[bytes, None]:
+        async with self._post(method, "application/connect+proto", body, timeout) as response:
             if response.status_code != 200:
                 answer = _parse_or_none(await _read_whole(response))
                 raise error_from_body(answer, response.status_code)
@@ -271,7 +270,7 @@ async def _read_whole(response: httpx.Response) -> bytes:
     async for piece in response.aiter_raw():
         answer += piece
         if len(answer) > MAX_FRAME_BYTES:
-            raise _malformed(f"it is longer than {MAX_FRAME_BYTES} bytes")
+            raise malformed(f"it is longer than {MAX_FRAME_BYTES} bytes")
     return bytes(answer)
 
 

@@ -14,14 +14,14 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from sandmartin.agent.memory.base import Base, Check, build_base, go_on
-from sandmartin.agent.memory.ram import Buffer, Ram
+from sandmartin.agent.memory.ram import MOVERS, Buffer, Ram
 from sandmartin.agent.memory.runs import PAGE, Runs
-from sandmartin.agent.memory.whole import appearing, opened, read_at, write_at
+from sandmartin.agent.memory.whole import appearing, begin_sync, opened, read_at, write_at
 from sandmartin.errors import Invalid
 
 _MAGIC = b"SNDMDIFF"
@@ -29,6 +29,10 @@ _VERSION = 1
 #: Magic, version, page size, RAM bytes, checksum of the base, number of runs, number of pages.
 _HEAD = struct.Struct("<8sIIQ32sQQ")
 _RUN_BYTES = 16
+#: What goes to disk at a time while the rest is written.
+_SYNC_BYTES = 4 << 20
+#: Fewer pages are no work for a thread of their own.
+_LEAST_SHARE = 4 * 2**20 // PAGE
 #: More RAM than any host gives one VM; bounds what a foreign file can make us do.
 _MAX_RAM_BYTES = 2**44
 
@@ -63,11 +67,15 @@ def write_diff(
     ):
         write_at(file, head, 0)
         size_bytes = len(head)
+        begun = 0
         for part in data:
             hashed = beside.submit(digest.update, part)
             write_at(file, part, size_bytes)
-            hashed.result()
             size_bytes += len(part)
+            if sync and size_bytes - begun >= _SYNC_BYTES:
+                begin_sync(file, begun, size_bytes - begun)
+                begun = size_bytes
+            hashed.result()
         if size_bytes != len(head) + runs.size_bytes:
             raise Invalid(f"{runs.pages} pages were announced and others came")
     return Written(size_bytes, digest.hexdigest())
@@ -82,6 +90,13 @@ class Diff:
     runs: Runs
     _file: int
     _data_offset: int
+
+    def shares(self, count: int) -> Iterator[Diff]:
+        """The same in at most so many diffs, for as many threads."""
+        at = self._data_offset
+        for runs in self.runs.batches(max(_LEAST_SHARE, -(-self.runs.pages // count))):
+            yield replace(self, runs=runs, _data_offset=at)
+            at += runs.size_bytes
 
     def parts(self, buffer: Buffer) -> Iterator[tuple[Runs, memoryview]]:
         """Its pages a buffer at a time; each part is gone when the next is asked for."""
@@ -161,15 +176,23 @@ def _read_runs(path: Path, file: int, head: _Head) -> Runs:
     return runs
 
 
-def inject(ram: Ram, diff: Diff, buffer: Buffer) -> None:
+def inject(ram: Ram, diff: Diff) -> None:
     """Put a diff into the RAM of a fresh VM over the same base, before its device state is loaded.
 
     Raises Invalid and ToolFailed; the VM must then be ended.
     """
     if ram.size_bytes != diff.ram_bytes:
         raise Invalid(f"a diff of {diff.ram_bytes} bytes of RAM does not fit {ram.size_bytes}")
-    for part, _ in diff.parts(buffer):
-        ram.write(part, buffer)
+
+    def put(share: Diff) -> None:
+        buffer = Buffer()
+        for part, _ in share.parts(buffer):
+            ram.write(part, buffer)
+
+    # Each page is copied twice on its way, and once more when its place first becomes its own.
+    with ThreadPoolExecutor(MOVERS, "inject") as movers:
+        for _ in movers.map(put, diff.shares(MOVERS)):
+            pass
 
 
 def fold(base: Base, diff: Diff, target: Path, check: Check = go_on) -> Base:

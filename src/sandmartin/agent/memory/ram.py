@@ -15,7 +15,10 @@ import re
 import struct
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 from sandmartin.agent.memory.runs import PAGE, Runs
@@ -25,6 +28,9 @@ from sandmartin.errors import Conflict, Invalid, ToolFailed
 #: Pages that are moved at a time where all need not be in memory at once.
 _BATCH_PAGES = 2**20 // PAGE
 _MAX_VECTORS = 1024
+#: Threads that move pages: two are faster than one, and more are not.
+MOVERS = 2
+_LEAST_SHARE = 4 * 2**20 // PAGE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _Transfer = Callable[[int, "ctypes.Array[ctypes.c_uint64]", int, int, int, int], int]
@@ -181,6 +187,22 @@ class Ram:
         self._transfer(_writev, runs, buffer)
 
     def _transfer(self, call: _Transfer, runs: Runs, buffer: Buffer) -> None:
+        share = max(_LEAST_SHARE, -(-runs.pages // MOVERS))
+        parts, local = [], buffer.address
+        for part in runs.batches(share):
+            parts.append((local, *self._where(part)))
+            local += part.size_bytes
+        _check_alive(self.process)
+        move = partial(_move, call, self.process.pid)
+        with _kernel_errors(self.process):
+            if len(parts) < 2:
+                list(starmap(move, parts))
+                return
+            with ThreadPoolExecutor(MOVERS, "pages") as movers:
+                list(movers.map(move, *zip(*parts, strict=True)))
+
+    def _where(self, runs: Runs) -> tuple[array[int], array[int]]:
+        """Addresses and sizes, in the process, of some pages. Raises Invalid."""
         addresses, sizes = array("Q"), array("Q")
         for piece in self.pieces:
             part, shift = runs.within(piece.pages), piece.shift
@@ -188,9 +210,7 @@ class Ram:
             sizes.extend((end - first) * PAGE for first, end in part)
         if sum(sizes) != runs.size_bytes:
             raise Invalid(f"the pages are not all inside a RAM of {self.pages} pages")
-        _check_alive(self.process)
-        with _kernel_errors(self.process):
-            _move(call, self.process.pid, buffer.address, addresses, sizes)
+        return addresses, sizes
 
 
 def _check_alive(process: ProcessId) -> None:

@@ -23,6 +23,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +31,7 @@ from typing import TypeVar
 from sandmartin.agent import proc
 from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec, VmStatus
 from sandmartin.agent.vmm.balloon import Balloon
-from sandmartin.agent.vmm.freezer import Freezer
+from sandmartin.agent.vmm.freezer import Freezer, urgent
 from sandmartin.agent.vmm.monitor import DEADLINE_S, Monitor, listen
 from sandmartin.agent.vmm.tap import open_tap
 from sandmartin.agent.vmm.tsc import measure_tsc_khz
@@ -43,6 +44,11 @@ _Node = dict[str, object]
 
 BINARY = "qemu-system-x86_64"
 MACHINE = "microvm"
+#: `rep movsb` and its like are emulated one step at a time. Without these features C libraries
+#: and the kernel copy and clear by plain loops, which is several times faster.
+_EMULATED_CPU = "max,-erms,-fsrm"
+#: The same feature's older form, which the kernel derives itself.
+_NO_STRING_LOOPS = "clearcpuid=rep_good"
 #: The first is for events and calls, the second for freezing by a thread of its own.
 MONITORS = ("monitor", "freezer")
 LOG = "vmm.log"
@@ -52,6 +58,8 @@ _START_DEADLINE_S = 30.0
 _GONE_DEADLINE_S = 10.0
 #: How often what QEMU itself writes is cut down: a guest can provoke warnings.
 _TRIM_PERIOD_S = 5.0
+#: How often the process of a VM whose monitor is connected is looked at.
+_LOOK_PERIOD_S = 10.0
 #: A write that failed for want of space is tried again at once when the VM goes on.
 _RETRY_S = 0.3
 _CONSOLE_BYTES = 64 * 1024
@@ -123,6 +131,11 @@ class Installation:
             )
 
 
+def machine_type(accel: Accel) -> str:
+    """What a device state is bound to: the machine and its processor."""
+    return f"{MACHINE} {_EMULATED_CPU}" if accel is Accel.TCG else MACHINE
+
+
 async def qemu_version() -> str:
     """Version of the installed QEMU. Raises ToolFailed when there is none."""
     return (await Installation.find()).version.text
@@ -137,6 +150,8 @@ class QemuVm:
         self._balloon = Balloon(self._monitor.execute, record.memory_mb << 20)
         self._status: VmStatus | None = None
         self._changes = 0
+        #: When to look at the process again; an open connection to its monitor says that it lives.
+        self._look_at = 0.0
         self._stopped = asyncio.Event()
 
     @property
@@ -171,8 +186,11 @@ class QemuVm:
         await self._monitor.execute("query-status", deadline_s=deadline_s)
 
     async def status(self) -> VmStatus:
+        if time.monotonic() < self._look_at and self._status and self._monitor.connected:
+            return self._status
         if not self._record.process.alive():
             return VmStatus.GONE
+        self._look_at = time.monotonic() + _LOOK_PERIOD_S
         if self._status is not None and self._monitor.connected:
             return self._status
         changes = self._changes
@@ -187,9 +205,12 @@ class QemuVm:
         return now
 
     async def wait_gone(self) -> None:
-        # This is the one call that lasts as long as the VM, so it also keeps the log bounded.
+        # This is the one call that lasts as long as the VM, so it also keeps the log bounded. To
+        # look takes no thread: many VMs idle for long.
         while not await self._record.process.gone(_TRIM_PERIOD_S):
-            await asyncio.to_thread(trim_log, self._record.run_dir / LOG)
+            if log_is_long(log := self._record.run_dir / LOG):
+                await asyncio.to_thread(trim_log, log)
+        self._look_at = 0.0
 
     async def stop(self) -> None:
         await self._monitor.execute("stop")
@@ -226,23 +247,26 @@ class QemuVm:
     def _freeze(
         self, while_stopped: Callable[[], _T], top: Path | None, cont: bool
     ) -> tuple[bytes, _T]:
-        with Freezer(self.freezer) as freezer:
+        with urgent(), Freezer(self.freezer) as freezer, freezer.state_file() as state:
             below = ""
             if top is not None:
                 below, _ = _root_disk(freezer.execute("query-block"))
                 _add_node(freezer, top, _layer_node(top.stem, None))
             began = time.monotonic()
-            with freezer.stopped(cont=cont):
-                read_state = freezer.save_state()
-                done = while_stopped()
+            # Saving changes nothing of the RAM, so both are done at once; what has begun has come
+            # to its end before the VM goes on.
+            with freezer.stopped(cont=cont), ThreadPoolExecutor(1, "freeze") as beside:
+                work = beside.submit(while_stopped)
+                freezer.save_state(state)
                 if top is not None:
                     switch = {"node": below, "overlay": top.stem}
                     freezer.execute("blockdev-snapshot", switch)
+                done = work.result()
             if cont:
                 stopped_s = time.monotonic() - began
                 # The number stands in the record too, for whoever measures.
                 _log.info("a VM stood still for %.1f ms", stopped_s * 1000, extra={"s": stopped_s})
-        return read_state(), done
+            return state.read(), done
 
     async def relink(self, disk: Disk) -> None:
         def relink() -> None:
@@ -401,6 +425,13 @@ def _reopen_to_read(freezer: Freezer, layer: Path) -> None:
         freezer.execute("remove-fd", {"fdset-id": number})
 
 
+def log_is_long(log: Path) -> bool:
+    """Whether a log grew over its limit."""
+    with contextlib.suppress(FileNotFoundError):
+        return log.stat().st_size > _LOG_LIMIT_BYTES
+    return False
+
+
 def trim_log(log: Path) -> None:
     """Cut a log that grew over its limit down to its newer half."""
     # QEMU writes with O_APPEND, so it goes on at the new end.
@@ -457,7 +488,7 @@ class Qemu:
                     process=await _spawn(spec, installation, khz),
                     run_dir=spec.run_dir,
                     vmm_version=installation.version.text,
-                    machine=MACHINE,
+                    machine=machine_type(spec.accel),
                     accel=spec.accel,
                     memory_mb=spec.memory_mb,
                 )
@@ -651,7 +682,7 @@ def _json(**members: object) -> str:
 def _accelerator(accel: Accel) -> list[str]:
     if accel is Accel.KVM:
         return ["-accel", "kvm", "-cpu", "host"]
-    return ["-accel", f"tcg,thread=multi,tb-size={_TRANSLATION_MB}", "-cpu", "max"]
+    return ["-accel", f"tcg,thread=multi,tb-size={_TRANSLATION_MB}", "-cpu", _EMULATED_CPU]
 
 
 def _ram(size: int, fd: int | None, *, reads_bases: bool) -> str:
@@ -742,5 +773,5 @@ def _command_line(spec: VmSpec, tsc_khz: int) -> str:
     if spec.accel is Accel.TCG:
         # Without a second timer as reference the calibration fails now and then, and for good;
         # a clock source once called unstable would be frozen into every snapshot.
-        words += [f"tsc_early_khz={tsc_khz}", "tsc=reliable", "no_timer_check"]
+        words += [f"tsc_early_khz={tsc_khz}", "tsc=reliable", "no_timer_check", _NO_STRING_LOOPS]
     return " ".join([*words, spec.command_line]).strip()
