@@ -91,11 +91,9 @@ class Bench:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    told = {
-        f"SANDMARTIN_{field.name.upper()}": str(getattr(settings, field.name))
-        for field in fields(settings)
-    }
-    return os.environ | told
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    told = {name: value for name, value in values.items() if value != getattr(Settings(), name)}
+    return os.environ | {f"SANDMARTIN_{name.upper()}": str(told[name]) for name in told}
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path) -> None:
