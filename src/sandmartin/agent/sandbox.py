@@ -48,6 +48,8 @@ _log = logging.getLogger(__name__)
 
 #: States that outlive the agent; what it finds in `starting` or `stopping` is removed.
 _SETTLED = frozenset({State.RUNNING, State.PAUSED, State.ERROR})
+#: From the third time on it is not faster.
+_REHEARSALS = 3
 
 
 class Sandbox(Inside):
@@ -104,11 +106,13 @@ class Sandbox(Inside):
             await self._rehearse()
 
     async def _rehearse(self) -> None:
-        """Run a command once: under emulation the first of its kind takes much longer."""
-        assert self._guest is not None
-        with contextlib.suppress(SandmartinError):
-            async for _ in self._guest.start(Command(cmd="/bin/true", timeout_s=10)):
-                pass
+        """What comes first after a claim, some times: under emulation, new code takes long."""
+        for _ in range(_REHEARSALS):
+            await self._introduce(self._entry.token, new_token(), moved=False)
+            assert self._guest is not None
+            with contextlib.suppress(SandmartinError):
+                async for _event in self._guest.start(Command(cmd="/bin/true", timeout_s=10)):
+                    pass
 
     async def claim(self, spec: SandboxSpec, envs: Mapping[str, str]) -> None:
         """What was prepared becomes the sandbox of `spec`; what fails leaves nothing behind."""
