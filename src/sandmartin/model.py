@@ -208,7 +208,7 @@ class Settings:
     #: User id that owns sealed disk layers; no VM's, and one for all agents of a machine.
     layers_uid: int = 1_999_999
     #: Network places made ahead.
-    slot_pool_size: int = 4
+    slot_pool_size: int = 16
     #: VMs started ahead, which wait for a state to restore.
     vm_pool_size: int = 4
     #: Sandboxes that are ready to be claimed, by template: `base=4,other=1`.

@@ -233,6 +233,8 @@ async def test_slots_are_unique_on_the_machine_and_come_back_clean(
         await leave_traces(slot)
         await mine.release(slot.number)
         await mine.release(slot.number)
+        # It is cleaned behind our back, and nobody's until then.
+        await asyncio.gather(*mine._cleaning)
         again = [await mine.acquire() for _ in range(2)]
         assert slot in again
         assert not flows(slot)

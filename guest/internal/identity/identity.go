@@ -63,6 +63,8 @@ type Confirmation struct {
 	MachineID   string `json:"machineId"`
 	BootID      string `json:"bootId"`
 	EnvdVersion string `json:"envdVersion"`
+	// Time is its clock when it answers, in RFC 3339 with nanoseconds.
+	Time string `json:"time"`
 }
 
 // Identity is the state in force. Its methods may be called from any goroutine.
@@ -157,6 +159,7 @@ func (i *Identity) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusInternalServerError, err.Error())
 		return
 	}
+	confirmed.Time = time.Now().UTC().Format(time.RFC3339Nano)
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(confirmed)
 }

@@ -5,24 +5,100 @@ None of it takes the lock of the sandbox's life cycle, and all of it is activity
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager
 
+from sandmartin.agent import disk
 from sandmartin.agent.guest import Command, FileInfo, Guest, ProcessEvent, Running, Terminal
+from sandmartin.agent.journal import Entry
+from sandmartin.agent.machine import Machine
+from sandmartin.agent.recorded import Recorded
+from sandmartin.agent.vmm import VmStatus
+from sandmartin.errors import Conflict, GuestSilent, SandmartinError
+from sandmartin.model import State
 
 
-class Inside(ABC):
+class Inside(Recorded):
     """The part of a sandbox that works inside it."""
 
-    @abstractmethod
-    def touch(self) -> None:
-        """Reset the idle clock."""
+    def __init__(self, machine: Machine, entry: Entry) -> None:
+        super().__init__(machine, entry)
+        #: There while it runs and knows who it is.
+        self._guest: Guest | None = None
 
-    @abstractmethod
-    def _talking(self) -> AbstractAsyncContextManager[Guest]:
-        """The guest agent for one exchange. Raises Conflict when there is none to talk to."""
+    def _require_guest(self) -> Guest:
+        if self.state is not State.RUNNING or self._guest is None:
+            raise self._unusable()
+        if self._disk_full:
+            raise disk.host_disk_full(self.sandbox_id)
+        self.touch()
+        return self._guest
+
+    def _require_running(self) -> None:
+        if self.state is not State.RUNNING or self._guest is None:
+            raise self._unusable()
+
+    def _unusable(self) -> Conflict:
+        if self.state is State.RUNNING:
+            return Conflict(f"sandbox {self.sandbox_id} is not quite awake", hint="try again")
+        hint = "destroy it; it cannot be used any more" if self.state is State.ERROR else ""
+        why = f": {self.reason}" if self.reason else ""
+        return Conflict(f"sandbox {self.sandbox_id} is {self.state}{why}", hint=hint)
+
+    @contextlib.asynccontextmanager
+    async def _talking(self) -> AsyncIterator[Guest]:
+        """The guest agent for one exchange; if it falls silent, find out whether it is dead."""
+        guest = self._require_guest()
+        try:
+            yield guest
+        except GuestSilent as error:
+            raise await self._explain_silence(guest, error) from error
+        finally:
+            self.touch()
+
+    async def _explain_silence(self, guest: Guest, error: SandmartinError) -> SandmartinError:
+        if self.state is not State.RUNNING or self._microvm.vm is None:
+            return self._unusable()
+        with contextlib.suppress(SandmartinError):
+            match await self._microvm.vm.status():
+                case VmStatus.DISK_FULL:
+                    self._disk_full = True
+                    return disk.host_disk_full(self.sandbox_id)
+                case VmStatus.GONE:
+                    self._note_end()
+                    return self._unusable()
+        if await self._answers(guest):
+            return error
+        if self.state is not State.RUNNING:
+            return self._unusable()
+        self._fail("its guest agent does not answer")
+        return GuestSilent(
+            f"the guest agent of sandbox {self.sandbox_id} does not answer",
+            hint="destroy the sandbox; it cannot be used any more",
+        )
+
+    async def _answers(self, guest: Guest) -> bool:
+        """Whether a guest agent that was silent once answers yet."""
+        patience = self._machine.patience
+        for attempt in range(patience.health_tries):
+            if attempt:
+                await asyncio.sleep(patience.health_pause_s)
+            if await guest.healthy(patience.health_deadline_s):
+                return True
+        return False
+
+    async def read_console(self) -> bytes:
+        """The newest that the guest's console said; what is read is forgotten."""
+        if self._microvm.vm is None:
+            raise self._unusable()
+        return await self._microvm.vm.read_console()
+
+    def _note_end(self) -> None:
+        if self.state is State.RUNNING:
+            self._fail("its VM ended by itself")
+
+    # Commands and files.
 
     async def _active(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Each chunk that passes is activity."""

@@ -17,117 +17,51 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from sandmartin.agent import disk, files
 from sandmartin.agent.guest import (
     Command,
-    Guest,
     Identity,
 )
 from sandmartin.agent.inside import Inside
-from sandmartin.agent.journal import Entry, SandboxDir
+from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Written, write_diff
-from sandmartin.agent.microvm import Frozen, MicroVm, Records, Shape, Take, new_token
-from sandmartin.agent.proc import ProcessId
+from sandmartin.agent.microvm import Frozen, Shape, Take, new_token
+from sandmartin.agent.recorded import boot_id
 from sandmartin.agent.snapshots import Draft, Manifest, Snapshot, remove_snapshot, state_digest
 from sandmartin.agent.storage import names_in, remove
-from sandmartin.agent.vmm import Disk, VmStatus
+from sandmartin.agent.vmm import VmStatus
 from sandmartin.errors import (
     Conflict,
     DiskFull,
-    GuestSilent,
     Invalid,
     NotFound,
     SandmartinError,
 )
-from sandmartin.model import SandboxSpec, State, check_transition, random_id
+from sandmartin.model import SandboxSpec, State, random_id
 
 _log = logging.getLogger(__name__)
 
 #: States that outlive the agent; what it finds in `starting` or `stopping` is removed.
 _SETTLED = frozenset({State.RUNNING, State.PAUSED, State.ERROR})
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-def _boot_id() -> str:
-    """Changes whenever the host starts anew."""
-    return _BOOT_ID.read_text().strip()
+#: From the third time on it is not faster.
+_REHEARSALS = 3
 
 
 class Sandbox(Inside):
     """One sandbox of this host. Made by `Host`."""
 
     def __init__(self, machine: Machine, entry: Entry, take_waiting: Take) -> None:
-        self._machine = machine
+        super().__init__(machine, entry)
         self._take_waiting = take_waiting
-        self._entry = entry
         self._lock = asyncio.Lock()
-        self._microvm = self._new_microvm("create")
-        self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._disk_full = False
-        self._saved_active_at = entry.last_active_at
-        #: What `layers` found out, and of what.
-        self._layers: tuple[tuple[str, str], tuple[Path, ...]] = ("", ""), ()
-
-    def _new_microvm(self, operation: str) -> MicroVm:
-        records = Records(
-            place=lambda slot, group: self._record(slot=slot.number, group=group),
-            vm=lambda vm, ram: self._record(vm=vm, ram=ram, boot_id=_boot_id()),
-            step=lambda name: self._machine.step(f"{operation}:{name}"),
-        )
-        group = self._entry.group or self.sandbox_id
-        return MicroVm(self._machine, group, self._paths.vm, records)
 
     # What it is.
-
-    @property
-    def sandbox_id(self) -> str:
-        return self._entry.spec.sandbox_id
-
-    @property
-    def entry(self) -> Entry:
-        return self._entry
-
-    @property
-    def state(self) -> State:
-        return self._entry.state
-
-    @property
-    def reason(self) -> str:
-        """Why it cannot be used, empty when it can."""
-        if self.state is State.RUNNING and self._disk_full:
-            return disk.host_disk_full(self.sandbox_id).message
-        return self._entry.reason
-
-    @property
-    def host_ip(self) -> str:
-        """Address at which the host reaches the guest; empty when it has none."""
-        slot = self._microvm.slot
-        return str(slot.host_ip) if slot else ""
-
-    @property
-    def _paths(self) -> SandboxDir:
-        return self._machine.data.sandbox(self.sandbox_id)
-
-    @property
-    def idle_s(self) -> float:
-        """Seconds since its last activity."""
-        return time.time() - self._entry.last_active_at
-
-    @property
-    def image(self) -> Path | None:
-        """The image below its disk."""
-        return self._entry.image
-
-    def idles(self) -> bool:
-        """Whether it runs and has idled past its time."""
-        limit_s = self._entry.spec.timeout_s
-        return self.state is State.RUNNING and 0 < limit_s <= self.idle_s
 
     def drain_auto_paused(self) -> bool:
         """Whether the reaper has paused it and nobody was told; from now on somebody was."""
@@ -154,88 +88,6 @@ class Sandbox(Inside):
     def _snapshots(self, directory: Path) -> list[Snapshot]:
         return self._machine.storage.snapshots.list(directory)
 
-    def alive(self) -> bool:
-        """Whether its VM's process runs."""
-        vm = self._microvm.vm
-        return vm is not None and vm.record.process.alive()
-
-    def touch(self) -> None:
-        """Reset the idle clock."""
-        self._entry = replace(self._entry, last_active_at=time.time())
-
-    def save_activity(self) -> None:
-        """Put the last activity on disk unless it is there. Raises DiskFull."""
-        # What is being removed must not get a new entry.
-        leaving = self.state in {State.STOPPING, State.STOPPED}
-        if not leaving and self._entry.last_active_at != self._saved_active_at:
-            self._record()
-
-    def _record(self, *, sync: bool = False, **changes: object) -> None:
-        """Change the entry, here and on disk. Raises DiskFull, changed here none the less."""
-        self._entry = replace(self._entry, **changes)  # type: ignore[arg-type]
-        self._machine.data.write(self._entry, sync=sync)
-        self._saved_active_at = self._entry.last_active_at
-
-    @contextlib.contextmanager
-    def _disk_may_be_full(self) -> Iterator[None]:
-        """For what must go on without its record: the next start finds the truth by itself."""
-        try:
-            yield
-        except DiskFull as error:
-            _log.warning("sandbox %s: not in its journal: %s", self.sandbox_id, error)
-            # It is tried again with the activity.
-            self._saved_active_at = 0.0
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """For what must not begin without its record: a full disk leaves all as it was."""
-        before = self._entry
-        try:
-            yield
-        except DiskFull:
-            self._entry = before
-            raise
-
-    def _become(
-        self, state: State, reason: str = "", *, sync: bool = False, **changes: object
-    ) -> None:
-        """The only place where the state changes. Raises Conflict, DiskFull."""
-        check_transition(self.state, state, f"sandbox {self.sandbox_id}")
-        _log.info("sandbox %s: %s -> %s %s", self.sandbox_id, self.state, state, reason)
-        self._record(sync=sync, state=state, reason=reason, **changes)
-
-    def _fail(self, reason: str) -> None:
-        """A sandbox that cannot be used any more, but destroyed."""
-        self._machine.sampler.suspend(self.sandbox_id)
-        if self.state not in {State.ERROR, State.STOPPED}:
-            with self._disk_may_be_full():
-                self._become(State.ERROR, reason)
-
-    # What the sampler asks of it.
-
-    @property
-    def process(self) -> ProcessId:
-        """The VM's process."""
-        return self._microvm.running.record.process
-
-    @property
-    def groups(self) -> tuple[Path, ...]:
-        """Directories of the VM's control groups."""
-        return self._machine.groups.paths(self._microvm.group)
-
-    @property
-    def layers(self) -> tuple[Path, ...]:
-        """Files that hold what it wrote."""
-        # Asked for twice a second of every sandbox.
-        names = self.sandbox_id, self._entry.top
-        if self._layers[0] != names:
-            self._layers = names, (self._paths.layer(self._entry.top),)
-        return self._layers[1]
-
-    async def memory(self) -> int | None:
-        """Bytes the guest uses, as it sees it; None when it does not say."""
-        return await self._microvm.running.memory_used()
-
     # Creating.
 
     async def create(self, envs: Mapping[str, str] | None, origin: disk.Image | Snapshot) -> None:
@@ -254,11 +106,13 @@ class Sandbox(Inside):
             await self._rehearse()
 
     async def _rehearse(self) -> None:
-        """Run a command once: under emulation the first of its kind takes much longer."""
-        assert self._guest is not None
-        with contextlib.suppress(SandmartinError):
-            async for _ in self._guest.start(Command(cmd="/bin/true", timeout_s=10)):
-                pass
+        """What comes first after a claim, some times: under emulation, new code takes long."""
+        for _ in range(_REHEARSALS):
+            await self._introduce(self._entry.token, new_token(), moved=False)
+            assert self._guest is not None
+            with contextlib.suppress(SandmartinError):
+                async for _event in self._guest.start(Command(cmd="/bin/true", timeout_s=10)):
+                    pass
 
     async def claim(self, spec: SandboxSpec, envs: Mapping[str, str]) -> None:
         """What was prepared becomes the sandbox of `spec`; what fails leaves nothing behind."""
@@ -318,18 +172,6 @@ class Sandbox(Inside):
         await self._microvm.running.cont()
         if spec.disk_size_mb > manifest.disk_size_mb:
             await self._microvm.running.resize_disk(spec.disk_size_mb << 20)
-
-    async def _new_top(self, size_mb: int) -> None:
-        """A new, empty layer on top of the sealed ones."""
-        top = await self._machine.storage.layers.create(self._paths.path, size_mb)
-        self._record(top=top.stem)
-
-    @property
-    def _disk(self) -> Disk:
-        entry, storage = self._entry, self._machine.storage
-        assert entry.image is not None
-        sealed = tuple(storage.layers.path(name) for name in entry.layers)
-        return Disk(image=entry.image, sealed=sealed, top=self._paths.layer(entry.top))
 
     async def _introduce(
         self, old_token: str, token: str, *, envs: Mapping[str, str] | None = None, moved: bool
@@ -664,29 +506,6 @@ class Sandbox(Inside):
             finally:
                 self._microvm.forget_buffer()
 
-    async def _settle_layers(self) -> None:
-        """Find out whether the VM has taken the layer it was about to be given, and seal or go.
-
-        Also before anything that cuts the disk: the monitor may not have answered the last time.
-        """
-        entry = self._entry
-        if not entry.next_top:
-            return
-        if await self._microvm.running.top_layer() == entry.next_top:
-            # What may be others' too is not to be changed by a monitor that was taken over.
-            await self._microvm.running.only_read(self._layer(entry.top))
-            self._machine.storage.layers.seal(self._paths.layer(entry.top))
-            layers = (*entry.layers, entry.top)
-            self._record(sync=True, layers=layers, top=entry.next_top, next_top="")
-        else:
-            self._paths.layer(entry.next_top).unlink(missing_ok=True)
-            self._record(next_top="")
-
-    def _layer(self, name: str) -> Path:
-        """File of a layer, sealed or not."""
-        own = self._paths.layer(name)
-        return own if own.exists() else self._machine.storage.layers.path(name)
-
     async def checkpoint(self, comment: str) -> Snapshot:
         """A snapshot that stays in its own history."""
         self._paths.checkpoints.mkdir(mode=0o700, exist_ok=True)
@@ -829,7 +648,7 @@ class Sandbox(Inside):
         """Its VM is gone. With the host's power its memory was lost, and its files were not."""
         if self.state is not State.RUNNING:
             return
-        if self._entry.boot_id == _boot_id():
+        if self._entry.boot_id == boot_id():
             self._fail("its VM ended while no agent was running")
             return
         await self._settle_layers_left()
@@ -837,27 +656,6 @@ class Sandbox(Inside):
         self._become(State.PAUSING)
         self._become(State.PAUSED, reason, sync=True, sleeps_in="")
         await self._leave_host("pause")
-
-    async def _settle_layers_left(self) -> None:
-        """What `_settle_layers` finds out from a VM, where there is none left to ask.
-
-        The newer layer has been the top if something was written to it, or if the older one is
-        sealed already.
-        """
-        entry, layers = self._entry, self._machine.storage.layers
-        if not entry.next_top:
-            return
-        newer, older = self._paths.layer(entry.next_top), self._paths.layer(entry.top)
-        written = disk.holds_data(newer)
-        if written or not older.exists():
-            layers.seal(older)
-            await layers.sync([entry.top])
-            top = entry.next_top if written else ""
-            self._record(sync=True, layers=(*entry.layers, entry.top), top=top, next_top="")
-        else:
-            self._record(sync=True, next_top="")
-        if not written:
-            newer.unlink(missing_ok=True)
 
     # Ending.
 
@@ -931,10 +729,6 @@ class Sandbox(Inside):
         await self._microvm.running.wait_gone()
         self._note_end()
 
-    def _note_end(self) -> None:
-        if self.state is State.RUNNING:
-            self._fail("its VM ended by itself")
-
     async def check_disk_space(self, *, has_space: bool) -> None:
         """Notice that the host's full disk stopped the VM; let it go on if the host `has_space`."""
         vm = self._microvm.vm
@@ -950,70 +744,3 @@ class Sandbox(Inside):
                     _log.info("sandbox %s goes on: the disk has space again", self.sandbox_id)
 
     # What is done inside it.
-
-    def _require_guest(self) -> Guest:
-        if self.state is not State.RUNNING or self._guest is None:
-            raise self._unusable()
-        if self._disk_full:
-            raise disk.host_disk_full(self.sandbox_id)
-        self.touch()
-        return self._guest
-
-    def _require_running(self) -> None:
-        if self.state is not State.RUNNING or self._guest is None:
-            raise self._unusable()
-
-    def _unusable(self) -> Conflict:
-        if self.state is State.RUNNING:
-            return Conflict(f"sandbox {self.sandbox_id} is not quite awake", hint="try again")
-        hint = "destroy it; it cannot be used any more" if self.state is State.ERROR else ""
-        why = f": {self.reason}" if self.reason else ""
-        return Conflict(f"sandbox {self.sandbox_id} is {self.state}{why}", hint=hint)
-
-    @contextlib.asynccontextmanager
-    async def _talking(self) -> AsyncIterator[Guest]:
-        """The guest agent for one exchange; if it falls silent, find out whether it is dead."""
-        guest = self._require_guest()
-        try:
-            yield guest
-        except GuestSilent as error:
-            raise await self._explain_silence(guest, error) from error
-        finally:
-            self.touch()
-
-    async def _explain_silence(self, guest: Guest, error: SandmartinError) -> SandmartinError:
-        if self.state is not State.RUNNING or self._microvm.vm is None:
-            return self._unusable()
-        with contextlib.suppress(SandmartinError):
-            match await self._microvm.vm.status():
-                case VmStatus.DISK_FULL:
-                    self._disk_full = True
-                    return disk.host_disk_full(self.sandbox_id)
-                case VmStatus.GONE:
-                    self._note_end()
-                    return self._unusable()
-        if await self._answers(guest):
-            return error
-        if self.state is not State.RUNNING:
-            return self._unusable()
-        self._fail("its guest agent does not answer")
-        return GuestSilent(
-            f"the guest agent of sandbox {self.sandbox_id} does not answer",
-            hint="destroy the sandbox; it cannot be used any more",
-        )
-
-    async def _answers(self, guest: Guest) -> bool:
-        """Whether a guest agent that was silent once answers yet."""
-        patience = self._machine.patience
-        for attempt in range(patience.health_tries):
-            if attempt:
-                await asyncio.sleep(patience.health_pause_s)
-            if await guest.healthy(patience.health_deadline_s):
-                return True
-        return False
-
-    async def read_console(self) -> bytes:
-        """The newest that the guest's console said; what is read is forgotten."""
-        if self._microvm.vm is None:
-            raise self._unusable()
-        return await self._microvm.vm.read_console()

@@ -122,7 +122,7 @@ def _private_data_dir(settings: Settings) -> Iterator[Settings]:
     path = Path(tempfile.mkdtemp(prefix="sandmartin-run-", dir="/var/tmp"))
     try:
         # It lives for one sandbox: nothing is worth making ahead.
-        yield replace(settings, data_dir=path, vm_pool_size=0, ready_sandboxes="")
+        yield replace(settings, data_dir=path, slot_pool_size=1, vm_pool_size=0, ready_sandboxes="")
     finally:
         sandboxes = path / "sandboxes"
         if sandboxes.is_dir() and any(sandboxes.iterdir()):

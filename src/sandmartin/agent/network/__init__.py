@@ -26,6 +26,8 @@ __all__ = ["Network", "Slot"]
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
+#: Slots are made ahead when nothing was done for so long, which is waited for so long at most.
+_QUIET_S, _QUIET_LIMIT_S = 0.2, 10.0
 
 
 class Network:
@@ -177,6 +179,7 @@ class Network:
             self._wanted.clear()
             try:
                 while len(self._ready) < self._settings.slot_pool_size:
+                    await self._tasks.quiet(_QUIET_S, _QUIET_LIMIT_S)
                     await self._make_ahead()
             except SandmartinError as error:
                 _log.warning("no network slot can be made ahead: %s", error)
