@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -31,12 +32,50 @@ from sandmartin.control.reconciler import Pace
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import random_id
 from tests import postgres
-from tests.fakes_agent import Fakes, machine_directory, make_machine
+from tests.fakes_agent import Fakes, machine_directory, make_machine, until
 
 #: Nothing waits for longer than a moment.
 TIMING = Timing(lease_s=2.0, pick_up_s=0.05, retry_s=0.05, grace_s=5.0)
 PACE = Pace(period_s=0.05, unreachable_s=0.5, unknown_s=0.3, grace_s=0.2)
 DEADLINE_S = 20.0
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Wait until `condition` holds; fails at the deadline."""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while not await condition():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"never came: {what}") from None
+
+
+class Gate:
+    """A step of an agent that keeps whoever comes by, once it is closed.
+
+    Only for steps in threads: those on the loop would keep everything.
+    """
+
+    def __init__(self, at: str = "vmm:stopped") -> None:
+        self._at = at
+        self._open = threading.Event()
+        self._open.set()
+        self.waiting = 0
+
+    def __call__(self, step: str) -> None:
+        if step == self._at and not self._open.is_set():
+            self.waiting += 1
+            assert self._open.wait(DEADLINE_S)
+            self.waiting -= 1
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def reached(self) -> None:
+        await until(lambda: self.waiting > 0, f"somebody at {self._at}")
 
 
 @pytest.fixture(scope="session")
