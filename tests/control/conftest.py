@@ -174,9 +174,13 @@ def facts_of(host: RunningHost) -> HostFacts:
 
 @contextlib.asynccontextmanager
 async def running_platform(
-    database_url: str, directory: Path, *hosts: RunningHost, **settings: object
+    database_url: str,
+    directory: Path,
+    *hosts: RunningHost,
+    working: bool = True,
+    **settings: object,
 ) -> AsyncIterator[Platform]:
-    """A replica that works, with these hosts."""
+    """A replica with these hosts, that works by itself or only does what it is asked for."""
     made = ControlSettings(
         data_dir=directory / "control",
         database_url=database_url,
@@ -187,6 +191,10 @@ async def running_platform(
         for host in hosts:
             await platform.hosts.ensure_local(facts_of(host))
         await platform.reconciler.tick()
+        if not working:
+            yield platform
+            await platform.operations.close()
+            return
         async with platform.working():
             yield platform
 

@@ -44,7 +44,9 @@ async def disagreements(platform: Platform, *hosts: RunningHost) -> list[str]:
     rows, templates = await rows_of(platform), await templates_of(platform)
     expected = {i: row.state for i, row in rows.items() if row.state in _SETTLED}
     found += [f"{i} is {row.state}" for i, row in rows.items() if row.operation_id is not None]
-    found += [f"template {t.name} is {t.state}" for t in templates if t.state != TemplateState.READY]
+    found += [
+        f"template {t.name} is {t.state}" for t in templates if t.state != TemplateState.READY
+    ]
     there: dict[str, str] = {}
     named: set[str] = set()
     for host in await platform.hosts.list_reachable():
