@@ -201,9 +201,11 @@ async def test_a_quota_holds_against_many_at_once(
 async def replicas(
     database_url: str, tmp_path: Path, host: RunningHost
 ) -> AsyncIterator[tuple[Platform, Platform]]:
-    async with running_platform(database_url, tmp_path, host) as one:
-        async with running_platform(database_url, tmp_path, host) as other:
-            yield one, other
+    async with (
+        running_platform(database_url, tmp_path, host) as one,
+        running_platform(database_url, tmp_path, host) as other,
+    ):
+        yield one, other
 
 
 Replicas = tuple[Platform, Platform]
