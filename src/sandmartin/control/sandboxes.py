@@ -80,6 +80,9 @@ class NewRow:
         if self.on_timeout not in {"pause", "kill"}:
             raise Invalid(f"on_timeout is {self.on_timeout!r}", hint="use `pause` or `kill`")
         check_labels(self.labels)
+        if any(not name or "=" in name for name in self.envs):
+            raise Invalid("a name in envs is empty or contains '='")
+        _check_texts(self.envs, "envs")
 
     def digest(self) -> str:
         """The same for the same request."""
@@ -95,6 +98,15 @@ def check_labels(labels: Mapping[str, str]) -> None:
             "an entry of metadata is too long, or has no name",
             hint=f"use at most {_MAX_LABEL_CHARS} characters for name and value together",
         )
+    _check_texts(labels, "metadata")
+
+
+def _check_texts(texts: Mapping[str, str], what: str) -> None:
+    """Raises Invalid for what no database or environment can hold."""
+    for text in (*texts, *texts.values()):
+        # Half a surrogate pair can be said in JSON, and is no character.
+        if "\0" in text or any("\ud800" <= each <= "\udfff" for each in text):
+            raise Invalid(f"{what} has a text with a NUL or half a surrogate pair")
 
 
 @dataclass(frozen=True, kw_only=True)
