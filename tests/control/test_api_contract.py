@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Err, Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -46,9 +47,11 @@ def _is_stream(operation: Any) -> bool:
 def explore(url: str, key: str, sandbox_id: str) -> tuple[int, list[str]]:
     """Ask all that can be asked for, right and wrong; how much that was, and what failed."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    operations = [each.ok() for each in schema.get_all_operations()]
+    found = list(schema.get_all_operations())
+    failures = [str(each.err()) for each in found if isinstance(each, Err)]
+    operations = [each.ok() for each in found if isinstance(each, Ok)]
     operations = [each for each in operations if not _is_stream(each)]
-    failures, asked = [], 0
+    asked = 0
     until = time.monotonic() + _BUDGET_S
     session = requests.Session()
     for done, operation in enumerate(operations):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -191,6 +192,14 @@ async def _ask(platform: Platform, what: str, caller: Any, sandbox_id: str) -> N
         await platform.sandboxes.pause(caller, sandbox_id)
     else:
         await platform.sandboxes.snapshot(caller, sandbox_id, "frozen", live=what == "live")
+
+
+@pytest.fixture
+def database_url(tmp_path: Path, migrated_sqlite: Path) -> str:
+    """What becomes of a host is the same on either database."""
+    path = tmp_path / "control.sqlite3"
+    shutil.copy(migrated_sqlite, path)
+    return f"sqlite:///{path}"
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def test_default_disk_is_5_gb_everywhere() -> None:
     assert DEFAULT_DISK_SIZE_MB == 5 * 1024
     assert SandboxSpec(sandbox_id="sb1", template="base").disk_size_mb == DEFAULT_DISK_SIZE_MB
     # The API leaves it to the service, and the service asks every agent for it by name.
-    assert NewSandbox().disk_size_mb is None
+    assert NewSandbox.model_validate({}).disk_size_mb is None
     assert _spec_of(NewRow(), template).disk_size_mb == DEFAULT_DISK_SIZE_MB
 
 

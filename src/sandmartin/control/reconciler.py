@@ -23,7 +23,8 @@ from sandmartin.control.caller import system
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Overtaken
-from sandmartin.control.sandboxes import Row, Sandboxes, observe, state_of
+from sandmartin.control.rows import Row, observe, state_of
+from sandmartin.control.sandboxes import Sandboxes
 from sandmartin.control.states import ALIVE, TRANSITIONAL, HostState
 from sandmartin.control.templates import Templates
 from sandmartin.errors import NotFound, SandmartinError

@@ -1,8 +1,7 @@
 """Sandboxes: their rows, what may be done to them, and how a row and its VM stay one.
 
-A row changes state by one guarded UPDATE, in the transaction that begins or ends an operation;
-no row matched is a Conflict. What was asked for goes by the table of legal transitions, what was
-seen on a host goes without. A destroy takes a sandbox from whatever else is done to it.
+A row changes state in the transaction that begins or ends an operation, as `rows` has it. A destroy
+takes a sandbox from whatever else is done to it.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sqlalchemy import select, tuple_, update
+from sqlalchemy import select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm.attributes import set_committed_value
 
 from sandmartin.control import audit, events, tables
 from sandmartin.control.caller import Caller, system
@@ -28,9 +26,24 @@ from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Held, Kind, Operations, Overtaken
 from sandmartin.control.quotas import Quotas
+from sandmartin.control.rows import (
+    Row,
+    child_of,
+    cursor_of,
+    find,
+    moment,
+    move,
+    observe,
+    read_cursor,
+    settle_child,
+    shape_of,
+    state_of,
+    tell,
+    unfit,
+)
 from sandmartin.control.scheduler import Need, choose_host
 from sandmartin.control.seal import Sealer
-from sandmartin.control.states import HOLDING, LISTED, TRANSITIONAL, sources_of
+from sandmartin.control.states import HOLDING, LISTED, TRANSITIONAL
 from sandmartin.control.templates import Templates, find_template
 from sandmartin.control.usage import Usage
 from sandmartin.errors import (
@@ -52,7 +65,7 @@ from sandmartin.model import (
     State,
     new_sandbox_id,
 )
-from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox, SandboxInfo
+from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)
@@ -60,7 +73,6 @@ _log = logging.getLogger(__name__)
 _MAX_CHILDREN = 100
 _MAX_LABELS = 64
 _MAX_LABEL_CHARS = 1024
-Row = tables.Sandbox
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +189,7 @@ class Sandboxes:
     async def get(self, caller: Caller, sandbox_id: str) -> Row:
         """A sandbox of the caller's team, whatever its state. Raises NotFound."""
         async with self._db.read() as session:
-            return await _find(session, caller, sandbox_id)
+            return await find(session, caller, sandbox_id)
 
     async def list(self, caller: Caller, wanted: Filter) -> Page:
         """Sandboxes of the caller's team, newest first. Raises Invalid."""
@@ -187,15 +199,13 @@ class Sandboxes:
         for key, value in wanted.labels.items():
             query = query.where(Row.labels[key].as_string() == value)
         if wanted.cursor:
-            query = query.where(
-                tuple_(Row.created_at, Row.sandbox_id) < _read_cursor(wanted.cursor)
-            )
+            query = query.where(tuple_(Row.created_at, Row.sandbox_id) < read_cursor(wanted.cursor))
         query = query.order_by(Row.created_at.desc(), Row.sandbox_id.desc())
         async with self._db.read() as session:
             rows = (await session.scalars(query.limit(wanted.limit + 1))).all()
         shown = rows[: wanted.limit]
         more = len(rows) > wanted.limit
-        return Page(rows=shown, next=_cursor(shown[-1]) if more else "")
+        return Page(rows=shown, next=cursor_of(shown[-1]) if more else "")
 
     async def reach(self, caller: Caller, sandbox_id: str) -> Agent:
         """The agent of a running sandbox, to do something inside it.
@@ -203,9 +213,9 @@ class Sandboxes:
         Raises NotFound, Conflict, Unavailable.
         """
         async with self._db.read() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
         if row.state != State.RUNNING:
-            raise _unfit(row, "be used")
+            raise unfit(row, "be used")
         return await self._agent(row)
 
     async def ping(self, caller: Caller, sandbox_id: str) -> None:
@@ -323,7 +333,7 @@ class Sandboxes:
         )
         row.operation_id = held.operation_id
         data = {"host": choice.host.name, "load": choice.load, "others": choice.others}
-        _tell(session, row, "sandbox.starting", template=row.template, **data)
+        tell(session, row, "sandbox.starting", template=row.template, **data)
         audit.record(
             session,
             caller,
@@ -392,7 +402,7 @@ class Sandboxes:
                 raise error from None
             host_id = choice.host.host_id
             await observe(session, row, State.STARTING, host_id=host_id)
-            _tell(session, row, "sandbox.moved", host=choice.host.name, reason=error.message)
+            tell(session, row, "sandbox.moved", host=choice.host.name, reason=error.message)
         return await self._hosts.agent(host_id)
 
     # Pausing, resuming, ending.
@@ -454,14 +464,14 @@ class Sandboxes:
         """A new operation, or the id of one that is under way; None when it is gone already."""
         async with self._db.write() as session:
             # Nothing else gets between reading and writing: a destroy never loses.
-            row = await _find(session, caller, sandbox_id, to_change=True)
-            if row.state == State.STOPPED or (seen is not None and _moment(row) != _moment(seen)):
+            row = await find(session, caller, sandbox_id, to_change=True)
+            if row.state == State.STOPPED or (seen is not None and moment(row) != moment(seen)):
                 return None
             if row.state == State.STOPPING and row.operation_id is not None:
                 return row.operation_id
             held = self._operations.begin(session, sandbox_id, Kind.DESTROY, state_before=row.state)
             await observe(session, row, State.STOPPING, operation_id=held.operation_id)
-            _tell(session, row, "sandbox.stopping")
+            tell(session, row, "sandbox.stopping")
             audit.record(session, caller, "sandbox.destroyed", "sandbox", sandbox_id)
         self._events.wake()
         return held
@@ -499,9 +509,9 @@ class Sandboxes:
             raise Invalid(f"count is {count}", hint=f"use 1 to {_MAX_CHILDREN}")
         ids = [new_sandbox_id() for _ in range(count)]
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
-            children = [_child(row, each, caller, timeout_s) for each in ids]
-            await self._quotas.check(session, caller.team_id, [_shape(each) for each in children])
+            row = await find(session, caller, sandbox_id)
+            children = [child_of(row, each, caller, timeout_s) for each in ids]
+            await self._quotas.check(session, caller.team_id, [shape_of(each) for each in children])
             held = await self._begin(
                 session,
                 row,
@@ -514,7 +524,7 @@ class Sandboxes:
             for child in children:
                 child.operation_id = held.operation_id
                 session.add(child)
-                _tell(session, child, "sandbox.starting", parent=sandbox_id)
+                tell(session, child, "sandbox.starting", parent=sandbox_id)
             audit.record(session, caller, "sandbox.forked", "sandbox", sandbox_id, children=ids)
         self._events.wake()
         await self._operations.run(held)
@@ -542,7 +552,7 @@ class Sandboxes:
                 if child is None or child.operation_id != held.operation_id:
                     continue
                 outcome = made.get(each, error or Unavailable("it was not made"))
-                await _settle_child(session, child, outcome)
+                await settle_child(session, child, outcome)
 
         await self._perform(held, act, State.RUNNING, "sandbox.forked", settle=settle)
 
@@ -564,7 +574,7 @@ class Sandboxes:
     async def checkpoint(self, caller: Caller, sandbox_id: str, comment: str = "") -> Checkpoint:
         """A snapshot in a sandbox's own history; it goes on. Raises NotFound, Conflict."""
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
             held = await self._begin(
                 session,
                 row,
@@ -628,7 +638,7 @@ class Sandboxes:
         """
         sources = {State.RUNNING} if live else {State.RUNNING, State.PAUSED}
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
             template = await self._templates.add(session, caller, name, row)
             held = await self._begin(
                 session,
@@ -702,7 +712,7 @@ class Sandboxes:
         **arguments: Any,
     ) -> Row:
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
             held = await self._begin(
                 session, row, kind, sources, during, values=values, **arguments
             )
@@ -728,16 +738,16 @@ class Sandboxes:
     ) -> Held:
         """Change the state and note the operation, in one transaction. Raises Conflict."""
         if row.state not in sources:
-            raise _unfit(row, f"be {_DONE[kind]}")
+            raise unfit(row, f"be {_DONE[kind]}")
         if row.state not in HOLDING:
             # What sleeps is not counted, and is about to wake up.
-            await self._quotas.check(session, row.team_id, [_shape(row)])
+            await self._quotas.check(session, row.team_id, [shape_of(row)])
         held = self._operations.begin(
             session, row.sandbox_id, kind, state_before=row.state, **arguments
         )
         changes = {**(values or {}), "operation_id": held.operation_id}
         await move(session, row, during, sources=sources, **changes)
-        _tell(session, row, f"sandbox.{during}")
+        tell(session, row, f"sandbox.{during}")
         return held
 
     async def _perform(
@@ -766,7 +776,7 @@ class Sandboxes:
                 changes = {**outcome.values, "operation_id": None, "reason": outcome.reason}
                 await observe(session, row, outcome.state, **changes)
                 told = {"error": error.message} if error else {}
-                _tell(session, row, outcome.event, **told)
+                tell(session, row, outcome.event, **told)
             if settle is not None:
                 await settle(session, row, error)
         self._operations.step(f"{held.kind}:applied")
@@ -845,9 +855,6 @@ async def _made_before(agent: Agent, row: Row, name: str) -> int | None:
     return sizes.get(name)
 
 
-# Rows.
-
-
 _DONE = {
     Kind.PAUSE: "paused",
     Kind.RESUME: "resumed",
@@ -858,87 +865,8 @@ _DONE = {
 }
 
 
-async def _find(
-    session: AsyncSession, caller: Caller, sandbox_id: str, *, to_change: bool = False
-) -> Row:
-    row = await session.get(Row, sandbox_id, with_for_update=to_change or None)
-    if row is None or row.team_id != caller.team_id:
-        raise NotFound(f"there is no sandbox {sandbox_id[:80]!r}")
-    return row
-
-
-def _unfit(row: Row, what: str) -> Conflict:
-    hint = {State.PAUSED: "resume it first", State.ERROR: "destroy it"}.get(State(row.state), "")
-    why = f" ({row.reason})" if row.reason else ""
-    return Conflict(f"sandbox {row.sandbox_id} is {row.state}{why} and cannot {what}", hint=hint)
-
-
-async def move(
-    session: AsyncSession, row: Row, to: State, *, sources: Collection[State], **values: Any
-) -> None:
-    """What was asked for: one guarded change of state. Raises Conflict."""
-    legal = frozenset(sources) & sources_of(to)
-    await _change(session, row, to, Row.state.in_(legal), Row.operation_id.is_(None), **values)
-
-
-async def observe(session: AsyncSession, row: Row, to: State, **values: Any) -> None:
-    """What was seen on a host, or ended: one guarded change of state. Raises Overtaken.
-
-    The row must be as it was read, and not only in the same state: it may have left that state
-    and come back, and then what was seen is of before.
-    """
-    as_read = (
-        Row.state == row.state,
-        Row.state_at == row.state_at,
-        Row.operation_id.is_not_distinct_from(row.operation_id),
-    )
-    try:
-        await _change(session, row, to, *as_read, **values)
-    except Conflict as error:
-        raise Overtaken(error.message) from error
-
-
-async def _change(
-    session: AsyncSession, row: Row, to: State, *conditions: Any, **values: Any
-) -> None:
-    values = {"state": to, "state_at": time.time(), **values}
-    if to is State.RUNNING:
-        values.setdefault("reason", "")
-    done = await session.execute(
-        update(Row)
-        .where(Row.sandbox_id == row.sandbox_id, *conditions)
-        .values(values)
-        .execution_options(synchronize_session=False)
-    )
-    if not done.rowcount:  # type: ignore[attr-defined]
-        raise Conflict(
-            f"sandbox {row.sandbox_id} is {row.state}, and something else is being done to it",
-            hint="try again in a moment",
-        )
-    for name, value in values.items():
-        # Also of a row that was read in another session.
-        set_committed_value(row, name, value)
-
-
-def _moment(row: Row) -> tuple[str, float, str | None]:
-    """What changes whenever something happens to a sandbox."""
-    return row.state, row.state_at, row.operation_id
-
-
 def _overtaken(held: Held) -> Overtaken:
     return Overtaken(f"{held.kind} of sandbox {held.sandbox_id} was overtaken by its end")
-
-
-def state_of(info: SandboxInfo) -> State:
-    """What a host says of a sandbox, in our words."""
-    try:
-        return State(info.state)
-    except ValueError:
-        return State.ERROR
-
-
-def _tell(session: AsyncSession, row: Row, kind: str, **data: Any) -> None:
-    events.record(session, row.team_id, kind, row.sandbox_id, state=row.state, **data)
 
 
 def _spec_of(new: NewRow, template: tables.Template) -> SandboxSpec:
@@ -961,60 +889,3 @@ def _need(spec: SandboxSpec, template: tables.Template) -> Need:
         vcpus=spec.vcpus,
         memory_mb=spec.memory_mb,
     )
-
-
-def _shape(row: Row) -> SandboxSpec:
-    return SandboxSpec(
-        sandbox_id=row.sandbox_id,
-        template=row.agent_template,
-        vcpus=row.vcpus,
-        memory_mb=row.memory_mb,
-        disk_size_mb=row.disk_size_mb,
-    )
-
-
-def _child(parent: Row, child_id: str, caller: Caller, timeout_s: int | None) -> Row:
-    now = time.time()
-    return Row(
-        sandbox_id=child_id,
-        team_id=parent.team_id,
-        host_id=parent.host_id,
-        template=parent.template,
-        agent_template=parent.agent_template,
-        state=State.STARTING,
-        state_at=now,
-        vcpus=parent.vcpus,
-        memory_mb=parent.memory_mb,
-        disk_size_mb=parent.disk_size_mb,
-        timeout_s=parent.timeout_s if timeout_s is None else timeout_s,
-        on_timeout=parent.on_timeout,
-        labels=dict(parent.labels),
-        parent_id=parent.sandbox_id,
-        created_by=caller.actor_id,
-        created_at=now,
-    )
-
-
-async def _settle_child(session: AsyncSession, child: Row, outcome: str | SandmartinError) -> None:
-    """A child runs at an address, or is the error why it does not."""
-    if isinstance(outcome, str):
-        now = time.time()
-        await observe(
-            session, child, State.RUNNING, operation_id=None, host_ip=outcome, started_at=now
-        )
-        _tell(session, child, "sandbox.running")
-    else:
-        await observe(session, child, State.ERROR, operation_id=None, reason=outcome.message)
-        _tell(session, child, "sandbox.error", error=outcome.message)
-
-
-def _cursor(row: Row) -> str:
-    return f"{row.created_at!r}_{row.sandbox_id}"
-
-
-def _read_cursor(cursor: str) -> tuple[float, str]:
-    created_at, _, sandbox_id = cursor.partition("_")
-    try:
-        return float(created_at), sandbox_id
-    except ValueError as error:
-        raise Invalid("the cursor is none of ours", hint="use `next` of the page before") from error
