@@ -13,6 +13,7 @@ import pytest
 _HERE = Path(__file__).parent
 #: Folders whose tests boot VMs.
 _ON_VMS = ("vm", "e2e")
+_POSTGRESQL = Path("/usr/lib/postgresql")
 
 
 _TIERS = ("quick", "default", "full")
@@ -48,9 +49,17 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
         return "need root"
     if item.get_closest_marker("qemu_img") and shutil.which("qemu-img") is None:
         return "need qemu-img"
+    if _takes_postgresql(item) and not any(_POSTGRESQL.glob("*/bin/initdb")):
+        return "need PostgreSQL (Debian: postgresql)"
     if item.get_closest_marker("full") and tier != "full":
         return "run in tier full alone"
     return ""
+
+
+def _takes_postgresql(item: pytest.Item) -> bool:
+    """Whether a test is the one on PostgreSQL of those on both databases."""
+    call = getattr(item, "callspec", None)
+    return call is not None and "postgresql" in call.params.values()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,7 +9,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import asyncpg
@@ -18,7 +18,9 @@ _BINARIES = "/usr/lib/postgresql/*/bin"
 _OWNER = "postgres"
 _PORT = 54329
 #: A database that is lost with the machine need not be synced.
-_OPTIONS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+_OPTIONS = ("fsync=off", "full_page_writes=off", "max_connections=200", "listen_addresses=")
+#: Faster still, where no test ends the server: what was committed last would be lost.
+_CARELESS = ("synchronous_commit=off",)
 
 
 def find_binaries() -> Path | None:
@@ -30,8 +32,23 @@ def find_binaries() -> Path | None:
 class Server:
     """A running server."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, binaries: Path, options: Sequence[str]) -> None:
         self.directory = directory
+        self._binaries = binaries
+        self._options = options
+
+    def start(self) -> None:
+        options = ["-k", self.directory, "-p", str(_PORT)]
+        options += [word for option in self._options for word in ("-c", option)]
+        words = " ".join(map(str, options))
+        self._control("-l", self.directory / "log", "-o", words, "start")
+
+    def stop(self) -> None:
+        """End it as a crash would: with no word to those who are connected."""
+        self._control("-m", "immediate", "stop")
+
+    def _control(self, *words: object) -> None:
+        _run(self._binaries / "pg_ctl", "-D", self.directory / "data", "-w", *words)
 
     def url(self, name: str) -> str:
         return f"postgresql://{_OWNER}@/{name}?host={self.directory}&port={_PORT}"
@@ -58,8 +75,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server() -> Iterator[Server]:
-    """A server for as long as the context lasts; it runs as a user of its own."""
+def running_server(*, careful: bool = False) -> Iterator[Server]:
+    """A server for as long as the context lasts; it runs as a user of its own.
+
+    A careful one loses nothing when it is stopped and started.
+    """
     binaries = find_binaries()
     assert binaries is not None, "PostgreSQL is not installed"
     directory = Path(tempfile.mkdtemp(prefix="smpg-", dir="/var/tmp"))
@@ -69,14 +89,12 @@ def running_server() -> Iterator[Server]:
             os.chown(directory, owner.pw_uid, owner.pw_gid)
         data = directory / "data"
         _run(binaries / "initdb", "-D", data, "-A", "trust", "-U", _OWNER, "--no-sync")
-        options = ["-k", directory, "-p", str(_PORT), "-c", "listen_addresses="]
-        options += [word for option in _OPTIONS for word in ("-c", option)]
-        words = " ".join(map(str, options))
-        _run(binaries / "pg_ctl", "-D", data, "-w", "-l", directory / "log", "-o", words, "start")
+        server = Server(directory, binaries, _OPTIONS if careful else _OPTIONS + _CARELESS)
+        server.start()
         try:
-            yield Server(directory)
+            yield server
         finally:
-            _run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+            server.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

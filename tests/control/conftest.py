@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ from sandmartin.control.sessions import cookie_name
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import random_id
 from tests import postgres
-from tests.fakes_agent import Fakes, Guests, machine_directory, make_machine
+from tests.fakes_agent import Fakes, Guests, machine_directory, make_machine, until
 
 if TYPE_CHECKING:
     from tests.control.living import Place
@@ -46,6 +47,44 @@ if TYPE_CHECKING:
 TIMING = Timing(lease_s=2.0, pick_up_s=0.05, retry_s=0.05, grace_s=5.0)
 PACE = Pace(period_s=0.05, unreachable_s=0.5, unknown_s=0.3, grace_s=0.2)
 DEADLINE_S = 20.0
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Wait until `condition` holds; fails at the deadline."""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while not await condition():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"never came: {what}") from None
+
+
+class Gate:
+    """A step of an agent that keeps whoever comes by, once it is closed.
+
+    Only for steps in threads: those on the loop would keep everything.
+    """
+
+    def __init__(self, at: str = "vmm:stopped") -> None:
+        self._at = at
+        self._open = threading.Event()
+        self._open.set()
+        self.waiting = 0
+
+    def __call__(self, step: str) -> None:
+        if step == self._at and not self._open.is_set():
+            self.waiting += 1
+            assert self._open.wait(DEADLINE_S)
+            self.waiting -= 1
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def reached(self) -> None:
+        await until(lambda: self.waiting > 0, f"somebody at {self._at}")
 
 
 @pytest.fixture(scope="session")
@@ -160,9 +199,13 @@ def facts_of(host: RunningHost) -> HostFacts:
 
 @contextlib.asynccontextmanager
 async def running_platform(
-    database_url: str, directory: Path, *hosts: RunningHost, **settings: object
+    database_url: str,
+    directory: Path,
+    *hosts: RunningHost,
+    working: bool = True,
+    **settings: object,
 ) -> AsyncIterator[Platform]:
-    """A replica that works, with these hosts."""
+    """A replica with these hosts, that works by itself or only does what it is asked for."""
     made = ControlSettings(
         data_dir=directory / "control",
         database_url=database_url,
@@ -173,6 +216,10 @@ async def running_platform(
         for host in hosts:
             await platform.hosts.ensure_local(facts_of(host))
         await platform.reconciler.tick()
+        if not working:
+            yield platform
+            await platform.operations.close()
+            return
         async with platform.working():
             yield platform
 

@@ -270,7 +270,7 @@ async def test_a_session_is_new_with_each_login(open_platform: Platform) -> None
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_cookies(database_url: str, tmp_path: Path) -> None:
-    settings = {"sign_up": "open", "public_url": "https://sand.example/"}
+    settings: dict[str, Any] = {"sign_up": "open", "public_url": "https://sand.example/"}
     async with (
         running_platform(database_url, tmp_path, **settings) as platform,
         client_of(platform) as http,

@@ -7,6 +7,7 @@ once, told without detail.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -16,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -65,11 +67,41 @@ STATUS: Mapping[str, int] = {
     "overtaken": 409,
 }
 #: Of what is no error of ours, by status.
-_FOREIGN = {401: "unauthenticated", 403: "denied", 404: "not_found", 405: "method_not_allowed"}
-_MAX_JSON_BYTES = 1 << 20
-#: Routes whose body is a file.
-_UPLOADS = re.compile(r"/files(/stream)?(/write)?$")
+_FOREIGN = {
+    401: "unauthenticated",
+    403: "denied",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timed_out",
+    413: "too_large",
+}
+_MAX_BODY_BYTES = 1 << 20
+_MAX_BODY_S = 30.0
+#: What is sent there is streamed, and may be of any size.
+_FILES = re.compile(r"/v1/(?:sandboxes|capsules)/[^/]+/files(?:/(?:stream/)?write)?$")
 _REQUEST_ID = "sandmartin.request_id"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, and what to do."""
+
+    code: str = Field(description="A contract; the message is for people.")
+    message: str
+    hint: str
+    retryable: bool
+    request_id: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+#: Of every route: any of its errors has this form.
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"model": ErrorBody, "description": "An error; `code` says which."}
+}
 
 
 def create_app(platform: Platform) -> FastAPI:
@@ -80,6 +112,7 @@ def create_app(platform: Platform) -> FastAPI:
         description="A microVM for every AI agent, user or job, on your own hosts.",
         docs_url="/docs",
         openapi_url="/openapi.json",
+        responses=_RESPONSES,
     )
     app.state.platform = platform
     # `usage` first: its paths would else be taken for ids.
@@ -97,9 +130,10 @@ def create_app(platform: Platform) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)
     app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(metrics.Measured, telemetry=platform.telemetry)
-    app.add_middleware(RequestIds)
     app.add_middleware(BoundedBodies)
+    app.add_middleware(metrics.Measured, telemetry=platform.telemetry)
+    # Around all others: what they refuse has an id, too.
+    app.add_middleware(RequestIds)
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:
@@ -189,33 +223,47 @@ class RequestIds:
 
 
 class BoundedBodies:
-    """Refuses a body that is larger than any of ours, as soon as that is known.
-
-    Files pass in pieces, and may be of any size.
-    """
+    """Refuses a body that is larger or slower than any of ours, as soon as that is known."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _UPLOADS.search(scope["path"]):
+        if scope["type"] != "http" or _FILES.match(scope["path"]):
             await self._app(scope, receive, send)
-            return
-        await self._app(scope, _bounded(receive), send)
+        elif _declared_bytes(scope) > _MAX_BODY_BYTES:
+            await (await _on_foreign(Request(scope), _too_large()))(scope, receive, send)
+        else:
+            await self._app(scope, _bounded(receive), send)
+
+
+def _declared_bytes(scope: Scope) -> int:
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    return int(lengths[0]) if lengths and lengths[0].isdigit() else 0
+
+
+def _too_large() -> HTTPException:
+    # Not one of ours: while a body is read, the framework takes all but its own for bad JSON.
+    return HTTPException(413, f"the body is larger than {_MAX_BODY_BYTES} bytes")
 
 
 def _bounded(receive: Receive) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:
-    size = 0
+    size, more = 0, True
+    until = asyncio.get_running_loop().time() + _MAX_BODY_S
 
     async def count() -> MutableMapping[str, Any]:
-        nonlocal size
-        message = await receive()
+        nonlocal size, more
+        if not more:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError as error:
+            raise HTTPException(408, f"the body took longer than {_MAX_BODY_S:.0f} s") from error
         size += len(message.get("body", b""))
-        if size > _MAX_JSON_BYTES:
-            raise errors.Invalid(
-                f"the body is larger than {_MAX_JSON_BYTES} bytes",
-                hint="send files to the file routes",
-            )
+        more = bool(message.get("more_body"))
+        if size > _MAX_BODY_BYTES:
+            raise _too_large()
         return message
 
     return count

@@ -2,19 +2,21 @@
 
 Every change is made in `write`, short and with no call to anything else inside: on SQLite it
 takes the one write lock at its beginning, so that what was read in it stays true. A database that
-does not answer is Unavailable, whatever its driver calls it.
+does not answer is Unavailable, and what it cannot hold is Invalid, whatever its driver calls it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from sqlalchemy import Connection, Double, Engine, String, event, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -27,11 +29,15 @@ from sqlalchemy.orm import DeclarativeBase
 from sandmartin.errors import Invalid, Unavailable
 
 #: How long a writer waits for the one before it.
-_BUSY_S = 10.0
+_BUSY_S = 5.0
 _POOL_SIZE = 10
 _POOL_WAIT_S = 10.0
 _CONNECT_S = 5.0
 _IMMEDIATE = "sandmartin_immediate"
+#: Classes of PostgreSQL's own codes: the connection, its means, its operator, its locks.
+_PASSING = ("08", "40", "53", "57")
+#: And of what it cannot hold, such as a NUL in a text.
+_UNFIT = "22"
 
 #: PostgreSQL keeps no NUL: character_not_in_repertoire, and untranslatable_character of JSON.
 _UNFIT_TEXT = frozenset({"22021", "22P05"})
@@ -58,6 +64,9 @@ class Database:
         immediate = engine.execution_options(**{_IMMEDIATE: True})
         self._write = async_sessionmaker(immediate, expire_on_commit=False)
         self._shared: ContextVar[AsyncSession | None] = ContextVar("shared", default=None)
+        # SQLite has one writer: ours queue here, in order and without a connection each, rather
+        # than there, where who waits asks again and again.
+        self._writer = asyncio.Lock() if self.is_sqlite else None
 
     @classmethod
     def open(cls, url: str) -> Database:
@@ -124,8 +133,20 @@ class Database:
             # Whoever waits for a second connection must not hold a first.
             await shared.close()
         with driver_errors_as_ours():
-            async with self._write() as session, session.begin():
+            async with self._turn(), self._write() as session, session.begin():
                 yield session
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        if self._writer is None:
+            yield
+            return
+        async with asyncio.timeout(_BUSY_S):
+            await self._writer.acquire()
+        try:
+            yield
+        finally:
+            self._writer.release()
 
     async def close(self) -> None:
         await self.engine.dispose()
@@ -137,20 +158,27 @@ def sqlite_url(path: Path) -> str:
 
 @contextlib.contextmanager
 def driver_errors_as_ours() -> Iterator[None]:
-    """A database that is not there, or does not come to it, is Unavailable.
-
-    A text that it cannot keep is Invalid.
-    """
+    """A database that is not there is Unavailable, what it cannot hold is Invalid."""
     try:
         yield
+    except (DataError, OverflowError, UnicodeEncodeError) as error:
+        raise _invalid() from error
     except (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError) as error:
         raise _unavailable(error) from error
-    except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) in _UNFIT_TEXT:
-            raise Invalid("a text holds a NUL character") from error
-        if not error.connection_invalidated:
+    except (DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        code = str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
+        if code.startswith(_UNFIT):
+            raise _invalid() from error
+        if not getattr(error, "connection_invalidated", True) and not code.startswith(_PASSING):
             raise
         raise _unavailable(error) from error
+
+
+def _invalid() -> Invalid:
+    return Invalid(
+        "the request has a value that cannot be kept",
+        hint="is there a NUL character or half a surrogate pair in a text, or a number too large?",
+    )
 
 
 def _unavailable(error: Exception) -> Unavailable:

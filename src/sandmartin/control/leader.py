@@ -1,4 +1,8 @@
-"""The leader: of several replicas the one that looks after what only one must."""
+"""The leader: of several replicas the one that looks after what only one must.
+
+For moments there may be two, when one comes late to renew its claim: whatever they do is guarded
+by the rows that it changes. Work that dies of a bug is told, and begun again.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,9 @@ class Leader:
                     _log.info("this replica leads no more")
                     await _end(working)
                     working = None
-                if working is not None and working.done():
-                    working.result()
+                elif working is not None and working.done():
+                    _log.critical("the leader's work died", exc_info=working.exception())
+                    working = None
                 await asyncio.sleep(self._lease_s / 3)
         finally:
             if working is not None:

@@ -2,9 +2,10 @@
 
 Whoever begins one changes the sandbox's state in the same transaction, before anything is sent to
 a host. The work is done outside any transaction and belongs to this replica, not to the request
-that asked for it. Its result is applied in one transaction fenced by the lease's token and by the
-sandbox's `operation_id`: what was overtaken (a destroy always wins) changes nothing any more.
-Where it cannot be known what a host did, the operation stays open; its lease expires, and this or
+that asked for it. Its result is applied in one transaction fenced by the lease's token; the
+sandbox's row only changes while its `operation_id` names the operation, so that what was overtaken
+(a destroy always wins) settles what else it made and leaves the sandbox alone. Where it cannot be
+known what a host did, the operation stays open, and says why; its lease expires, and this or
 another replica takes it and does it again. Every step is one that can be repeated.
 """
 
@@ -29,6 +30,10 @@ from sandmartin.model import random_id
 
 _log = logging.getLogger(__name__)
 
+#: Operations that are taken up at a time.
+_AT_ONCE = 50
+_LOOK_S = 0.2
+
 
 class Kind(StrEnum):
     CREATE = "create"
@@ -51,6 +56,8 @@ class Timing:
     retry_s: float = 5.0
     #: How long a stopping replica waits for its own work.
     grace_s: float = 25.0
+    #: How long somebody waits for what another replica does.
+    wait_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,10 @@ class Overtaken(SandmartinError):
     """Something else was done to the sandbox meanwhile."""
 
     code = "overtaken"
+
+
+class LeaseLost(Overtaken):
+    """Another replica has taken the operation over."""
 
 
 class Operations:
@@ -165,15 +176,14 @@ class Operations:
         renewing = asyncio.create_task(self._renew(held), name=f"lease {held.operation_id}")
         try:
             return await self._works[held.kind](held)
+        except LeaseLost:
+            return await self.wait(held.operation_id)
         except (Unavailable, TimedOut) as error:
             if error.answered:
                 raise
             # What the host did is not known: it is found out when it can be asked again.
-            await self._leave(held)
-            raise Unavailable(
-                f"{held.kind} of sandbox {held.sandbox_id} is not finished: {error.message}",
-                hint="it is taken up again by itself; look at the sandbox's state",
-            ) from error
+            await self._leave(held, error)
+            raise _unfinished(held.kind, held.sandbox_id, error.message) from error
         finally:
             renewing.cancel()
             await asyncio.wait({renewing})
@@ -182,18 +192,26 @@ class Operations:
         while True:
             await asyncio.sleep(self._timing.lease_s / 3)
             with contextlib.suppress(Unavailable):
-                if not await self._set_expiry(held, time.time() + self._timing.lease_s):
+                if not await self._update(
+                    held, lease_expires_at=time.time() + self._timing.lease_s
+                ):
                     return
 
-    async def _leave(self, held: Held) -> None:
-        """Let it be taken up again soon."""
+    async def _leave(self, held: Held, error: SandmartinError) -> None:
+        """Let it be taken up again soon, and say why until then."""
         with contextlib.suppress(Unavailable):
-            await self._set_expiry(held, time.time() + self._timing.retry_s)
+            await self._update(
+                held,
+                lease_expires_at=time.time() + self._timing.retry_s,
+                error_code=error.code,
+                error_message=error.message,
+            )
 
-    async def _set_expiry(self, held: Held, expires_at: float) -> bool:
+    async def _update(self, held: Held, **values: Any) -> bool:
+        """Whether the lease is still ours."""
         async with self._db.write() as session:
             done = await session.execute(
-                update(tables.Operation).where(*_held(held)).values(lease_expires_at=expires_at)
+                update(tables.Operation).where(*_held(held)).values(values)
             )
         return bool(done.rowcount)  # type: ignore[attr-defined]
 
@@ -202,7 +220,7 @@ class Operations:
     async def finish(
         self, session: AsyncSession, held: Held, error: SandmartinError | None = None
     ) -> None:
-        """Close an operation, in the transaction that applies its result. Raises Overtaken."""
+        """Close an operation, in the transaction that applies its result. Raises LeaseLost."""
         done = await session.execute(
             update(tables.Operation)
             .where(*_held(held))
@@ -215,7 +233,7 @@ class Operations:
             )
         )
         if not done.rowcount:  # type: ignore[attr-defined]
-            raise Overtaken(f"{held.kind} of sandbox {held.sandbox_id} was overtaken")
+            raise LeaseLost(f"{held.kind} of sandbox {held.sandbox_id} is another replica's now")
 
     # What others left.
 
@@ -228,6 +246,9 @@ class Operations:
                     self._start(held)
             except Unavailable as error:
                 _log.warning("operations are not looked at: %s", error)
+            except Exception:  # noqa: BLE001
+                # A supervisor: without it nothing would ever be taken up again.
+                _log.exception("operations are not looked at")
 
     async def take_expired(self) -> list[Held]:
         """Take the leases of operations whose owners are gone."""
@@ -237,11 +258,12 @@ class Operations:
         expired = (tables.Operation.finished_at.is_(None), tables.Operation.lease_expires_at < now)
         taken = []
         async with self._db.write() as session:
-            rows = (await session.scalars(select(tables.Operation).where(*expired).limit(50))).all()
-            for row in rows:
-                if row.operation_id in self._running:
-                    # Ours, and only the renewal is late.
-                    continue
+            # Ours are not among them: there only the renewal is late.
+            query = select(tables.Operation).where(
+                *expired, tables.Operation.operation_id.not_in(list(self._running))
+            )
+            query = query.order_by(tables.Operation.lease_expires_at).limit(_AT_ONCE)
+            for row in (await session.scalars(query)).all():
                 token = random_id(20)
                 done = await session.execute(
                     update(tables.Operation)
@@ -259,20 +281,28 @@ class Operations:
         return taken
 
     async def wait(self, operation_id: str) -> None:
-        """Wait for an operation's end, whoever does it. Raises the error it ended with."""
-        if (task := self._running.get(operation_id)) is not None:
-            await asyncio.shield(task)
-            return
+        """Wait for an operation's end, whoever does it. Raises the error it ended with.
+
+        Unavailable when it cannot be finished just now.
+        """
+        until = time.monotonic() + self._timing.wait_s
         while True:
+            task = self._running.get(operation_id)
+            if task is not None and task is not asyncio.current_task():
+                await asyncio.shield(task)
+                return
             async with self._db.read() as session:
                 row = await session.get(tables.Operation, operation_id)
             if row is None:
                 return
             if row.finished_at is not None:
                 if row.error_code:
-                    raise from_code(row.error_code, row.error_message)
+                    raise _ended_with(row)
                 return
-            await asyncio.sleep(0.2)
+            if row.error_code or time.monotonic() > until:
+                why = row.error_message or "another replica works on it"
+                raise _unfinished(row.kind, row.sandbox_id, why)
+            await asyncio.sleep(_LOOK_S)
 
     async def close(self) -> None:
         """Wait for the work under way; what does not end is left to other replicas."""
@@ -292,6 +322,19 @@ def _outcome(task: asyncio.Task[Any]) -> str:
         return "cancelled"
     error = task.exception()
     return "" if error is None else getattr(error, "code", SandmartinError.code)
+
+
+def _ended_with(row: tables.Operation) -> SandmartinError:
+    if row.error_code == Overtaken.code:
+        return Overtaken(row.error_message)
+    return from_code(row.error_code, row.error_message)
+
+
+def _unfinished(kind: str, sandbox_id: str, why: str) -> Unavailable:
+    return Unavailable(
+        f"{kind} of sandbox {sandbox_id} is not finished: {why}",
+        hint="it is taken up again by itself; look at the sandbox's state",
+    )
 
 
 def _held(held: Held) -> tuple[Any, ...]:

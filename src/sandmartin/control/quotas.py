@@ -24,12 +24,14 @@ class Quotas:
 
     async def check(self, session: AsyncSession, team_id: str, more: Sequence[SandboxSpec]) -> None:
         """Raises Exhausted when the team may not hold `more` beside what it holds."""
+        # Where transactions write side by side, those of one team count one after the other.
+        lock = {"read": False, "key_share": True}
+        team = await session.get(tables.Team, team_id, with_for_update=lock)
         row = tables.Sandbox
         query = select(func.count(), func.sum(row.vcpus), func.sum(row.memory_mb)).where(
             row.team_id == team_id, row.state.in_(HOLDING)
         )
         count, vcpus, memory_mb = (await session.execute(query)).one()
-        team = await session.get(tables.Team, team_id)
         own = (
             (None,) * 3
             if team is None

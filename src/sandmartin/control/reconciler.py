@@ -2,13 +2,13 @@
 
 Every row that is not over is compared with what its host reports, and every VM that a host
 reports with the rows. A row to which something is being done is left to its operation. What a host
-says may be older than a row: only rows that were as they are before the host was asked are judged.
+says may be older than a row, and clocks differ: only rows are judged that were read before the
+host was asked, and only what is still as it was read is changed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select, update
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import events, tables
@@ -24,12 +23,14 @@ from sandmartin.control.caller import system
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts, mark_unreachable
 from sandmartin.control.operations import Overtaken
-from sandmartin.control.sandboxes import Row, Sandboxes, observe, state_of
-from sandmartin.control.states import ALIVE, TRANSITIONAL
+from sandmartin.control.rows import Row, observe, state_of
+from sandmartin.control.sandboxes import Sandboxes
+from sandmartin.control.states import ALIVE, TRANSITIONAL, HostState
 from sandmartin.control.templates import Templates
 from sandmartin.errors import NotFound, SandmartinError
 from sandmartin.model import State
 from sandmartin.transport import SandboxInfo
+from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +66,11 @@ class Reconciler:
         self._templates = templates
         self._events = happenings
         self._pace = pace
-        #: When a VM that no row knows was first seen, by host and id.
-        self._unknown: dict[tuple[str, str], float] = {}
+        #: Since when it is seen: VMs and templates that no row knows, by host and id, and
+        #: deletions that do not end.
+        self._unknown = _Sightings(pace.unknown_s)
+        self._unknown_templates = _Sightings(pace.unknown_s)
+        self._half_deleted = _Sightings(pace.unknown_s)
         #: When all hosts were looked at last by this replica; 0 before.
         self.looked_at = 0.0
 
@@ -81,11 +85,20 @@ class Reconciler:
     async def tick(self) -> None:
         """Look at every host once, all at the same time."""
         hosts = await self._hosts.list_reachable()
-        await asyncio.gather(*(self._look_at(host) for host in hosts))
+        looks = [self._look_at(host) for host in hosts]
+        looks += [self._settle_homeless(), self._finish_deletions()]
+        # One that fails must not keep the others from being looked at.
+        failures = await asyncio.gather(*looks, return_exceptions=True)
         self.looked_at = time.time()
+        for failure in failures:
+            if isinstance(failure, SandmartinError):
+                _log.warning("not all is compared: %s", failure)
+            elif failure is not None:
+                raise failure
 
     async def _look_at(self, host: tables.Host) -> None:
-        asked_at = time.time()
+        rows = await self._idle_rows(Row.host_id == host.host_id)
+        placed = await self._templates.placed_on(host.host_id)
         try:
             agent = await self._hosts.agent(host.host_id)
             about = await agent.describe()
@@ -96,10 +109,44 @@ class Reconciler:
             return
         if await self._hosts.mark_online(host.host_id, about):
             _log.info("host %s is online", host.name)
-        # Another host, or another replica, may note the same just now.
-        with contextlib.suppress(IntegrityError):
-            await self._templates.sync(host.host_id, templates)
-        await self._compare(host, infos, asked_at)
+        await self._templates.sync(host.host_id, templates, placed)
+        judged = await asyncio.gather(*(self._judge(host, row, infos) for row in rows))
+        unchanged = [row for row, changed in zip(rows, judged, strict=True) if not changed]
+        await self._refresh(unchanged, infos)
+        await self._end_unknown(host, agent, infos)
+        unknown = {(host.host_id, name) for name in await self._templates.unknown(templates)}
+        for _, name in self._unknown_templates.lasting(unknown, of=host.host_id):
+            _log.warning("template %s on host %s belongs to nobody", name, host.name)
+            await self._templates.end_unknown(agent, name)
+
+    async def _idle_rows(self, *conditions: Any) -> list[Row]:
+        """Rows to which nothing is being done."""
+        query = select(Row).where(Row.state.in_(ALIVE), *conditions)
+        async with self._db.read() as session:
+            rows = (await session.scalars(query)).all()
+            working = await self._worked_on(session, [row.operation_id for row in rows])
+        return [row for row in rows if row.operation_id not in working]
+
+    async def _worked_on(self, session: AsyncSession, ids: list[str | None]) -> set[str]:
+        """Those operations that are not finished: whoever has their lease knows best."""
+        operation = tables.Operation
+        query = select(operation.operation_id).where(
+            operation.operation_id.in_({each for each in ids if each is not None}),
+            operation.finished_at.is_(None),
+        )
+        return set(await session.scalars(query))
+
+    async def _settle_homeless(self) -> None:
+        """What was on a host that is deleted is over."""
+        deleted = select(tables.Host.host_id).where(tables.Host.state == HostState.DELETED)
+        for row in await self._idle_rows(Row.host_id.in_(deleted)):
+            await self._believe(row, State.STOPPED, "its host was deleted", None)
+
+    async def _finish_deletions(self) -> None:
+        """Deletions of templates that their replica did not live to finish."""
+        rows = await self._templates.half_deleted()
+        for _, template_id in self._half_deleted.lasting({("", each) for each in rows}, of=""):
+            await self._templates.finish_deletion(rows[template_id])
 
     async def _note_silence(self, host: tables.Host, error: SandmartinError) -> None:
         """A host that is silent for too long is unreachable, and its sandboxes are missing."""
@@ -113,7 +160,7 @@ class Reconciler:
             query = select(Row).where(
                 Row.host_id == host.host_id, Row.state == State.RUNNING, Row.operation_id.is_(None)
             )
-            for row in await session.scalars(query):
+            for row in (await session.scalars(query.with_for_update())).all():
                 reason = f"its host {host.name} cannot be reached"
                 await observe(session, row, State.MISSING, reason=reason)
                 events.record(
@@ -123,55 +170,32 @@ class Reconciler:
 
     # One host that answers.
 
-    async def _compare(
-        self, host: tables.Host, infos: Mapping[str, SandboxInfo], asked_at: float
-    ) -> None:
-        query = select(Row).where(
-            Row.host_id == host.host_id, Row.state.in_(ALIVE), Row.state_at < asked_at
-        )
-        async with self._db.read() as session:
-            rows = (await session.scalars(query)).all()
-            known = set(
-                await session.scalars(
-                    select(Row.sandbox_id).where(
-                        Row.sandbox_id.in_(infos), Row.state.in_(ALIVE), Row.host_id == host.host_id
-                    )
-                )
-            )
-            working = await _worked_on(session, [row.operation_id for row in rows])
-        for row in rows:
-            if row.operation_id not in working:
-                await self._judge(host, row, infos.get(row.sandbox_id), asked_at)
-        await self._end_unknown(host, set(infos) - known, asked_at)
-
-    async def _judge(
-        self, host: tables.Host, row: Row, info: SandboxInfo | None, asked_at: float
-    ) -> None:
-        state = State(row.state)
-        if state in TRANSITIONAL and asked_at - row.state_at < self._pace.grace_s:
-            return
+    async def _judge(self, host: tables.Host, row: Row, infos: Mapping[str, SandboxInfo]) -> bool:
+        """Whether the row was not what its host has, and so is dealt with."""
+        state, info = State(row.state), infos.get(row.sandbox_id)
+        if state in TRANSITIONAL and time.time() - row.state_at < self._pace.grace_s:
+            return True
         if state is State.STOPPING:
             await self._stop(row, info)
-            return
+            return True
         seen = state_of(info) if info is not None else None
         if seen in TRANSITIONAL:
-            return
-        if seen is state:
-            assert info is not None
-            await self._refresh(row, info)
-            return
+            return True
         to, reason = _verdict(host, state, info)
         if to is state:
-            return
-        if seen is State.PAUSED and row.on_timeout == "kill" and state is State.RUNNING:
-            await self._sandboxes.destroy(system(row.team_id), row.sandbox_id)
-            return
-        await self._believe(row, to, reason, info)
+            return False
+        if state is State.RUNNING and info is not None and _timed_out(row, info):
+            await self._sandboxes.destroy(system(row.team_id), row.sandbox_id, seen=row)
+        else:
+            await self._believe(row, to, reason, info)
+        return True
 
     async def _believe(self, row: Row, to: State, reason: str, info: SandboxInfo | None) -> None:
         values: dict[str, Any] = {"host_ip": info.address if info is not None else ""}
         if to is State.STOPPED:
             values["ended_at"] = time.time()
+        elif to is State.RUNNING and row.started_at is None:
+            values["started_at"] = time.time()
         _log.info("sandbox %s is %s, not %s: %s", row.sandbox_id, to, row.state, reason)
         try:
             async with self._db.write() as session:
@@ -191,44 +215,67 @@ class Reconciler:
         if info is None:
             await self._believe(row, State.STOPPED, "", None)
         else:
-            await self._sandboxes.destroy(system(row.team_id), row.sandbox_id)
+            await self._sandboxes.destroy(system(row.team_id), row.sandbox_id, seen=row)
 
-    async def _refresh(self, row: Row, info: SandboxInfo) -> None:
-        """Keep what changes by itself: the address, the last activity."""
-        if (row.host_ip, row.last_active_at) == (info.address, float(info.last_active_at)):
+    async def _refresh(self, rows: list[Row], infos: Mapping[str, SandboxInfo]) -> None:
+        """Keep what changes by itself, of all in one transaction: address, last activity."""
+        changed = [
+            (row, info)
+            for row in rows
+            if (info := infos.get(row.sandbox_id)) is not None
+            and (row.host_ip, row.last_active_at) != (info.address, float(info.last_active_at))
+        ]
+        if not changed:
             return
         async with self._db.write() as session:
-            await session.execute(
-                update(Row)
-                .where(Row.sandbox_id == row.sandbox_id, Row.state == row.state)
-                .values(host_ip=info.address, last_active_at=float(info.last_active_at))
-            )
+            for row, info in changed:
+                await session.execute(
+                    update(Row)
+                    .where(Row.sandbox_id == row.sandbox_id, Row.state_at == row.state_at)
+                    .values(host_ip=info.address, last_active_at=float(info.last_active_at))
+                )
 
-    async def _end_unknown(self, host: tables.Host, ids: set[str], now: float) -> None:
+    async def _end_unknown(
+        self, host: tables.Host, agent: Agent, infos: Mapping[str, SandboxInfo]
+    ) -> None:
         """End VMs that belong to no row, when they have been there for a while."""
-        seen = {(host.host_id, each) for each in ids}
-        for key in [key for key in self._unknown if key[0] == host.host_id and key not in seen]:
-            del self._unknown[key]
-        for key in seen:
-            if now - self._unknown.setdefault(key, now) < self._pace.unknown_s:
-                continue
-            _log.warning("sandbox %s on host %s belongs to nobody and is ended", key[1], host.name)
+        # Read after the host was asked: a row is there before its VM is.
+        query = select(Row.sandbox_id).where(
+            Row.sandbox_id.in_(infos), Row.state.in_(ALIVE), Row.host_id == host.host_id
+        )
+        async with self._db.read() as session:
+            known = set(await session.scalars(query))
+        unknown = {(host.host_id, each) for each in infos if each not in known}
+        for _, sandbox_id in self._unknown.lasting(unknown, of=host.host_id):
+            _log.warning("sandbox %s on host %s belongs to nobody", sandbox_id, host.name)
             try:
-                await (await self._hosts.agent(host.host_id)).destroy(key[1])
+                await agent.destroy(sandbox_id)
             except NotFound:
                 pass
             except SandmartinError as error:
-                _log.warning("sandbox %s cannot be ended: %s", key[1], error)
+                _log.warning("sandbox %s cannot be ended: %s", sandbox_id, error)
 
 
-async def _worked_on(session: AsyncSession, operation_ids: list[str | None]) -> set[str]:
-    """Those operations that are not finished: whoever has their lease knows best."""
-    ids = [each for each in operation_ids if each is not None]
-    operation = tables.Operation
-    query = select(operation.operation_id).where(
-        operation.operation_id.in_(ids), operation.finished_at.is_(None)
-    )
-    return set(await session.scalars(query))
+class _Sightings:
+    """What ought not to be there, and since when it is seen."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._since: dict[tuple[str, str], float] = {}
+
+    def lasting(self, seen: set[tuple[str, str]], *, of: str) -> list[tuple[str, str]]:
+        """All that is seen of one host, and has been for long enough."""
+        now = time.monotonic()
+        for key in [key for key in self._since if key[0] == of and key not in seen]:
+            del self._since[key]
+        return [key for key in seen if now - self._since.setdefault(key, now) >= self._patience_s]
+
+
+def _timed_out(row: Row, info: SandboxInfo) -> bool:
+    """Whether it idled past a limit that is to end it; the host has put it to sleep."""
+    # With a reason it sleeps because of that: a host that was restarted, say.
+    idled = state_of(info) is State.PAUSED and row.timeout_s > 0 and not info.reason
+    return idled and row.on_timeout == "kill"
 
 
 def _verdict(host: tables.Host, state: State, info: SandboxInfo | None) -> tuple[State, str]:

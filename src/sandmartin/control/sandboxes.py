@@ -1,22 +1,22 @@
 """Sandboxes: their rows, what may be done to them, and how a row and its VM stay one.
 
-A row changes state by one guarded UPDATE, in the transaction that begins or ends an operation;
-no row matched is a Conflict. What was asked for goes by the table of legal transitions, what was
-seen on a host goes without. A destroy takes a sandbox from whatever else is done to it.
+A row changes state in the transaction that begins or ends an operation, as `rows` has it. A destroy
+takes a sandbox from whatever else is done to it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sqlalchemy import select, tuple_, update
+from sqlalchemy import select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -26,9 +26,24 @@ from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Held, Kind, Operations, Overtaken
 from sandmartin.control.quotas import Quotas
+from sandmartin.control.rows import (
+    Row,
+    child_of,
+    cursor_of,
+    find,
+    moment,
+    move,
+    observe,
+    read_cursor,
+    settle_child,
+    shape_of,
+    state_of,
+    tell,
+    unfit,
+)
 from sandmartin.control.scheduler import Need, choose_host
 from sandmartin.control.seal import Sealer
-from sandmartin.control.states import LISTED, TRANSITIONAL, sources_of
+from sandmartin.control.states import HOLDING, LISTED, TRANSITIONAL
 from sandmartin.control.templates import Templates, find_template
 from sandmartin.control.usage import Usage
 from sandmartin.errors import (
@@ -39,6 +54,7 @@ from sandmartin.errors import (
     NotFound,
     SandmartinError,
     TimedOut,
+    ToolFailed,
     Unavailable,
 )
 from sandmartin.model import (
@@ -49,7 +65,7 @@ from sandmartin.model import (
     State,
     new_sandbox_id,
 )
-from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox, SandboxInfo
+from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)
@@ -57,7 +73,6 @@ _log = logging.getLogger(__name__)
 _MAX_CHILDREN = 100
 _MAX_LABELS = 64
 _MAX_LABEL_CHARS = 1024
-Row = tables.Sandbox
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +92,9 @@ class NewRow:
         if self.on_timeout not in {"pause", "kill"}:
             raise Invalid(f"on_timeout is {self.on_timeout!r}", hint="use `pause` or `kill`")
         check_labels(self.labels)
+        if any(not name or "=" in name for name in self.envs):
+            raise Invalid("a name in envs is empty or contains '='")
+        _check_texts(self.envs, "envs")
 
     def digest(self) -> str:
         """The same for the same request."""
@@ -92,6 +110,15 @@ def check_labels(labels: Mapping[str, str]) -> None:
             "an entry of metadata is too long, or has no name",
             hint=f"use at most {_MAX_LABEL_CHARS} characters for name and value together",
         )
+    _check_texts(labels, "metadata")
+
+
+def _check_texts(texts: Mapping[str, str], what: str) -> None:
+    """Raises Invalid for what no database or environment can hold."""
+    for text in (*texts, *texts.values()):
+        # Half a surrogate pair can be said in JSON, and is no character.
+        if "\0" in text or any("\ud800" <= each <= "\udfff" for each in text):
+            raise Invalid(f"{what} has a text with a NUL or half a surrogate pair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +138,17 @@ class Filter:
 class Page:
     rows: Sequence[Row]
     next: str
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a sandbox is after an operation, and what it failed with."""
+
+    state: State
+    event: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    error: SandmartinError | None = None
 
 
 class Sandboxes:
@@ -153,7 +191,7 @@ class Sandboxes:
     async def get(self, caller: Caller, sandbox_id: str) -> Row:
         """A sandbox of the caller's team, whatever its state. Raises NotFound."""
         async with self._db.read() as session:
-            return await _find(session, caller, sandbox_id)
+            return await find(session, caller, sandbox_id)
 
     async def list(self, caller: Caller, wanted: Filter) -> Page:
         """Sandboxes of the caller's team, newest first. Raises Invalid, Denied."""
@@ -165,15 +203,13 @@ class Sandboxes:
         for key, value in wanted.labels.items():
             query = query.where(Row.labels[key].as_string() == value)
         if wanted.cursor:
-            query = query.where(
-                tuple_(Row.created_at, Row.sandbox_id) < _read_cursor(wanted.cursor)
-            )
+            query = query.where(tuple_(Row.created_at, Row.sandbox_id) < read_cursor(wanted.cursor))
         query = query.order_by(Row.created_at.desc(), Row.sandbox_id.desc())
         async with self._db.read() as session:
             rows = (await session.scalars(query.limit(wanted.limit + 1))).all()
         shown = rows[: wanted.limit]
         more = len(rows) > wanted.limit
-        return Page(rows=shown, next=_cursor(shown[-1]) if more else "")
+        return Page(rows=shown, next=cursor_of(shown[-1]) if more else "")
 
     async def on_behalf(self, caller: Caller, sandbox_id: str) -> Caller:
         """An administrator of the platform, acting for the team that has a sandbox.
@@ -193,9 +229,9 @@ class Sandboxes:
         Raises NotFound, Conflict, Unavailable.
         """
         async with self._db.read() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
         if row.state != State.RUNNING:
-            raise _unfit(row, "be used")
+            raise unfit(row, "be used")
         return await self._agent(row)
 
     async def ping(self, caller: Caller, sandbox_id: str) -> None:
@@ -237,27 +273,41 @@ class Sandboxes:
         used for another request.
         """
         if idempotency_key and (row := await self._repeated(caller, new, idempotency_key)):
-            if row.operation_id is not None:
-                await self._operations.wait(row.operation_id)
-            return await self.get(caller, row.sandbox_id)
+            return row
         try:
             async with self._db.write() as session:
                 held = await self._begin_create(session, caller, new, idempotency_key)
         except IntegrityError:
             # Somebody was faster with the same key.
-            return await self.create(caller, new, idempotency_key)
+            if idempotency_key and (row := await self._repeated(caller, new, idempotency_key)):
+                return row
+            raise
         return await self._finished(caller, held)
 
     async def _repeated(self, caller: Caller, new: NewRow, key: str) -> Row | None:
-        query = select(Row).where(Row.team_id == caller.team_id, Row.idempotency_key == key)
+        """What a request with the same key has made, once it is there. Raises what it raised."""
+        operation = tables.Operation
+        query = (
+            select(Row, operation.operation_id)
+            .outerjoin(
+                operation,
+                (operation.sandbox_id == Row.sandbox_id) & (operation.kind == Kind.CREATE),
+            )
+            .where(Row.team_id == caller.team_id, Row.idempotency_key == key)
+        )
         async with self._db.read() as session:
-            row = await session.scalar(query)
-        if row is not None and row.request_hash != new.digest():
+            found = (await session.execute(query)).first()
+        if found is None:
+            return None
+        row, operation_id = found
+        if row.request_hash != new.digest():
             raise Conflict(
                 "this idempotency key was used for another request",
                 hint="use a new key for each request",
             )
-        return row
+        if operation_id is not None:
+            await self._operations.wait(operation_id)
+        return await self.get(caller, row.sandbox_id)
 
     async def _begin_create(
         self, session: AsyncSession, caller: Caller, new: NewRow, key: str
@@ -299,7 +349,7 @@ class Sandboxes:
         )
         row.operation_id = held.operation_id
         data = {"host": choice.host.name, "load": choice.load, "bottleneck": choice.bottleneck}
-        _tell(session, row, "sandbox.starting", template=row.template, others=choice.others, **data)
+        tell(session, row, "sandbox.starting", template=row.template, others=choice.others, **data)
         audit.record(
             session,
             caller,
@@ -367,10 +417,8 @@ class Sandboxes:
             except SandmartinError:
                 raise error from None
             host_id = choice.host.host_id
-            await observe(
-                session, row, State.STARTING, operation=held.operation_id, host_id=host_id
-            )
-            _tell(session, row, "sandbox.moved", host=choice.host.name, reason=error.message)
+            await observe(session, row, State.STARTING, host_id=host_id)
+            tell(session, row, "sandbox.moved", host=choice.host.name, reason=error.message)
         return await self._hosts.agent(host_id)
 
     # Pausing, resuming, ending.
@@ -411,13 +459,14 @@ class Sandboxes:
 
         await self._perform(held, act, State.RUNNING, "sandbox.resumed")
 
-    async def destroy(self, caller: Caller, sandbox_id: str) -> None:
+    async def destroy(self, caller: Caller, sandbox_id: str, *, seen: Row | None = None) -> None:
         """End a sandbox, whatever is done to it. Already gone is success.
 
-        Raises NotFound. Where its host cannot be reached it is ended as soon as it can.
+        With `seen` only if it still is as it was seen. Raises NotFound, Unavailable when it could
+        not be noted. Where its host cannot be reached it is ended as soon as it can.
         """
+        held = await self._begin_destroy(caller, sandbox_id, seen)
         try:
-            held = await self._begin_destroy(caller, sandbox_id)
             if isinstance(held, Held):
                 await self._operations.run(held)
             elif held:
@@ -425,18 +474,20 @@ class Sandboxes:
         except Unavailable as error:
             _log.info("sandbox %s is destroyed later: %s", sandbox_id, error)
 
-    async def _begin_destroy(self, caller: Caller, sandbox_id: str) -> Held | str | None:
+    async def _begin_destroy(
+        self, caller: Caller, sandbox_id: str, seen: Row | None
+    ) -> Held | str | None:
         """A new operation, or the id of one that is under way; None when it is gone already."""
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
-            if row.state == State.STOPPED:
+            # Nothing else gets between reading and writing: a destroy never loses.
+            row = await find(session, caller, sandbox_id, to_change=True)
+            if row.state == State.STOPPED or (seen is not None and moment(row) != moment(seen)):
                 return None
             if row.state == State.STOPPING and row.operation_id is not None:
                 return row.operation_id
-            await _overtake(session, row)
             held = self._operations.begin(session, sandbox_id, Kind.DESTROY, state_before=row.state)
             await observe(session, row, State.STOPPING, operation_id=held.operation_id)
-            _tell(session, row, "sandbox.stopping")
+            tell(session, row, "sandbox.stopping")
             audit.record(session, caller, "sandbox.destroyed", "sandbox", sandbox_id)
         self._events.wake()
         return held
@@ -474,16 +525,22 @@ class Sandboxes:
             raise Invalid(f"count is {count}", hint=f"use 1 to {_MAX_CHILDREN}")
         ids = [new_sandbox_id() for _ in range(count)]
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
-            children = [_child(row, each, caller, timeout_s) for each in ids]
-            await self._quotas.check(session, caller.team_id, [_shape(each) for each in children])
+            row = await find(session, caller, sandbox_id)
+            children = [child_of(row, each, caller, timeout_s) for each in ids]
+            await self._quotas.check(session, caller.team_id, [shape_of(each) for each in children])
             held = await self._begin(
-                session, row, Kind.FORK, {State.RUNNING}, State.SNAPSHOTTING, children=ids
+                session,
+                row,
+                Kind.FORK,
+                {State.RUNNING},
+                State.SNAPSHOTTING,
+                children=ids,
+                timeout_s=children[0].timeout_s,
             )
             for child in children:
                 child.operation_id = held.operation_id
                 session.add(child)
-                _tell(session, child, "sandbox.starting", parent=sandbox_id)
+                tell(session, child, "sandbox.starting", parent=sandbox_id)
             audit.record(session, caller, "sandbox.forked", "sandbox", sandbox_id, children=ids)
         self._events.wake()
         await self._operations.run(held)
@@ -496,13 +553,13 @@ class Sandboxes:
 
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
             ids: list[str] = held.arguments["children"]
-            # Those of a try whose answer was lost.
-            there = {each.sandbox_id: each.address for each in await agent.list_sandboxes()}
-            made.update({each: there[each] for each in ids if each in there})
-            missing = tuple(each for each in ids if each not in there)
+            made.update(await self._children_there(agent, ids) if held.attempts > 1 else {})
+            missing = tuple(each for each in ids if each not in made)
             if missing:
-                for child in await agent.fork(row.sandbox_id, missing, row.timeout_s):
+                for child in await agent.fork(row.sandbox_id, missing, held.arguments["timeout_s"]):
                     made[child.sandbox_id] = child.error or child.address
+            if any(isinstance(each, AlreadyExists) for each in made.values()):
+                raise Unavailable("a try before this one is still making them")
             return {}
 
         async def settle(session: AsyncSession, _: Row, error: SandmartinError | None) -> None:
@@ -511,14 +568,29 @@ class Sandboxes:
                 if child is None or child.operation_id != held.operation_id:
                     continue
                 outcome = made.get(each, error or Unavailable("it was not made"))
-                await _settle_child(session, child, outcome)
+                await settle_child(session, child, outcome)
 
         await self._perform(held, act, State.RUNNING, "sandbox.forked", settle=settle)
+
+    async def _children_there(
+        self, agent: Agent, ids: Collection[str]
+    ) -> dict[str, str | SandmartinError]:
+        """What a try whose answer was lost has made. Raises Unavailable while it is at it."""
+        there = [each for each in await agent.list_sandboxes() if each.sandbox_id in ids]
+        for each in there:
+            if state_of(each) in TRANSITIONAL:
+                raise Unavailable(f"sandbox {each.sandbox_id} is still {each.state} on its host")
+        return {
+            each.sandbox_id: each.address
+            if state_of(each) is not State.ERROR
+            else ToolFailed(each.reason)
+            for each in there
+        }
 
     async def checkpoint(self, caller: Caller, sandbox_id: str, comment: str = "") -> Checkpoint:
         """A snapshot in a sandbox's own history; it goes on. Raises NotFound, Conflict."""
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
             held = await self._begin(
                 session,
                 row,
@@ -530,7 +602,10 @@ class Sandboxes:
             audit.record(session, caller, "checkpoint.created", "sandbox", sandbox_id)
         self._events.wake()
         checkpoint = await self._operations.run(held)
-        assert isinstance(checkpoint, Checkpoint)
+        if not isinstance(checkpoint, Checkpoint):
+            raise Unavailable(
+                "the checkpoint was made by another replica", hint="list the checkpoints"
+            )
         return checkpoint
 
     async def _do_checkpoint(self, held: Held) -> Checkpoint:
@@ -579,7 +654,7 @@ class Sandboxes:
         """
         sources = {State.RUNNING} if live else {State.RUNNING, State.PAUSED}
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
             template = await self._templates.add(session, caller, name, row)
             held = await self._begin(
                 session,
@@ -603,19 +678,11 @@ class Sandboxes:
         return made
 
     async def _do_snapshot(self, held: Held) -> None:
-        name, live = held.arguments["agent_name"], held.arguments["live"]
+        live = held.arguments["live"]
         size_bytes: list[int] = []
 
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
-            there = {each.name: each for each in await agent.list_templates()}
-            if name in there:
-                # Made by a try whose answer was lost.
-                size_bytes.append(there[name].size_bytes)
-            else:
-                if held.state_before == State.PAUSED:
-                    await agent.resume(row.sandbox_id, None)
-                made = await agent.create_snapshot(row.sandbox_id, name, live=live)
-                size_bytes.append(made.size_bytes)
+            size_bytes.append(await self._make_template(agent, row, held))
             return {} if live else {"host_ip": ""}
 
         async def settle(session: AsyncSession, row: Row, error: SandmartinError | None) -> None:
@@ -628,6 +695,23 @@ class Sandboxes:
 
         done = State.RUNNING if live else State.PAUSED
         await self._perform(held, act, done, "template.created", settle=settle)
+
+    async def _make_template(self, agent: Agent, row: Row, held: Held) -> int:
+        """Make it, or find what a try whose answer was lost has made; its size."""
+        name, live = held.arguments["agent_name"], held.arguments["live"]
+        if held.attempts > 1 and (size_bytes := await _made_before(agent, row, name)) is not None:
+            return size_bytes
+        if held.state_before == State.PAUSED:
+            await agent.resume(row.sandbox_id, None)
+        try:
+            return (await agent.create_snapshot(row.sandbox_id, name, live=live)).size_bytes
+        except SandmartinError as error:
+            if isinstance(error, Unavailable | TimedOut) and not error.answered:
+                raise
+            size_bytes = await _made_before(agent, row, name)
+            if size_bytes is None:
+                raise
+            return size_bytes
 
     # How all of it goes.
 
@@ -644,7 +728,7 @@ class Sandboxes:
         **arguments: Any,
     ) -> Row:
         async with self._db.write() as session:
-            row = await _find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id)
             held = await self._begin(
                 session, row, kind, sources, during, values=values, **arguments
             )
@@ -670,13 +754,16 @@ class Sandboxes:
     ) -> Held:
         """Change the state and note the operation, in one transaction. Raises Conflict."""
         if row.state not in sources:
-            raise _unfit(row, f"be {_DONE[kind]}")
+            raise unfit(row, f"be {_DONE[kind]}")
+        if row.state not in HOLDING:
+            # What sleeps is not counted, and is about to wake up.
+            await self._quotas.check(session, row.team_id, [shape_of(row)])
         held = self._operations.begin(
             session, row.sandbox_id, kind, state_before=row.state, **arguments
         )
         changes = {**(values or {}), "operation_id": held.operation_id}
         await move(session, row, during, sources=sources, **changes)
-        _tell(session, row, f"sandbox.{during}")
+        tell(session, row, f"sandbox.{during}")
         return held
 
     async def _perform(
@@ -693,56 +780,95 @@ class Sandboxes:
 
         An error that the host reports is applied as what the host then has. Raises it.
         """
+        outcome = await self._try(held, act, _Outcome(done, event))
+        self._operations.step(f"{held.kind}:done")
+        error = outcome.error
+        async with self._db.write() as session:
+            await self._operations.finish(session, held, error)
+            row = await session.get(Row, held.sandbox_id, with_for_update=True)
+            assert row is not None
+            overtaken = row.operation_id != held.operation_id
+            if not overtaken:
+                changes = {**outcome.values, "operation_id": None, "reason": outcome.reason}
+                await observe(session, row, outcome.state, **changes)
+                told = {"error": error.message} if error else {}
+                tell(session, row, outcome.event, **told)
+            if settle is not None:
+                await settle(session, row, error)
+        self._operations.step(f"{held.kind}:applied")
+        self._events.wake()
+        if overtaken or settle is not None:
+            await self._end_strays(row, held)
+        if error is not None:
+            raise error
+        if overtaken and settle is None:
+            raise _overtaken(held)
+
+    async def _try(
+        self,
+        held: Held,
+        act: Callable[[Agent, Row], Awaitable[dict[str, Any]]],
+        outcome: _Outcome,
+    ) -> _Outcome:
+        """What came of the work. Raises Unavailable, TimedOut when that cannot be known."""
         async with self._db.read() as session:
             row = await session.get(Row, held.sandbox_id)
         if row is None or row.operation_id != held.operation_id:
-            raise Overtaken(f"{held.kind} of sandbox {held.sandbox_id} was overtaken")
-        agent = await self._agent(row)
-        error: SandmartinError | None = None
-        values: dict[str, Any] = {}
+            return replace(outcome, error=_overtaken(held))
         try:
-            values = await act(agent, row)
-        except (Unavailable, TimedOut) as failure:
-            if not failure.answered:
+            agent = await self._agent(row)
+        except NotFound as error:
+            # Its host was deleted, and all that was on it.
+            gone = _Outcome(State.STOPPED, "sandbox.stopped", reason=error.message)
+            gone = replace(gone, values={"host_ip": "", "ended_at": time.time()})
+            return gone if held.kind is Kind.DESTROY else replace(gone, error=error)
+        try:
+            return replace(outcome, values=await act(agent, row))
+        except SandmartinError as error:
+            if isinstance(error, Unavailable | TimedOut) and not error.answered:
                 raise
-            error = failure
-        except SandmartinError as failure:
-            error = failure
-        self._operations.step(f"{held.kind}:done")
-        reason = ""
-        if error is not None:
-            done, values = await self._seen(agent, row, held)
-            reason, event = error.message if done is State.ERROR else "", f"sandbox.{done}"
-        async with self._db.write() as session:
-            await self._operations.finish(session, held, error)
-            fresh = await session.get(Row, held.sandbox_id)
-            assert fresh is not None
-            changes = {**values, "operation_id": None, "reason": reason}
-            await observe(session, fresh, done, operation=held.operation_id, **changes)
-            if settle is not None:
-                await settle(session, fresh, error)
-            told = {"error": error.message} if error else {}
-            _tell(session, fresh, event, **told)
-        self._operations.step(f"{held.kind}:applied")
-        self._events.wake()
-        if error is not None:
-            raise error
+            # It may have been placed elsewhere meanwhile.
+            return await self._seen(await self._agent(row), held, error)
 
-    async def _seen(self, agent: Agent, row: Row, held: Held) -> tuple[State, dict[str, Any]]:
+    async def _seen(self, agent: Agent, held: Held, error: SandmartinError) -> _Outcome:
         """What a host has of a sandbox after something failed. Raises Unavailable."""
         infos = {each.sandbox_id: each for each in await agent.list_sandboxes()}
-        info = infos.get(row.sandbox_id)
-        if info is None:
-            gone = held.kind is Kind.DESTROY
-            ended = {"ended_at": time.time()} if gone else {}
-            return State.STOPPED if gone else State.ERROR, {"host_ip": "", **ended}
-        state = state_of(info)
+        info = infos.get(held.sandbox_id)
+        values: dict[str, Any] = {"host_ip": info.address if info else ""}
+        if info is not None:
+            state = state_of(info)
+        elif held.kind is Kind.DESTROY:
+            state = State.STOPPED
+            values["ended_at"] = time.time()
+        else:
+            state = State.ERROR
         if state in TRANSITIONAL:
-            raise Unavailable(f"sandbox {row.sandbox_id} is still {state} on its host")
-        return state, {"host_ip": info.address}
+            raise Unavailable(f"sandbox {held.sandbox_id} is still {state} on its host")
+        reason = error.message if state is State.ERROR else ""
+        return _Outcome(state, f"sandbox.{state}", values, reason, error)
+
+    async def _end_strays(self, row: Row, held: Held) -> None:
+        """End what was made after a destroy had found nothing to end."""
+        ids = [held.sandbox_id, *held.arguments.get("children", ())]
+        query = select(Row.sandbox_id).where(
+            Row.sandbox_id.in_(ids), Row.state.in_({State.STOPPING, State.STOPPED})
+        )
+        # What is not ended here is unknown to the reconciler, and so ended by it.
+        with contextlib.suppress(SandmartinError):
+            async with self._db.read() as session:
+                ended = (await session.scalars(query)).all()
+            agent = await self._agent(row)
+            for each in ended:
+                await agent.destroy(each)
 
 
-# Rows.
+async def _made_before(agent: Agent, row: Row, name: str) -> int | None:
+    """Size of a template, if it was made. Raises Unavailable while somebody is at it."""
+    for info in await agent.list_sandboxes():
+        if info.sandbox_id == row.sandbox_id and state_of(info) in TRANSITIONAL:
+            raise Unavailable(f"sandbox {row.sandbox_id} is still {info.state} on its host")
+    sizes = {each.name: each.size_bytes for each in await agent.list_templates()}
+    return sizes.get(name)
 
 
 _DONE = {
@@ -755,84 +881,8 @@ _DONE = {
 }
 
 
-async def _find(session: AsyncSession, caller: Caller, sandbox_id: str) -> Row:
-    row = await session.get(Row, sandbox_id)
-    if row is None or row.team_id != caller.team_id:
-        raise NotFound(f"there is no sandbox {sandbox_id[:80]!r}")
-    return row
-
-
-def _unfit(row: Row, what: str) -> Conflict:
-    hint = {State.PAUSED: "resume it first", State.ERROR: "destroy it"}.get(State(row.state), "")
-    why = f" ({row.reason})" if row.reason else ""
-    return Conflict(f"sandbox {row.sandbox_id} is {row.state}{why} and cannot {what}", hint=hint)
-
-
-async def move(
-    session: AsyncSession, row: Row, to: State, *, sources: Collection[State], **values: Any
-) -> None:
-    """What was asked for: one guarded change of state. Raises Conflict."""
-    legal = frozenset(sources) & sources_of(to)
-    await _change(session, row, to, Row.state.in_(legal), Row.operation_id.is_(None), **values)
-
-
-async def observe(
-    session: AsyncSession, row: Row, to: State, *, operation: str | None = None, **values: Any
-) -> None:
-    """What was seen on a host, or ended: one guarded change of state. Raises Overtaken.
-
-    With `operation` only while that is what is done to the sandbox.
-    """
-    fence = [Row.operation_id == operation] if operation is not None else []
-    try:
-        await _change(session, row, to, Row.state == row.state, *fence, **values)
-    except Conflict as error:
-        raise Overtaken(error.message) from error
-
-
-async def _change(
-    session: AsyncSession, row: Row, to: State, *conditions: Any, **values: Any
-) -> None:
-    values = {"state": to, "state_at": time.time(), **values}
-    if to is State.RUNNING:
-        values.setdefault("reason", "")
-    done = await session.execute(
-        update(Row)
-        .where(Row.sandbox_id == row.sandbox_id, *conditions)
-        .values(values)
-        .execution_options(synchronize_session=False)
-    )
-    if not done.rowcount:  # type: ignore[attr-defined]
-        raise Conflict(
-            f"sandbox {row.sandbox_id} is {row.state}, and something else is being done to it",
-            hint="try again in a moment",
-        )
-    await session.refresh(row)
-
-
-async def _overtake(session: AsyncSession, row: Row) -> None:
-    """Whatever is done to the sandbox counts no more."""
-    if row.operation_id is not None:
-        await session.execute(
-            update(tables.Operation)
-            .where(
-                tables.Operation.operation_id == row.operation_id,
-                tables.Operation.finished_at.is_(None),
-            )
-            .values(finished_at=time.time(), error_code=Overtaken.code, arguments={})
-        )
-
-
-def state_of(info: SandboxInfo) -> State:
-    """What a host says of a sandbox, in our words."""
-    try:
-        return State(info.state)
-    except ValueError:
-        return State.ERROR
-
-
-def _tell(session: AsyncSession, row: Row, kind: str, **data: Any) -> None:
-    events.record(session, row.team_id, kind, row.sandbox_id, state=row.state, **data)
+def _overtaken(held: Held) -> Overtaken:
+    return Overtaken(f"{held.kind} of sandbox {held.sandbox_id} was overtaken by its end")
 
 
 def _spec_of(new: NewRow, template: tables.Template) -> SandboxSpec:
@@ -855,60 +905,3 @@ def _need(spec: SandboxSpec, template: tables.Template) -> Need:
         vcpus=spec.vcpus,
         memory_mb=spec.memory_mb,
     )
-
-
-def _shape(row: Row) -> SandboxSpec:
-    return SandboxSpec(
-        sandbox_id=row.sandbox_id,
-        template=row.agent_template,
-        vcpus=row.vcpus,
-        memory_mb=row.memory_mb,
-        disk_size_mb=row.disk_size_mb,
-    )
-
-
-def _child(parent: Row, child_id: str, caller: Caller, timeout_s: int | None) -> Row:
-    now = time.time()
-    return Row(
-        sandbox_id=child_id,
-        team_id=parent.team_id,
-        host_id=parent.host_id,
-        template=parent.template,
-        agent_template=parent.agent_template,
-        state=State.STARTING,
-        state_at=now,
-        vcpus=parent.vcpus,
-        memory_mb=parent.memory_mb,
-        disk_size_mb=parent.disk_size_mb,
-        timeout_s=parent.timeout_s if timeout_s is None else timeout_s,
-        on_timeout=parent.on_timeout,
-        labels=dict(parent.labels),
-        parent_id=parent.sandbox_id,
-        created_by=caller.actor_id,
-        created_at=now,
-    )
-
-
-async def _settle_child(session: AsyncSession, child: Row, outcome: str | SandmartinError) -> None:
-    """A child runs at an address, or is the error why it does not."""
-    if isinstance(outcome, str):
-        now = time.time()
-        await observe(
-            session, child, State.RUNNING, operation_id=None, host_ip=outcome, started_at=now
-        )
-        _tell(session, child, "sandbox.running")
-    else:
-        await observe(session, child, State.ERROR, operation_id=None, reason=outcome.message)
-        _tell(session, child, "sandbox.error", error=outcome.message)
-
-
-def _cursor(row: Row) -> str:
-    return f"{row.created_at!r}_{row.sandbox_id}"
-
-
-def _read_cursor(cursor: str) -> tuple[float, str]:
-    created_at, _, sandbox_id = cursor.partition("_")
-    try:
-        return float(created_at), sandbox_id
-    except ValueError as error:
-        raise Invalid("the cursor is none of ours", hint="use `next` of the page before") from error

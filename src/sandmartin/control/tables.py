@@ -251,8 +251,8 @@ class Sandbox(Base):
     #: As it was asked for, and its name on the host.
     template: Mapped[str]
     agent_template: Mapped[str]
-    #: A `State`; changed by `sandboxes.move` and `sandboxes.observe` alone, and by `hosts` when
-    #: its host is deleted.
+    #: A `State`; changed by `rows.move` and `rows.observe` alone, and by `hosts` when its host is
+    #: deleted.
     state: Mapped[str]
     state_at: Mapped[float]
     #: Why it is in error, missing or stopped.

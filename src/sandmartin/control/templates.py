@@ -1,17 +1,20 @@
 """Templates: what sandboxes start from, each a team's or the platform's.
 
 Hosts know no teams: there a team's template has a name made from its id. The platform's templates
-are those that hosts bring with them, under their own names; they are nobody's to change.
+are those that hosts bring with them, under their own names; they are nobody's to change. What is
+half deleted when a replica dies, or is on a host without a row, is ended by the reconciler.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from uuid import uuid4
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events, tables
@@ -20,9 +23,12 @@ from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.states import ALIVE, TemplateState
 from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement
-from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound
+from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound, SandmartinError
 from sandmartin.model import check_name, random_id
 from sandmartin.transport import Template as AgentTemplate
+from sandmartin.transport.agent import Agent
+
+_log = logging.getLogger(__name__)
 
 Row = tables.Template
 #: A team's template on a host.
@@ -31,14 +37,20 @@ _OF_A_TEAM = "t-"
 _DEFAULT = "base"
 
 
-async def find_template(session: AsyncSession, team_id: str, name: str) -> Row:
-    """The template that a team means by `name`: its own, or the platform's. Raises NotFound."""
+async def find_template(
+    session: AsyncSession, team_id: str, name: str, *, to_change: bool = False
+) -> Row:
+    """The template that a team means by `name`: its own, or the platform's. Raises NotFound.
+
+    It stays as it is until the transaction's end, and is nobody else's if it is `to_change`.
+    """
     query = select(Row).where(
         Row.team_id.in_([team_id, PLATFORM_TEAM_ID]), Row.name == check_name(name, "template name")
     )
+    query = query.with_for_update(read=not to_change)
     rows = {row.team_id: row for row in await session.scalars(query)}
     row = rows.get(team_id) or rows.get(PLATFORM_TEAM_ID)
-    if row is None or row.state == TemplateState.DELETING:
+    if row is None or (row.state == TemplateState.DELETING and not to_change):
         raise NotFound(
             f"there is no template {name!r}", hint="`sandmartin template ls` shows those there are"
         )
@@ -75,9 +87,7 @@ class Templates:
             Row.team_id.in_([caller.team_id, PLATFORM_TEAM_ID]), Row.name == name
         )
         if (await session.scalar(taken)) is not None:
-            raise AlreadyExists(
-                f"template {name!r} exists already", hint="choose another name, or delete it first"
-            )
+            raise _taken(name)
         row = Row(
             template_id=str(uuid4()),
             team_id=caller.team_id,
@@ -92,7 +102,11 @@ class Templates:
             created_by=caller.actor_id,
         )
         session.add(row)
-        await session.flush()
+        try:
+            await session.flush()
+        except IntegrityError as error:
+            # Somebody was faster.
+            raise _taken(name) from error
         return row
 
     async def made(
@@ -117,7 +131,7 @@ class Templates:
         Unavailable when a host that has it cannot be reached.
         """
         async with self._db.write() as session:
-            row = await find_template(session, caller.team_id, name)
+            row = await find_template(session, caller.team_id, name, to_change=True)
             if row.team_id == PLATFORM_TEAM_ID and caller.team_id != PLATFORM_TEAM_ID:
                 raise Denied(
                     f"template {name!r} belongs to the platform",
@@ -127,40 +141,95 @@ class Templates:
                 raise Denied(f"template {name!r} is what sandboxes start from by default")
             await _check_unneeded(session, row)
             row.state = TemplateState.DELETING
-            placed = select(TemplatePlacement.host_id).where(
-                TemplatePlacement.template_id == row.template_id
-            )
+            audit.record(session, caller, "template.deleted", "template", name)
+        await self._finish_deletion(row)
+
+    async def _finish_deletion(self, row: Row) -> None:
+        """Remove what is marked from every host that has it. Raises what keeps it there."""
+        placed = select(TemplatePlacement.host_id).where(
+            TemplatePlacement.template_id == row.template_id
+        )
+        async with self._db.read() as session:
             host_ids = (await session.scalars(placed)).all()
         try:
             for host_id in host_ids:
-                agent = await self._hosts.agent(host_id)
+                # A host that is gone has taken it along.
                 with contextlib.suppress(NotFound):
-                    await agent.delete_snapshot(row.agent_name)
-        except BaseException:
+                    await (await self._hosts.agent(host_id)).delete_snapshot(row.agent_name)
+        except SandmartinError:
             async with self._db.write() as session:
-                kept = await session.get(Row, row.template_id)
-                if kept is not None:
-                    kept.state = TemplateState.READY
+                await session.execute(
+                    update(Row)
+                    .where(Row.template_id == row.template_id, Row.state == TemplateState.DELETING)
+                    .values(state=TemplateState.READY)
+                )
             raise
         async with self._db.write() as session:
-            await self.forget(session, row.template_id)
-            events.record(session, row.team_id, "template.deleted", name=row.name)
-            audit.record(session, caller, "template.deleted", "template", name)
+            if await session.get(Row, row.template_id, with_for_update=True) is not None:
+                await self.forget(session, row.template_id)
+                events.record(session, row.team_id, "template.deleted", name=row.name)
+
+    # What a replica that died left, and what no row knows.
+
+    async def half_deleted(self) -> dict[str, Row]:
+        """Templates on their way out, by id."""
+        async with self._db.read() as session:
+            rows = await session.scalars(select(Row).where(Row.state == TemplateState.DELETING))
+            return {row.template_id: row for row in rows}
+
+    async def finish_deletion(self, row: Row) -> None:
+        """Delete to the end what nobody does any more; what cannot be deleted stays."""
+        try:
+            await self._finish_deletion(row)
+        except SandmartinError as error:
+            _log.warning("template %s is not deleted: %s", row.name, error)
+
+    async def unknown(self, found: Sequence[AgentTemplate]) -> set[str]:
+        """Which of a host's templates are a team's and have no row, by their names there."""
+        names = {each.name for each in found if each.name.startswith(_OF_A_TEAM)}
+        async with self._db.read() as session:
+            query = select(Row.agent_name).where(Row.agent_name.in_(names))
+            return names - set(await session.scalars(query))
+
+    async def end_unknown(self, agent: Agent, name: str) -> None:
+        """Delete on a host what no row knows."""
+        try:
+            await agent.delete_snapshot(name)
+        except NotFound:
+            pass
+        except SandmartinError as error:
+            _log.warning("template %s, which is nobody's, is not deleted: %s", name, error)
 
     # What hosts bring.
 
-    async def sync(self, host_id: str, found: Sequence[AgentTemplate]) -> None:
-        """Note which templates a host has; what it brings itself is the platform's."""
+    async def placed_on(self, host_id: str) -> set[str]:
+        """Ids of the templates that a host is known to have."""
+        async with self._db.read() as session:
+            return await _placed_on(session, host_id)
+
+    async def sync(
+        self, host_id: str, found: Sequence[AgentTemplate], placed_before: Collection[str]
+    ) -> None:
+        """Note which templates a host has; what it brings itself is the platform's.
+
+        It can only have lost what it was known to have before it was asked.
+        """
+        try:
+            await self._sync(host_id, found, placed_before)
+        except IntegrityError:
+            # Another replica notes the same just now.
+            _log.info("templates of host %s are looked at again later", host_id)
+
+    async def _sync(
+        self, host_id: str, found: Sequence[AgentTemplate], placed_before: Collection[str]
+    ) -> None:
         by_name = {each.name: each for each in found}
         async with self._db.write() as session:
-            known = {row.agent_name: row for row in await session.scalars(select(Row))}
-            placed = set(
-                await session.scalars(
-                    select(TemplatePlacement.template_id).where(
-                        TemplatePlacement.host_id == host_id
-                    )
-                )
+            query = select(Row).where(
+                or_(Row.agent_name.in_(by_name), Row.template_id.in_(placed_before))
             )
+            known = {row.agent_name: row for row in await session.scalars(query)}
+            placed = await _placed_on(session, host_id)
             for name, each in by_name.items():
                 row = known.get(name)
                 if row is None and not name.startswith(_OF_A_TEAM):
@@ -173,7 +242,7 @@ class Templates:
             gone = [
                 row.template_id
                 for row in known.values()
-                if row.template_id in placed and row.agent_name not in by_name
+                if row.template_id in placed_before and row.agent_name not in by_name
             ]
             if gone:
                 await session.execute(
@@ -182,6 +251,18 @@ class Templates:
                         TemplatePlacement.template_id.in_(gone),
                     )
                 )
+
+
+async def _placed_on(session: AsyncSession, host_id: str) -> set[str]:
+    placement = TemplatePlacement
+    query = select(placement.template_id).where(placement.host_id == host_id)
+    return set(await session.scalars(query))
+
+
+def _taken(name: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"template {name!r} exists already", hint="choose another name, or delete it first"
+    )
 
 
 async def _check_unneeded(session: AsyncSession, row: Row) -> None:

@@ -259,7 +259,7 @@ async def timeline(
     sandbox_id: str,
     caller: TheCaller,
     platform: ThePlatform,
-    after: Annotated[int, Query(ge=0)] = 0,
+    after: Annotated[int, Query(ge=0, lt=1 << 63)] = 0,
 ) -> list[EventBody]:
     """What happened to the sandbox, oldest first, after an event."""
     await platform.sandboxes.get(caller, sandbox_id)
