@@ -33,6 +33,8 @@ PUBLIC = {
     # Its token is in the body.
     "POST /v1/hosts/register",
     "GET /readyz",
+    # From this machine alone, or with a token of its own.
+    "GET /metrics",
     "GET /openapi.json",
     "GET /docs",
     "GET /docs/oauth2-redirect",
