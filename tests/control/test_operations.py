@@ -215,9 +215,7 @@ def new_row() -> NewRow:
     return NewRow(memory_mb=128, disk_size_mb=8)
 
 
-async def both(
-    replicas: Replicas, act: Callable[[Platform], Awaitable[Any]]
-) -> list[Any]:
+async def both(replicas: Replicas, act: Callable[[Platform], Awaitable[Any]]) -> list[Any]:
     return await asyncio.gather(*(act(each) for each in replicas), return_exceptions=True)
 
 
