@@ -188,23 +188,26 @@ async def test_what_a_host_said_before_a_row_changed_is_not_believed(
 ) -> None:
     async with running_platform(database_url, tmp_path, host, working=False) as platform:
         caller = system((await make_team(platform))[0])
-        new = new_row(on_timeout="kill", timeout_s=1000)
-        sandbox_id = (await platform.sandboxes.create(caller, new)).sandbox_id
-        await (await agent_of(platform)).pause(sandbox_id)
+        ids = []
+        for on_timeout in ("kill", "pause"):
+            new = new_row(on_timeout=on_timeout, timeout_s=1000)
+            ids.append((await platform.sandboxes.create(caller, new)).sandbox_id)
+            await (await agent_of(platform)).pause(ids[-1])
         born: list[str] = []
 
         async def meanwhile() -> None:
-            # The row leaves its state and comes back to it, and another sandbox is made.
-            await _believe_paused(platform, sandbox_id)
-            await platform.sandboxes.resume(caller, sandbox_id)
+            # The rows leave their state and come back to it, and another sandbox is made.
+            for each in ids:
+                await _believe_paused(platform, each)
+                await platform.sandboxes.resume(caller, each)
             born.append((await platform.sandboxes.create(caller, new_row())).sandbox_id)
 
         parts = (platform.sandboxes, platform.templates, platform.events, PACE)
         late = Reconciler(platform.db, Delayed(platform.hosts, meanwhile), *parts)
-        # Its answer says that it sleeps and so is to be killed, and knows nothing of the other.
+        # It hears that they sleep, and so one is to be killed; of the third it hears nothing.
         await late.tick()
-        assert await state_of(platform, sandbox_id) == State.RUNNING
-        assert await state_of(platform, born[0]) == State.RUNNING
+        for each in (*ids, *born):
+            assert await state_of(platform, each) == State.RUNNING
         await agree(platform, host)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy import Connection, Double, Engine, String, event, make_url
@@ -33,7 +33,9 @@ _BUSY_S = 5.0
 _POOL_SIZE = 10
 _POOL_WAIT_S = 10.0
 _CONNECT_S = 5.0
+_UNCUT_S = 5.0
 _IMMEDIATE = "sandmartin_immediate"
+_T = TypeVar("_T")
 #: Classes of PostgreSQL's own codes: the connection, its means, its operator, its locks.
 _PASSING = ("08", "40", "53", "57")
 #: And of what it cannot hold, such as a NUL in a text.
@@ -150,6 +152,22 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
+
+
+async def uncut(work: Coroutine[Any, Any, _T]) -> _T:
+    """Do `work`; who is cancelled meanwhile waits a moment for its end.
+
+    A driver that is cancelled in the middle of a query loses its connection, and not always
+    without a word.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await asyncio.wait({task}, timeout=_UNCUT_S)
+            task.cancel()
+            await asyncio.wait({task})
 
 
 def sqlite_url(path: Path) -> str:

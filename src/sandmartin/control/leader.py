@@ -16,7 +16,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from sandmartin.control import tables
-from sandmartin.control.db import Database
+from sandmartin.control.db import Database, uncut
 from sandmartin.errors import Unavailable
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Leader:
             while True:
                 leads = False
                 with contextlib.suppress(Unavailable):
-                    leads = await self.claim()
+                    leads = await uncut(self.claim())
                 if leads and working is None:
                     _log.info("this replica leads")
                     working = asyncio.ensure_future(work())

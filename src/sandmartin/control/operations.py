@@ -24,7 +24,7 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import tables
-from sandmartin.control.db import Database
+from sandmartin.control.db import Database, uncut
 from sandmartin.errors import SandmartinError, TimedOut, Unavailable, from_code
 from sandmartin.model import random_id
 
@@ -242,7 +242,7 @@ class Operations:
         while True:
             await asyncio.sleep(self._timing.pick_up_s)
             try:
-                for held in await self.take_expired():
+                for held in await uncut(self.take_expired()):
                     self._start(held)
             except Unavailable as error:
                 _log.warning("operations are not looked at: %s", error)

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import events, tables
 from sandmartin.control.caller import system
-from sandmartin.control.db import Database
+from sandmartin.control.db import Database, uncut
 from sandmartin.control.hosts import Hosts, mark_unreachable
 from sandmartin.control.operations import Overtaken
 from sandmartin.control.rows import Row, observe, state_of
@@ -77,7 +77,7 @@ class Reconciler:
     async def run(self) -> None:
         while True:
             try:
-                await self.tick()
+                await uncut(self.tick())
             except SandmartinError as error:
                 _log.warning("rows and VMs are not compared: %s", error)
             await asyncio.sleep(self._pace.period_s)
