@@ -150,9 +150,12 @@ def test_another_user_is_kept_from_the_socket(place: Place) -> None:
 async def test_the_stock_connect_client_drives_the_agent(place: Place) -> None:
     with agent(place) as running:
         # Its HTTP client speaks TCP alone, so a forwarder on loopback stands before the socket.
-        server = await asyncio.start_server(
-            lambda r, w: _forward(running.socket, r, w), "127.0.0.1", 0
-        )
+        forwarders: set[asyncio.Task[None]] = set()
+
+        def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            forwarders.add(asyncio.create_task(_forward(running.socket, reader, writer)))
+
+        server = await asyncio.start_server(forward, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         async with server, HostAgentServiceClient(f"http://127.0.0.1:{port}") as client:
             created = await client.create_sandbox(pb.CreateSandboxRequest(template="base"))
@@ -166,6 +169,9 @@ async def test_the_stock_connect_client_drives_the_agent(place: Place) -> None:
             with pytest.raises(ConnectError, match="no such file"):
                 await client.read_file(pb.ReadFileRequest(sandbox_id=name, path="/none"))
             await client.destroy_sandbox(pb.DestroySandboxRequest(sandbox_id=name))
+        for forwarder in forwarders:
+            forwarder.cancel()
+        await asyncio.wait(forwarders)
         await asyncio.to_thread(call, running, "Terminate")
 
 
@@ -179,8 +185,13 @@ async def _forward(
             target.write(data)
             await target.drain()
         target.close()
+        await target.wait_closed()
 
-    await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+    try:
+        await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+    finally:
+        back.close()
+        writer.close()
 
 
 def test_doctor_tells_what_this_machine_can_do(place: Place) -> None:

@@ -179,7 +179,7 @@ def test_two_side_by_side_and_what_becomes_of_their_sandboxes(place: Place) -> N
         assert two.sh(killed, "echo two") == "two\n"
         boot_id = one.sh(kept, "sleep 600 >/dev/null 2>&1 & echo $! >/dev/shm/pid; echo $!")
         assert "1 sandboxes killed" in two.end()
-        assert one.end() == ""
+        assert "sandboxes" not in one.end()
     with up(place, "one") as one:
         assert one.state(kept) == "running"
         assert one.sh(kept, "kill -0 $(cat /dev/shm/pid) && cat /dev/shm/pid") == boot_id
