@@ -62,7 +62,7 @@ def explore(url: str, key: str, sandbox_id: str) -> tuple[int, list[str]]:
             except Unsatisfiable:
                 # There is nothing that could be wrong about it.
                 continue
-            except Exception as error:  # noqa: BLE001
+            except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
                 failures.append(f"{operation.label}: {error}")
     session.close()
     return asked, failures

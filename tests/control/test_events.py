@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from sqlalchemy import text
 
 from sandmartin.control import events
-from sandmartin.control.caller import system
+from sandmartin.control.caller import Role, system
 from sandmartin.control.db import Database
 from sandmartin.control.events import Events
 from sandmartin.control.platform import Platform
@@ -112,7 +113,8 @@ async def test_a_stream_ends_with_its_key_its_client_and_its_server(
         async with stream(f"{url}/v1/events", key) as heard:
             assert platform.events.listeners(team_id) == 1
             caller = await platform.keys.caller(key)
-            await platform.keys.revoke(caller, caller.actor_id)
+            owner = replace(caller, role=Role.OWNER)
+            await platform.keys.revoke(owner, caller.actor_id)
             async with platform.db.write() as session:
                 events.record(session, team_id, "template.deleted", name="secret")
             assert [each async for each in heard] == []

@@ -178,6 +178,7 @@ class Delayed(Hosts):
                 return found
 
             list_templates = agent.list_templates
+            describe = agent.describe
             destroy = agent.destroy
 
         return Late()  # type: ignore[return-value]
@@ -264,6 +265,7 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
     calls = [
         ("DELETE", "/v1/templates/base", None),
         ("DELETE", "/v1/snapshots/base", None),
+        ("DELETE", "/v1/admin/templates/base", None),
         # To overwrite it is no way around: a name of the platform's is taken.
         ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base"}),
         ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base", "live": True}),
@@ -278,6 +280,7 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
         ("/v1/snapshots", "post"),
         ("/v1/snapshots/{name}", "delete"),
         ("/v1/templates/{name}", "delete"),
+        ("/v1/admin/templates/{name}", "delete"),
     }
 
 

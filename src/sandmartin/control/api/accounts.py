@@ -237,7 +237,7 @@ async def oauth_begin(
     return _goto(response, platform, begun)
 
 
-@pages.get("/{provider}", status_code=302)
+@pages.get("/{provider}", status_code=302, response_class=RedirectResponse)
 async def oauth_page(provider: str, request: Request, platform: ThePlatform) -> RedirectResponse:
     """Go there to log in."""
     begun = await platform.oauth.begin(provider, whence(request))
@@ -246,7 +246,7 @@ async def oauth_page(provider: str, request: Request, platform: ThePlatform) -> 
     return response
 
 
-@pages.get("/{provider}/callback", status_code=302)
+@pages.get("/{provider}/callback", status_code=302, response_class=RedirectResponse)
 async def oauth_callback(
     provider: str,
     request: Request,
