@@ -19,7 +19,7 @@ import pytest
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.operations import Kind
 from sandmartin.control.platform import Platform, open_platform
-from sandmartin.control.sandboxes import NewRow
+from sandmartin.control.requests import NewRow
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import State
 from tests.control.conftest import DEADLINE_S, PACE, TIMING, RunningHost, make_team

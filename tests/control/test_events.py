@@ -20,7 +20,7 @@ from sandmartin.control.caller import Role, system
 from sandmartin.control.db import Database
 from sandmartin.control.events import Events
 from sandmartin.control.platform import Platform
-from sandmartin.control.sandboxes import NewRow
+from sandmartin.control.requests import NewRow
 from tests.control.conftest import (
     DEADLINE_S,
     RunningHost,

@@ -19,7 +19,7 @@ from sandmartin.control import tables
 from sandmartin.control.caller import system
 from sandmartin.control.leader import Leader
 from sandmartin.control.platform import Platform
-from sandmartin.control.sandboxes import NewRow
+from sandmartin.control.requests import NewRow
 from sandmartin.errors import NotFound, SandmartinError
 from sandmartin.model import State
 from tests.control.conftest import (

@@ -17,7 +17,7 @@ import pytest
 from sandmartin.control import db
 from sandmartin.control.caller import system
 from sandmartin.control.platform import Platform
-from sandmartin.control.sandboxes import NewRow
+from sandmartin.control.requests import NewRow
 from sandmartin.errors import Unavailable
 from sandmartin.model import State
 from sandmartin.transport import agent as agent_module

@@ -25,7 +25,7 @@ from sandmartin.control.caller import system
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.platform import Platform
 from sandmartin.control.reconciler import Reconciler
-from sandmartin.control.sandboxes import NewRow, _spec_of
+from sandmartin.control.requests import NewRow, spec_of
 from sandmartin.control.states import HostState, TemplateState
 from sandmartin.errors import Unavailable
 from sandmartin.model import DEFAULT_DISK_SIZE_MB, SandboxSpec, State
@@ -304,7 +304,7 @@ def test_default_disk_is_5_gb_everywhere() -> None:
     assert SandboxSpec(sandbox_id="sb1", template="base").disk_size_mb == DEFAULT_DISK_SIZE_MB
     # The API leaves it to the service, and the service asks every agent for it by name.
     assert NewSandbox.model_validate({}).disk_size_mb is None
-    assert _spec_of(NewRow(), template).disk_size_mb == DEFAULT_DISK_SIZE_MB
+    assert spec_of(NewRow(), template).disk_size_mb == DEFAULT_DISK_SIZE_MB
 
 
 async def test_one_host_that_fails_does_not_hide_another(

@@ -17,7 +17,7 @@ from sandmartin.control.api.teams import (
     TeamBody,
 )
 from sandmartin.control.api.templates import TemplateBody
-from sandmartin.control.sandboxes import Filter
+from sandmartin.control.requests import Filter
 from sandmartin.control.states import LISTED
 from sandmartin.control.tables import PLATFORM_TEAM_ID
 from sandmartin.control.teams import Belonging, Limit

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sandmartin.control import tables
 from sandmartin.control.api.access import TheCaller, ThePlatform
-from sandmartin.control.sandboxes import Filter, NewRow
+from sandmartin.control.requests import Filter, NewRow
 from sandmartin.control.states import LISTED
 from sandmartin.errors import Invalid
 from sandmartin.model import State
