@@ -750,20 +750,20 @@ def _chain(disk: Disk) -> list[tuple[_Node, Path]]:
     """The nodes of a disk from the bottom up, and the file below each."""
     image: _Node = {"driver": "raw", "node-name": "image", "file": "image-file", "read-only": True}
     chain, below = [(image, disk.image)], "image"
-    for path in (*disk.sealed, disk.top):
-        chain.append((_layer_node(path.stem, below, read_only=path != disk.top), path))
+    for path in disk.sealed:
+        chain.append((_layer_node(path.stem, below, read_only=True), path))
         below = path.stem
-    return chain
+    return [*chain, (_layer_node(disk.top.stem, below), disk.top)]
 
 
 def _disk(disk: Disk, fds: Descriptors) -> list[str]:
     assert fds.image is not None and fds.top is not None
     words: list[str] = []
     handles = (fds.image, *fds.sealed, fds.top)
-    for number, ((node, path), fd) in enumerate(zip(_chain(disk), handles, strict=True), 1):
+    for number, ((node, _), fd) in enumerate(zip(_chain(disk), handles, strict=True), 1):
         words += ["-add-fd", f"fd={fd},set={number}"]
         opened = f"/dev/fdset/{number}"
-        file = _file_node(str(node["file"]), opened, read_only=path != disk.top)
+        file = _file_node(str(node["file"]), opened, read_only=bool(node["read-only"]))
         words += ["-blockdev", json.dumps(file), "-blockdev", json.dumps(node)]
     return words
 
