@@ -45,6 +45,23 @@ class Kind(StrEnum):
     CHECKPOINT = "checkpoint"
     ROLLBACK = "rollback"
 
+    @property
+    def done(self) -> str:
+        """What a sandbox is by it, for a sentence."""
+        return _DONE[self]
+
+
+_DONE = {
+    Kind.CREATE: "created",
+    Kind.PAUSE: "paused",
+    Kind.RESUME: "resumed",
+    Kind.DESTROY: "destroyed",
+    Kind.FORK: "forked",
+    Kind.SNAPSHOT: "made a template of",
+    Kind.CHECKPOINT: "checkpointed",
+    Kind.ROLLBACK: "rolled back",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:

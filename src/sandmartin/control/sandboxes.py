@@ -682,7 +682,7 @@ class Sandboxes:
     ) -> Held:
         """Change the state and note the operation, in one transaction. Raises Conflict."""
         if row.state not in sources:
-            raise unfit(row, f"be {_DONE[kind]}")
+            raise unfit(row, f"be {kind.done}")
         if row.state not in HOLDING:
             # What sleeps is not counted, and is about to wake up.
             await self._quotas.check(session, row.team_id, [shape_of(row)])
@@ -797,16 +797,6 @@ async def _made_before(agent: Agent, row: Row, name: str) -> int | None:
             raise Unavailable(f"sandbox {row.sandbox_id} is still {info.state} on its host")
     sizes = {each.name: each.size_bytes for each in await agent.list_templates()}
     return sizes.get(name)
-
-
-_DONE = {
-    Kind.PAUSE: "paused",
-    Kind.RESUME: "resumed",
-    Kind.FORK: "forked",
-    Kind.SNAPSHOT: "made a template of",
-    Kind.CHECKPOINT: "checkpointed",
-    Kind.ROLLBACK: "rolled back",
-}
 
 
 def _overtaken(held: Held) -> Overtaken:

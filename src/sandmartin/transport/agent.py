@@ -12,6 +12,7 @@ import asyncio
 import base64
 import os
 import ssl
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
@@ -95,7 +96,7 @@ def _refusal(path: Path, error: OSError | None) -> SandmartinError:
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=10)
 
 
-class Agent:
+class Agent(ABC):
     """A Transport to the agent at the other end of `transport`."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport, base_url: str) -> None:
@@ -105,9 +106,9 @@ class Agent:
     async def aclose(self) -> None:
         await self._http.aclose()
 
+    @abstractmethod
     def _unreachable(self, error: OSError | None) -> SandmartinError:
         """Why no connection could be made."""
-        raise NotImplementedError
 
     async def create(self, new: NewSandbox) -> CreatedSandbox:
         message = _without_defaults(
