@@ -118,7 +118,7 @@ class Rest:
             return
 
     async def get_sandbox(self, sandbox_id: str) -> SandboxInfo:
-        return _sandbox_info(await self._api.ask("GET", _path(sandbox_id)))
+        return sandbox_info(await self._api.ask("GET", _path(sandbox_id)))
 
     async def list_sandboxes(self) -> tuple[SandboxInfo, ...]:
         return await self._list()
@@ -129,7 +129,7 @@ class Rest:
         while True:
             params = {"state": _THERE, "limit": _PAGE, "cursor": cursor, **conditions}
             page = await self._api.ask("GET", "/v1/sandboxes", params=params)
-            found += map(_sandbox_info, parts(page, "items"))
+            found += map(sandbox_info, parts(page, "items"))
             if not (cursor := text(page, "next")):
                 return tuple(found)
 
@@ -379,7 +379,8 @@ def _exec_event(kind: str, fields: Message) -> ExecEvent | None:
     return None
 
 
-def _sandbox_info(body: Message) -> SandboxInfo:
+def sandbox_info(body: Message) -> SandboxInfo:
+    """A sandbox as the API shows it."""
     return SandboxInfo(
         sandbox_id=text(body, "id"),
         state=text(body, "status"),
