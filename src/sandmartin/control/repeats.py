@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from sqlalchemy import and_, or_, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import tables
 from sandmartin.control.caller import Caller
 from sandmartin.control.db import Database
-from sandmartin.control.operations import Kind, Operations
+from sandmartin.control.operations import Held, Kind, Operations
 from sandmartin.control.rows import Row
 from sandmartin.errors import Conflict
 
@@ -21,7 +23,29 @@ class Repeats:
         self._db = db
         self._operations = operations
 
-    async def made(self, caller: Caller, keys: Sequence[str], request_hash: str) -> list[Row]:
+    async def begin(
+        self,
+        caller: Caller,
+        keys: Sequence[str],
+        request_hash: str,
+        begin: Callable[[AsyncSession], Awaitable[Held]],
+    ) -> Held | list[Row]:
+        """Begin what a request asks for, or find what the same request has made before.
+
+        Raises as `_made` does, and what `begin` raises.
+        """
+        if keys and (made := await self._made(caller, keys, request_hash)):
+            return made
+        try:
+            async with self._db.write() as session:
+                return await begin(session)
+        except IntegrityError:
+            # Somebody was faster with the same key.
+            if keys and (made := await self._made(caller, keys, request_hash)):
+                return made
+            raise
+
+    async def _made(self, caller: Caller, keys: Sequence[str], request_hash: str) -> list[Row]:
         """The sandboxes of these keys, in their order, once they are there; none for new keys.
 
         Raises Conflict when a key was used for another request, and what making them raised.

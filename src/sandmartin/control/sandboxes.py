@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import select, tuple_
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events, tables
@@ -65,10 +64,7 @@ from sandmartin.errors import (
     ToolFailed,
     Unavailable,
 )
-from sandmartin.model import (
-    State,
-    new_sandbox_id,
-)
+from sandmartin.model import State, new_sandbox_id
 from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox
 from sandmartin.transport.agent import Agent
 
@@ -211,17 +207,13 @@ class Sandboxes:
         used for another request.
         """
         keys = [idempotency_key] if idempotency_key else []
-        if keys and (made := await self._repeats.made(caller, keys, new.digest())):
-            return made[0]
-        try:
-            async with self._db.write() as session:
-                held = await self._begin_create(session, caller, new, idempotency_key)
-        except IntegrityError:
-            # Somebody was faster with the same key.
-            if keys and (made := await self._repeats.made(caller, keys, new.digest())):
-                return made[0]
-            raise
-        return await self._finished(caller, held)
+        begun = await self._repeats.begin(
+            caller,
+            keys,
+            new.digest(),
+            lambda session: self._begin_create(session, caller, new, idempotency_key),
+        )
+        return await self._finished(caller, begun) if isinstance(begun, Held) else begun[0]
 
     async def _begin_create(
         self, session: AsyncSession, caller: Caller, new: NewRow, key: str
@@ -443,18 +435,17 @@ class Sandboxes:
         """
         asked = NewChildren(sandbox_id=sandbox_id, count=count, timeout_s=timeout_s)
         keys = keys_of_children(idempotency_key, count) if idempotency_key else []
-        if keys and (made := await self._repeats.made(caller, keys, asked.digest())):
-            return made
-        try:
-            async with self._db.write() as session:
-                held = await self._begin_fork(session, caller, asked, keys)
-        except IntegrityError:
-            if keys and (made := await self._repeats.made(caller, keys, asked.digest())):
-                return made
-            raise
+        begun = await self._repeats.begin(
+            caller,
+            keys,
+            asked.digest(),
+            lambda session: self._begin_fork(session, caller, asked, keys),
+        )
+        if not isinstance(begun, Held):
+            return begun
         self._events.wake()
-        await self._operations.run(held)
-        ids: list[str] = held.arguments["children"]
+        await self._operations.run(begun)
+        ids: list[str] = begun.arguments["children"]
         async with self._db.read() as session:
             rows = await session.scalars(select(Row).where(Row.sandbox_id.in_(ids)))
             return sorted(rows, key=lambda each: ids.index(each.sandbox_id))
