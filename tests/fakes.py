@@ -47,6 +47,7 @@ from sandmartin.transport import (
     SandboxInfo,
     Snapshot,
     Template,
+    find_sandbox,
 )
 
 _Context = RequestContext[Any, Any]
@@ -93,6 +94,12 @@ class FakeTransport:
             raise self.destroy_error
         self.sandboxes.pop(sandbox_id, None)
 
+    async def undo_create(self, new: NewSandbox, failure: BaseException) -> None:
+        await self.destroy(new.sandbox_id)
+
+    async def get_sandbox(self, sandbox_id: str) -> SandboxInfo:
+        return find_sandbox(await self.list_sandboxes(), sandbox_id)
+
     def _state(self, sandbox_id: str) -> str:
         if sandbox_id not in self.sandboxes:
             raise NotFound("no such sandbox")
@@ -124,9 +131,6 @@ class FakeTransport:
     async def ping(self, sandbox_id: str) -> None:
         self._state(sandbox_id)
 
-    async def terminate(self) -> None:
-        self.sandboxes.clear()
-
     async def pause(self, sandbox_id: str) -> None:
         self._state(sandbox_id)
         self.paused.add(sandbox_id)
@@ -153,6 +157,16 @@ class FakeTransport:
         return tuple(
             ForkedSandbox(sandbox_id=each, state="running", address="") for each in child_ids
         )
+
+    async def undo_fork(
+        self,
+        sandbox_id: str,
+        child_ids: tuple[str, ...],
+        timeout_s: int,
+        failure: BaseException,
+    ) -> None:
+        for each in child_ids:
+            await self.destroy(each)
 
     async def create_checkpoint(self, sandbox_id: str, comment: str) -> Checkpoint:
         self._awake(sandbox_id)

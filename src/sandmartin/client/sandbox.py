@@ -7,10 +7,11 @@ A create or a fork whose outcome never arrived, a cancelled one included, is und
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
-from sandmartin.errors import AlreadyExists, NotFound, SandmartinError, TimedOut, Unavailable
+from sandmartin.errors import AlreadyExists, SandmartinError, TimedOut, Unavailable
 from sandmartin.model import new_sandbox_id
 from sandmartin.transport import (
     Checkpoint,
@@ -45,23 +46,19 @@ class AsyncSandbox:
     @classmethod
     async def create(cls, transport: Transport, new: NewSandbox) -> AsyncSandbox:
         """Create a sandbox and wait until it runs; what did not succeed is destroyed."""
-        sandbox = cls(transport, new.sandbox_id)
         try:
-            await transport.create(new)
+            created = await transport.create(new)
         except AlreadyExists:
             # It is somebody else's.
             raise
         except BaseException as error:
-            await _destroy_after(error, sandbox)
+            await _undo_after(error, transport.undo_create(new, error), new.sandbox_id)
             raise
-        return sandbox
+        return cls(transport, created.sandbox_id)
 
     async def info(self) -> SandboxInfo:
         """Its state and its shape. Raises NotFound."""
-        for info in await self._transport.list_sandboxes():
-            if info.sandbox_id == self.sandbox_id:
-                return info
-        raise NotFound(f"there is no sandbox {self.sandbox_id}")
+        return await self._transport.get_sandbox(self.sandbox_id)
 
     async def pause(self) -> None:
         """Write it to disk, memory and all, and free its memory. Raises Conflict, DiskFull."""
@@ -80,8 +77,8 @@ class AsyncSandbox:
         try:
             return await self._transport.fork(self.sandbox_id, ids, timeout_s)
         except (Unavailable, TimedOut, asyncio.CancelledError) as error:
-            for each in ids:
-                await _destroy_after(error, AsyncSandbox(self._transport, each))
+            undoing = self._transport.undo_fork(self.sandbox_id, ids, timeout_s, error)
+            await _undo_after(error, undoing, ", ".join(ids))
             raise
 
     async def checkpoint(self, comment: str = "") -> Checkpoint:
@@ -220,21 +217,22 @@ async def temporary_sandbox(
     try:
         yield sandbox
     except BaseException as error:
-        await _destroy_after(error, sandbox)
+        await _undo_after(error, sandbox.destroy(), sandbox.sandbox_id)
         raise
     else:
-        await _destroy(sandbox)
+        await _undo(sandbox.destroy(), sandbox.sandbox_id)
 
 
-async def _destroy_after(error: BaseException, sandbox: AsyncSandbox) -> None:
+async def _undo_after(error: BaseException, undoing: Coroutine[Any, Any, None], what: str) -> None:
     try:
-        await _destroy(sandbox)
+        await _undo(undoing, what)
     except SandmartinError as second:
-        error.add_note(_may_still_run(sandbox, second))
+        error.add_note(_may_still_run(what, second))
 
 
-async def _destroy(sandbox: AsyncSandbox) -> None:
-    task = asyncio.create_task(sandbox.destroy(), name=f"destroy {sandbox.sandbox_id}")
+async def _undo(undoing: Coroutine[Any, Any, None], what: str) -> None:
+    """Do it to its end, however often we are cancelled meanwhile."""
+    task = asyncio.create_task(undoing, name=f"destroy {what}")
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
@@ -244,9 +242,9 @@ async def _destroy(sandbox: AsyncSandbox) -> None:
     if cancelled is None:
         return task.result()
     if (failure := task.exception()) is not None:
-        cancelled.add_note(_may_still_run(sandbox, failure))
+        cancelled.add_note(_may_still_run(what, failure))
     raise cancelled
 
 
-def _may_still_run(sandbox: AsyncSandbox, failure: BaseException) -> str:
-    return f"sandbox {sandbox.sandbox_id} may still run: {failure}"
+def _may_still_run(what: str, failure: BaseException) -> str:
+    return f"sandbox {what} may still run: {failure}"

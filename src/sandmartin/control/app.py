@@ -78,7 +78,9 @@ _FOREIGN = {
 _MAX_BODY_BYTES = 1 << 20
 _MAX_BODY_S = 30.0
 #: What is sent there is streamed, and may be of any size.
-_FILES = re.compile(r"/v1/(?:sandboxes|capsules)/[^/]+/files(?:/(?:stream/)?write)?$")
+_CONTENT = re.compile(
+    r"/v1/(?:sandboxes|capsules)/[^/]+/(?:files(?:/(?:stream/)?write)?|processes/[^/]+/stdin)$"
+)
 _REQUEST_ID = "sandmartin.request_id"
 
 
@@ -229,7 +231,7 @@ class BoundedBodies:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _FILES.match(scope["path"]):
+        if scope["type"] != "http" or _CONTENT.match(scope["path"]):
             await self._app(scope, receive, send)
         elif _declared_bytes(scope) > _MAX_BODY_BYTES:
             await (await _on_foreign(Request(scope), _too_large()))(scope, receive, send)

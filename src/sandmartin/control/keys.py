@@ -104,16 +104,17 @@ class Keys:
         return made
 
     async def revoke(self, caller: Caller, key_id: str) -> None:
-        """End a key: one's own, or any of the team for its administrators.
+        """End a key: itself, one's own, or any of the team for its administrators.
 
         Raises NotFound, Denied.
         """
-        caller.require_role(Role.MEMBER)
+        if caller.actor_id != key_id:
+            caller.require_role(Role.MEMBER)
         async with self._db.write() as session:
             row = await session.get(tables.ApiKey, key_id)
             if row is None or row.team_id != caller.team_id:
                 raise NotFound(f"there is no key {key_id[:80]!r}")
-            if row.created_by != caller.actor_id:
+            if caller.actor_id not in {key_id, row.created_by}:
                 caller.require_role(Role.ADMIN)
             if row.is_admin and not caller.is_admin:
                 raise Denied("this key administers the platform")

@@ -21,6 +21,7 @@ from sandmartin.model import (
     new_sandbox_id,
 )
 
+MAX_CHILDREN = 100
 _MAX_LABELS = 64
 _MAX_LABEL_CHARS = 1024
 
@@ -48,7 +49,34 @@ class NewRow:
 
     def digest(self) -> str:
         """The same for the same request."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return _digest(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewChildren:
+    """Forks that a team asks for. Raises Invalid."""
+
+    sandbox_id: str
+    count: int = 1
+    #: None is that of the source.
+    timeout_s: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= MAX_CHILDREN:
+            raise Invalid(f"count is {self.count}", hint=f"use 1 to {MAX_CHILDREN}")
+
+    def digest(self) -> str:
+        """The same for the same request."""
+        return _digest(self)
+
+
+def keys_of_children(key: str, count: int = MAX_CHILDREN) -> list[str]:
+    """The idempotency key of each child that a request with this key makes."""
+    return [f"{key}/{number}" for number in range(count)]
+
+
+def _digest(request: NewRow | NewChildren) -> str:
+    return hashlib.sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
@@ -80,6 +108,8 @@ class Filter:
     limit: int = 100
     #: `next` of the page before.
     cursor: str = ""
+    #: Only what requests with this key made.
+    idempotency_key: str = ""
     #: For administrators of the platform.
     all_teams: bool = False
 

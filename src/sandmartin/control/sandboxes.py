@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import select, tuple_
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events, tables
@@ -24,7 +23,16 @@ from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Held, Kind, Operations, Overtaken
 from sandmartin.control.quotas import Quotas
-from sandmartin.control.requests import Filter, NewRow, Page, need_of, spec_of
+from sandmartin.control.repeats import Repeats
+from sandmartin.control.requests import (
+    Filter,
+    NewChildren,
+    NewRow,
+    Page,
+    keys_of_children,
+    need_of,
+    spec_of,
+)
 from sandmartin.control.rows import (
     Row,
     child_of,
@@ -56,16 +64,11 @@ from sandmartin.errors import (
     ToolFailed,
     Unavailable,
 )
-from sandmartin.model import (
-    State,
-    new_sandbox_id,
-)
+from sandmartin.model import State, new_sandbox_id
 from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)
-
-_MAX_CHILDREN = 100
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Sandboxes:
     ) -> None:
         self._db = db
         self._operations = operations
+        self._repeats = Repeats(db, operations)
         self._hosts = hosts
         self._templates = templates
         self._quotas = quotas
@@ -128,6 +132,8 @@ class Sandboxes:
             caller.require_admin()
         else:
             query = query.where(Row.team_id == caller.team_id)
+        if key := wanted.idempotency_key:
+            query = query.where(Row.idempotency_key.in_([key, *keys_of_children(key)]))
         for key, value in wanted.labels.items():
             query = query.where(Row.labels[key].as_string() == value)
         if wanted.cursor:
@@ -196,42 +202,14 @@ class Sandboxes:
         Raises NotFound (template), Invalid, Exhausted, Unavailable; Conflict when the key was
         used for another request.
         """
-        if idempotency_key and (row := await self._repeated(caller, new, idempotency_key)):
-            return row
-        try:
-            async with self._db.write() as session:
-                held = await self._begin_create(session, caller, new, idempotency_key)
-        except IntegrityError:
-            # Somebody was faster with the same key.
-            if idempotency_key and (row := await self._repeated(caller, new, idempotency_key)):
-                return row
-            raise
-        return await self._finished(caller, held)
-
-    async def _repeated(self, caller: Caller, new: NewRow, key: str) -> Row | None:
-        """What a request with the same key has made, once it is there. Raises what it raised."""
-        operation = tables.Operation
-        query = (
-            select(Row, operation.operation_id)
-            .outerjoin(
-                operation,
-                (operation.sandbox_id == Row.sandbox_id) & (operation.kind == Kind.CREATE),
-            )
-            .where(Row.team_id == caller.team_id, Row.idempotency_key == key)
+        keys = [idempotency_key] if idempotency_key else []
+        begun = await self._repeats.begin(
+            caller,
+            keys,
+            new.digest(),
+            lambda session: self._begin_create(session, caller, new, idempotency_key),
         )
-        async with self._db.read() as session:
-            found = (await session.execute(query)).first()
-        if found is None:
-            return None
-        row, operation_id = found
-        if row.request_hash != new.digest():
-            raise Conflict(
-                "this idempotency key was used for another request",
-                hint="use a new key for each request",
-            )
-        if operation_id is not None:
-            await self._operations.wait(operation_id)
-        return await self.get(caller, row.sandbox_id)
+        return await self._finished(caller, begun) if isinstance(begun, Held) else begun[0]
 
     async def _begin_create(
         self, session: AsyncSession, caller: Caller, new: NewRow, key: str
@@ -439,38 +417,60 @@ class Sandboxes:
     # Forks, checkpoints, templates.
 
     async def fork(
-        self, caller: Caller, sandbox_id: str, count: int, timeout_s: int | None = None
+        self,
+        caller: Caller,
+        sandbox_id: str,
+        count: int,
+        timeout_s: int | None = None,
+        idempotency_key: str = "",
     ) -> Sequence[Row]:
         """Sandboxes that go on from where this one is, which goes on too.
 
-        One that could not be made is in state `error`. Raises NotFound, Conflict, Exhausted.
+        The same key and request give the same ones. One that could not be made is in state
+        `error`. Raises NotFound, Conflict, Exhausted.
         """
-        if not 1 <= count <= _MAX_CHILDREN:
-            raise Invalid(f"count is {count}", hint=f"use 1 to {_MAX_CHILDREN}")
-        ids = [new_sandbox_id() for _ in range(count)]
-        async with self._db.write() as session:
-            row = await find(session, caller, sandbox_id)
-            children = [child_of(row, each, caller, timeout_s) for each in ids]
-            await self._quotas.check(session, caller.team_id, [shape_of(each) for each in children])
-            held = await self._begin(
-                session,
-                row,
-                Kind.FORK,
-                {State.RUNNING},
-                State.SNAPSHOTTING,
-                children=ids,
-                timeout_s=children[0].timeout_s,
-            )
-            for child in children:
-                child.operation_id = held.operation_id
-                session.add(child)
-                tell(session, child, "sandbox.starting", parent=sandbox_id)
-            audit.record(session, caller, "sandbox.forked", "sandbox", sandbox_id, children=ids)
+        asked = NewChildren(sandbox_id=sandbox_id, count=count, timeout_s=timeout_s)
+        keys = keys_of_children(idempotency_key, count) if idempotency_key else []
+        begun = await self._repeats.begin(
+            caller,
+            keys,
+            asked.digest(),
+            lambda session: self._begin_fork(session, caller, asked, keys),
+        )
+        if not isinstance(begun, Held):
+            return begun
         self._events.wake()
-        await self._operations.run(held)
+        await self._operations.run(begun)
+        ids: list[str] = begun.arguments["children"]
         async with self._db.read() as session:
             rows = await session.scalars(select(Row).where(Row.sandbox_id.in_(ids)))
             return sorted(rows, key=lambda each: ids.index(each.sandbox_id))
+
+    async def _begin_fork(
+        self, session: AsyncSession, caller: Caller, asked: NewChildren, keys: Sequence[str]
+    ) -> Held:
+        hashed = asked.digest() if keys else None
+        ids = [new_sandbox_id() for _ in range(asked.count)]
+        row = await find(session, caller, asked.sandbox_id)
+        children = [child_of(row, each, caller, asked.timeout_s) for each in ids]
+        await self._quotas.check(session, caller.team_id, [shape_of(each) for each in children])
+        held = await self._begin(
+            session,
+            row,
+            Kind.FORK,
+            {State.RUNNING},
+            State.SNAPSHOTTING,
+            children=ids,
+            timeout_s=children[0].timeout_s,
+        )
+        for number, child in enumerate(children):
+            child.operation_id = held.operation_id
+            child.idempotency_key = keys[number] if keys else None
+            child.request_hash = hashed
+            session.add(child)
+            tell(session, child, "sandbox.starting", parent=row.sandbox_id)
+        audit.record(session, caller, "sandbox.forked", "sandbox", row.sandbox_id, children=ids)
+        return held
 
     async def _do_fork(self, held: Held) -> None:
         made: dict[str, str | SandmartinError] = {}

@@ -6,11 +6,11 @@ SandmartinError; a stream that is cut raises Unavailable and never ends as if it
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sandmartin.errors import SandmartinError
+from sandmartin.errors import NotFound, SandmartinError
 from sandmartin.model import SandboxSpec
 
 
@@ -18,10 +18,11 @@ from sandmartin.model import SandboxSpec
 class NewSandbox:
     """A sandbox to create. What is None is left to the other side's defaults.
 
-    The caller chooses the id, so that it can destroy what it asked for even when the answer to
-    its request never arrived. Raises Invalid when it can never work.
+    Raises Invalid when it can never work.
     """
 
+    #: By which it can be found again even when the answer to the request never arrived. A host
+    #: agent makes it the sandbox's id; a control plane gives ids itself and only remembers it.
     sandbox_id: str
     template: str = "base"
     vcpus: int | None = None
@@ -244,23 +245,37 @@ class Ended:
 ExecEvent = Started | Stdout | Stderr | Ended
 
 
+def find_sandbox(listed: Iterable[SandboxInfo], sandbox_id: str) -> SandboxInfo:
+    """The one with this id. Raises NotFound."""
+    for info in listed:
+        if info.sandbox_id == sandbox_id:
+            return info
+    raise NotFound(f"there is no sandbox {sandbox_id}")
+
+
 class Transport(Protocol):
     """Everything a client can ask of sandboxes."""
 
     async def create(self, new: NewSandbox) -> CreatedSandbox:
-        """Start a sandbox. Raises AlreadyExists, NotFound (template), Exhausted."""
+        """Start a sandbox; the answer has its id.
+
+        Raises AlreadyExists, NotFound (template), Exhausted.
+        """
+
+    async def undo_create(self, new: NewSandbox, failure: BaseException, /) -> None:
+        """Destroy what a create has made, or may yet make, that ended with `failure`."""
 
     async def destroy(self, sandbox_id: str) -> None:
         """Destroy a sandbox and all it held. Already gone is success."""
+
+    async def get_sandbox(self, sandbox_id: str) -> SandboxInfo:
+        """Raises NotFound."""
 
     async def list_sandboxes(self) -> tuple[SandboxInfo, ...]:
         """Every sandbox there is."""
 
     async def ping(self, sandbox_id: str) -> None:
         """Reset the idle clock of a sandbox. Raises NotFound."""
-
-    async def terminate(self) -> None:
-        """Destroy every sandbox and end the other side."""
 
     async def pause(self, sandbox_id: str) -> None:
         """Write a sandbox to disk and free its memory. Already paused is success.
@@ -280,8 +295,18 @@ class Transport(Protocol):
         """Make children that go on from where a running sandbox is, which goes on too.
 
         An idle limit of 0 is that of the source. A child that could not be made is an error in
-        its place.
+        its place. The answer has the ids; those given are what `NewSandbox.sandbox_id` is.
         """
+
+    async def undo_fork(
+        self,
+        sandbox_id: str,
+        child_ids: tuple[str, ...],
+        timeout_s: int,
+        failure: BaseException,
+        /,
+    ) -> None:
+        """Destroy what a fork has made, or may yet make, that ended with `failure`."""
 
     async def create_checkpoint(self, sandbox_id: str, comment: str) -> Checkpoint:
         """Keep where a running sandbox is; it goes on."""

@@ -9,7 +9,6 @@ streams, which carry content, are protobuf's binary form.
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import ssl
 from abc import ABC, abstractmethod
@@ -41,9 +40,18 @@ from sandmartin.transport import (
     Stderr,
     Stdout,
     Template,
+    find_sandbox,
 )
 from sandmartin.transport import protobuf as wire
-from sandmartin.transport.connect import ConnectChannel, Message, malformed
+from sandmartin.transport.connect import ConnectChannel, malformed
+from sandmartin.transport.fields import Message
+from sandmartin.transport.fields import integer as _int
+from sandmartin.transport.fields import number as _float
+from sandmartin.transport.fields import octets as _bytes
+from sandmartin.transport.fields import part as _part
+from sandmartin.transport.fields import parts as _parts
+from sandmartin.transport.fields import text as _text
+from sandmartin.transport.fields import texts as _texts
 
 _SERVICE = "hostagent.v1.HostAgentService"
 _CONNECT_S = 5.0
@@ -126,6 +134,12 @@ class Agent(ABC):
     async def destroy(self, sandbox_id: str) -> None:
         await self._call("DestroySandbox", {"sandbox_id": sandbox_id}, deadline_s=_DESTROY_S)
 
+    async def undo_create(self, new: NewSandbox, _failure: BaseException) -> None:
+        await self.destroy(new.sandbox_id)
+
+    async def get_sandbox(self, sandbox_id: str) -> SandboxInfo:
+        return find_sandbox(await self.list_sandboxes(), sandbox_id)
+
     async def list_sandboxes(self) -> tuple[SandboxInfo, ...]:
         answer = await self._call("ListSandboxes", {})
         return tuple(_sandbox_info(each) for each in _parts(answer, "sandboxes"))
@@ -134,6 +148,7 @@ class Agent(ABC):
         await self._call("PingSandbox", {"sandbox_id": sandbox_id})
 
     async def terminate(self) -> None:
+        """Destroy every sandbox and end the agent."""
         await self._call("Terminate", {}, deadline_s=_DESTROY_S)
 
     async def pause(self, sandbox_id: str) -> None:
@@ -154,6 +169,16 @@ class Agent(ABC):
         )
         answer = await self._call("ForkSandbox", message, deadline_s=_SNAPSHOT_S)
         return tuple(_forked(each) for each in _parts(answer, "children"))
+
+    async def undo_fork(
+        self,
+        _sandbox_id: str,
+        child_ids: tuple[str, ...],
+        _timeout_s: int,
+        _failure: BaseException,
+    ) -> None:
+        for each in child_ids:
+            await self.destroy(each)
 
     async def create_checkpoint(self, sandbox_id: str, comment: str) -> Checkpoint:
         message = _without_defaults(sandbox_id=sandbox_id, comment=comment)
@@ -335,6 +360,10 @@ class AgentSocket(Agent):
         transport = httpx.AsyncHTTPTransport(uds=os.fspath(path), verify=False, limits=_LIMITS)
         super().__init__(transport, "http://agent")
 
+    async def reach(self) -> None:
+        """Make sure that an agent listens. Raises Denied, Unavailable."""
+        await reach_agent(self._path)
+
     def _unreachable(self, error: OSError | None) -> SandmartinError:
         return _refusal(self._path, error)
 
@@ -378,60 +407,6 @@ def _os_error(error: BaseException) -> OSError | None:
 
 def _without_defaults(**fields: Any) -> Message:
     return {name: value for name, value in fields.items() if value}
-
-
-# Fields of an answer; one that is absent or null has its default.
-
-
-def _text(message: Message, name: str) -> str:
-    value = message.get(name)
-    if value is not None and not isinstance(value, str):
-        raise SandmartinError(f"the agent's answer has no text in {name}")
-    return value or ""
-
-
-def _int(message: Message, name: str) -> int:
-    try:
-        return int(message.get(name) or 0)
-    # Python reads `Infinity` as JSON, too.
-    except (TypeError, ValueError, OverflowError) as error:
-        raise SandmartinError(f"the agent's answer has no number in {name}") from error
-
-
-def _float(message: Message, name: str) -> float:
-    try:
-        return float(message.get(name) or 0.0)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise SandmartinError(f"the agent's answer has no number in {name}") from error
-
-
-def _texts(message: Message, name: str) -> tuple[str, ...]:
-    values = message.get(name) or []
-    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
-        raise SandmartinError(f"the agent's answer has no list of texts in {name}")
-    return tuple(values)
-
-
-def _bytes(message: Message, name: str) -> bytes:
-    try:
-        return base64.b64decode(message.get(name) or "", validate=True)
-    except (TypeError, ValueError) as error:
-        raise SandmartinError(f"the agent's answer has no base64 in {name}") from error
-
-
-def _part(message: Message, name: str) -> Message | None:
-    """The message in field `name`, None when the field is absent."""
-    part = message.get(name)
-    if part is not None and not isinstance(part, dict):
-        raise SandmartinError(f"the agent's answer has no object in {name}")
-    return part
-
-
-def _parts(message: Message, name: str) -> list[Message]:
-    parts = message.get(name) or []
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise SandmartinError(f"the agent's answer has no list of objects in {name}")
-    return parts
 
 
 # Messages of streams.

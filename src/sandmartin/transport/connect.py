@@ -13,13 +13,13 @@ import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any
 
 import httpx
 
 from sandmartin import errors
 from sandmartin.errors import SandmartinError, TimedOut, Unavailable
 from sandmartin.transport import protobuf
+from sandmartin.transport.fields import Message
 
 #: Largest message taken in one piece; longer content comes in several.
 MAX_FRAME_BYTES = 16 * 2**20
@@ -47,8 +47,6 @@ FROM_CONNECT: Mapping[str, type[SandmartinError]] = {
     "data_loss": errors.SandmartinError,
     "unauthenticated": errors.Unauthenticated,
 }
-
-Message = dict[str, Any]
 
 
 def malformed(what: str) -> Unavailable:

@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 #: Of all fields before the file together, and of the lines that head a part.
 _MAX_FIELDS_BYTES = 16 << 10
+BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+#: Of a route whose body is content.
+RAW_BODY = {"requestBody": {"required": True, "content": BINARY}}
 _FORM_HINT = "send multipart/form-data with the field `path`, then the part `file`"
 
 

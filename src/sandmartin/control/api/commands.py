@@ -16,15 +16,24 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal, TypeVar
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sandmartin.control.api.bodies import Streamed, begun
+from sandmartin.control.api.bodies import RAW_BODY, Streamed, begun, pieces_of
 from sandmartin.control.api.inside import Inside, TheInside
 from sandmartin.errors import Invalid, NotFound, SandmartinError, TimedOut
 from sandmartin.model import DEFAULT_EXEC_TIMEOUT_S
-from sandmartin.transport import Command, Ended, ExecEvent, Process, Started, Stderr, Stdout
+from sandmartin.transport import (
+    Command,
+    Ended,
+    ExecEvent,
+    Process,
+    PtySize,
+    Started,
+    Stderr,
+    Stdout,
+)
 from sandmartin.transport.agent import Agent
 
 router = APIRouter(tags=["commands"])
@@ -72,6 +81,25 @@ class Run(BaseModel):
             timeout_s=timeout_s or None,
             **more,
         )
+
+
+class PtyBody(BaseModel):
+    """A terminal, in characters."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cols: int = Field(80, ge=1, le=4096)
+    rows: int = Field(24, ge=1, le=4096)
+
+    def size(self) -> PtySize:
+        return PtySize(self.cols, self.rows)
+
+
+class Stream(Run):
+    stdin: bool = Field(False, description="Keep standard input open; else it is empty.")
+    pty: PtyBody | None = Field(
+        None, description="Run it on a terminal: all output is `stdout`, and input is open."
+    )
 
 
 class Exec(Run):
@@ -214,14 +242,16 @@ def error_message(error: SandmartinError) -> dict[str, Any]:
     response_class=Response,
     responses={200: {"content": {"text/event-stream": {}}, "description": "Its events."}},
 )
-async def stream(body: Run, inside: TheInside) -> Response:
+async def stream(body: Stream, inside: TheInside) -> Response:
     """Run a command and tell of it as it happens, in server-sent events.
 
     `start` has a `pid`; `stdout` and `stderr` have `data` in base64; `exit` has `exit_code`,
     `signal` and `error`, which says why when the time limit ended it; `error` is an error. A
     client that hangs up does not end the command.
     """
-    events = inside.agent.exec_stream(inside.sandbox_id, body.command())
+    pty = body.pty.size() if body.pty else None
+    command = body.command(stdin=body.stdin, pty=pty)
+    events = inside.agent.exec_stream(inside.sandbox_id, command)
     return _told(await begun(_server_sent(events)))
 
 
@@ -238,7 +268,9 @@ async def connect(process: str, inside: TheInside) -> Response:
 
 
 def _told(pieces: AsyncGenerator[bytes, None]) -> Response:
-    return Streamed(pieces, "text/event-stream", {"cache-control": "no-store"})
+    # The last tells nginx not to wait for more before it passes an event on.
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return Streamed(pieces, "text/event-stream", headers)
 
 
 async def _server_sent(events: AsyncGenerator[ExecEvent, None]) -> AsyncGenerator[bytes, None]:
@@ -304,6 +336,25 @@ async def send_signal(process: str, inside: TheInside, signal: str = "SIGTERM") 
     number = signal_number(signal)
     pid = await find_pid(inside.agent, inside.sandbox_id, process)
     await inside.agent.send_signal(inside.sandbox_id, pid, number)
+    return Response(status_code=204)
+
+
+@router.post("/{sandbox_id}/processes/{process}/stdin", status_code=204, openapi_extra=RAW_BODY)
+async def send_stdin(process: str, request: Request, inside: TheInside) -> Response:
+    """Feed the standard input of a process, by pid or tag, as it comes.
+
+    It is closed at the end of the body, which may be as long and as slow as it likes.
+    """
+    pid = await find_pid(inside.agent, inside.sandbox_id, process)
+    await inside.agent.send_stdin(inside.sandbox_id, pid, pieces_of(request))
+    return Response(status_code=204)
+
+
+@router.post("/{sandbox_id}/processes/{process}/resize", status_code=204)
+async def resize(process: str, body: PtyBody, inside: TheInside) -> Response:
+    """Resize the terminal of a process, by pid or tag; one without a terminal is a conflict."""
+    pid = await find_pid(inside.agent, inside.sandbox_id, process)
+    await inside.agent.resize_pty(inside.sandbox_id, pid, body.size())
     return Response(status_code=204)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from sandmartin.control.api.bodies import Streamed, begun, pieces_of, read_form
+from sandmartin.control.api.bodies import BINARY, RAW_BODY, Streamed, begun, pieces_of, read_form
 from sandmartin.control.api.inside import Inside, TheInside
 from sandmartin.errors import Invalid
 from sandmartin.transport import FileInfo
@@ -18,9 +18,7 @@ router = APIRouter(tags=["files"])
 _MAX_PATH = 4096
 _MAX_USER = 256
 _KINDS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "symlink": stat.S_IFLNK}
-_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_CONTENT = {200: {"content": _BINARY, "description": "The content."}}
-_RAW = {"requestBody": {"required": True, "content": _BINARY}}
+_CONTENT = {200: {"content": BINARY, "description": "The content."}}
 _FORM = {
     "requestBody": {
         "required": True,
@@ -104,7 +102,7 @@ def _done() -> Response:
 # Content.
 
 
-@router.put("/{sandbox_id}/files", status_code=204, openapi_extra=_RAW)
+@router.put("/{sandbox_id}/files", status_code=204, openapi_extra=RAW_BODY)
 async def put(request: Request, inside: TheInside, path: ThePath, user: TheUser = "") -> Response:
     """Write a file of any size, which is the body, and the directories above it."""
     await inside.agent.write_file(inside.sandbox_id, path, pieces_of(request), user)

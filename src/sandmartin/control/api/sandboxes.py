@@ -20,6 +20,7 @@ router = APIRouter(tags=["sandboxes"])
 _MAX_KEY = 200
 _MAX_PAGE = 1000
 Strict = ConfigDict(extra="forbid")
+TheKey = Annotated[str, Header(alias="Idempotency-Key", max_length=_MAX_KEY)]
 
 
 class NewSandbox(BaseModel):
@@ -132,7 +133,7 @@ async def create(
     body: NewSandbox,
     caller: TheCaller,
     platform: ThePlatform,
-    idempotency_key: Annotated[str, Header(max_length=_MAX_KEY)] = "",
+    idempotency_key: TheKey = "",
 ) -> SandboxBody:
     """Start a sandbox. The same Idempotency-Key and body give the same sandbox."""
     new = NewRow(
@@ -156,10 +157,14 @@ async def list_sandboxes(
     metadata: Annotated[list[str] | None, Query(description="`name=value`, all of them.")] = None,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 100,
     cursor: Annotated[str, Query(max_length=200)] = "",
+    idempotency_key: Annotated[
+        str, Query(max_length=_MAX_KEY, description="What requests with this key made.")
+    ] = "",
 ) -> SandboxPage:
     """The team's sandboxes, newest first; stopped ones and errors only when asked for."""
     wanted = Filter(
         states=frozenset(state) if state else LISTED,
+        idempotency_key=idempotency_key,
         labels=_labels(metadata or []),
         limit=limit,
         cursor=cursor,
@@ -206,10 +211,19 @@ async def resume(
 
 @router.post("/{sandbox_id}/fork", status_code=201)
 async def fork(
-    sandbox_id: str, body: ForkBody, caller: TheCaller, platform: ThePlatform
+    sandbox_id: str,
+    body: ForkBody,
+    caller: TheCaller,
+    platform: ThePlatform,
+    idempotency_key: TheKey = "",
 ) -> SandboxPage:
-    """Sandboxes that go on from where this one is, which goes on too."""
-    rows = await platform.sandboxes.fork(caller, sandbox_id, body.count, body.timeout_sec)
+    """Sandboxes that go on from where this one is, which goes on too.
+
+    The same Idempotency-Key and body give the same sandboxes.
+    """
+    rows = await platform.sandboxes.fork(
+        caller, sandbox_id, body.count, body.timeout_sec, idempotency_key
+    )
     return SandboxPage(items=[SandboxBody.of(row) for row in rows], next="")
 
 
