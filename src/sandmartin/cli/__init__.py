@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from sandmartin import __version__
 from sandmartin.cli import (
     agent,
+    certs,
     checkpoints,
     commands,
     completion,
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         login.configure_logout,
         keys.configure,
         control.configure,
+        certs.configure,
         agent.configure,
         hosts.configure,
         setup.configure,

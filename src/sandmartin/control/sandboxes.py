@@ -233,6 +233,8 @@ class Sandboxes:
             disk_size_mb=spec.disk_size_mb,
             timeout_s=spec.timeout_s,
             on_timeout=new.on_timeout,
+            auto_resume=new.auto_resume,
+            public_traffic=new.public_traffic,
             labels=dict(new.labels),
             created_by=caller.actor_id,
             created_at=now,

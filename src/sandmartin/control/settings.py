@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sandmartin.errors import Invalid
 from sandmartin.model import load_settings
+
+_DOMAIN = re.compile(
+    r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:[0-9]{1,5})?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,12 @@ class ControlSettings:
     port: int = 8000
     #: How the world reaches us: for links, OAuth and cookies. Empty for what we listen on.
     public_url: str = ""
+    #: Sandboxes' ports are at names below it, `PORT-ID.DOMAIN`; clients are told. It may end with
+    #: a port.
+    domain: str = ""
+    #: Files of a certificate with its chain, and of its key, as PEM; empty for plain HTTP.
+    tls_cert: str = ""
+    tls_key: str = ""
     #: Who may sign up: `open`, `invited`, or `closed`.
     sign_up: str = "invited"
     github_client_id: str = ""
@@ -48,6 +60,14 @@ class ControlSettings:
     keep_operations_days: float = 7.0
     keep_deliveries_days: float = 7.0
 
+    def __post_init__(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise Invalid("one of tls_cert and tls_key is missing", hint="give both, or neither")
+        if self.domain and not _DOMAIN.fullmatch(self.domain):
+            raise Invalid(
+                f"domain is {self.domain[:80]!r}", hint="use a name, as in sandboxes.example.com"
+            )
+
     @classmethod
     def load(
         cls,
@@ -58,6 +78,12 @@ class ControlSettings:
         """As `Settings.load` has it. Raises Invalid."""
         return load_settings(cls, flags, environ, file)
 
+    def listening_on(self, port: int) -> ControlSettings:
+        """With the port that was taken, also in the domain where nothing stands before us."""
+        usual = port == (443 if self.tls_cert else 80) or self.public_url or ":" in self.domain
+        domain = self.domain if usual or not self.domain else f"{self.domain}:{port}"
+        return replace(self, port=port, domain=domain)
+
     @property
     def url(self) -> str:
         """The database."""
@@ -65,4 +91,5 @@ class ControlSettings:
 
     @property
     def base_url(self) -> str:
-        return self.public_url.rstrip("/") or f"http://{self.host}:{self.port}"
+        scheme = "https" if self.tls_cert else "http"
+        return self.public_url.rstrip("/") or f"{scheme}://{self.host}:{self.port}"
