@@ -220,6 +220,8 @@ class Template(Base):
     disk_size_mb: Mapped[int] = mapped_column(default=0)
     #: Allocated blocks.
     size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    #: What its source might reach; see `Sandbox.network`.
+    network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     created_at: Mapped[float]
     created_by: Mapped[str] = mapped_column(default="")
 
@@ -265,6 +267,8 @@ class Sandbox(Base):
     timeout_s: Mapped[int] = mapped_column(default=0)
     #: What happens at the end of its idle time: `pause` or `kill`.
     on_timeout: Mapped[str] = mapped_column(default="pause")
+    #: A `NetworkPolicy` as plain values; None is the Internet.
+    network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     #: Labels that its owner gave it.
     labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
     host_ip: Mapped[str] = mapped_column(default="")
