@@ -220,6 +220,8 @@ class Template(Base):
     disk_size_mb: Mapped[int] = mapped_column(default=0)
     #: Allocated blocks.
     size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    #: What its source might reach; see `Sandbox.network`.
+    network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     created_at: Mapped[float]
     created_by: Mapped[str] = mapped_column(default="")
 
@@ -268,6 +270,8 @@ class Sandbox(Base):
     #: Whether traffic wakes it from its sleep, and whether that needs no token.
     auto_resume: Mapped[bool] = mapped_column(default=False)
     public_traffic: Mapped[bool] = mapped_column(default=True)
+    #: A `NetworkPolicy` as plain values; None is the Internet.
+    network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     #: Labels that its owner gave it.
     labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
     host_ip: Mapped[str] = mapped_column(default="")

@@ -98,6 +98,7 @@ class Templates:
             vcpus=sandbox.vcpus,
             memory_mb=sandbox.memory_mb,
             disk_size_mb=sandbox.disk_size_mb,
+            network=sandbox.network,
             created_at=time.time(),
             created_by=caller.actor_id,
         )

@@ -22,7 +22,7 @@ from sandmartin.errors import (
     Unauthenticated,
     Unavailable,
 )
-from sandmartin.model import State, check_name
+from sandmartin.model import INTERNET, NetworkPolicy, State, check_name
 from sandmartin.transport import (
     Checkpoint,
     Command,
@@ -43,7 +43,7 @@ from sandmartin.transport import (
     Template,
 )
 from sandmartin.transport.api import CALL_S, Api, Unreached
-from sandmartin.transport.fields import Message, integer, number, octets, parts, text, texts
+from sandmartin.transport.fields import Message, integer, number, octets, part, parts, text, texts
 
 #: What a host is given for it, and something for the way.
 _CREATE_S = 120.0
@@ -80,6 +80,7 @@ class Rest:
             memory_mb=new.memory_mb,
             disk_size_mb=new.disk_size_mb,
             timeout_sec=new.timeout_s,
+            network=None if new.network is None else new.network.to_dict(),
             envs=dict(new.envs),
         )
         answer = await self._api.ask(
@@ -135,6 +136,14 @@ class Rest:
 
     async def ping(self, sandbox_id: str) -> None:
         await self._api.ask("POST", _path(sandbox_id, "ping"))
+
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        path, body = _path(sandbox_id, "timeout"), {"timeout_sec": timeout_s}
+        await self._api.ask("POST", path, body, deadline_s=_DESTROY_S, repeatable=True)
+
+    async def update_network(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        path = _path(sandbox_id, "network")
+        await self._api.ask("PUT", path, policy.to_dict(), deadline_s=_DESTROY_S, repeatable=True)
 
     async def pause(self, sandbox_id: str) -> None:
         await self._unless_already(sandbox_id, State.PAUSED, "pause")
@@ -393,6 +402,17 @@ def sandbox_info(body: Message) -> SandboxInfo:
         created_at=integer(body, "created_at"),
         last_active_at=integer(body, "last_active_at") or integer(body, "created_at"),
         reason=text(body, "reason"),
+        network=_network(part(body, "network")),
+    )
+
+
+def _network(body: Message | None) -> NetworkPolicy:
+    if body is None:
+        return INTERNET
+    return NetworkPolicy(
+        allow_internet_access=body.get("allow_internet_access") is not False,
+        allow_out=texts(body, "allow_out"),
+        deny_out=texts(body, "deny_out"),
     )
 
 
