@@ -31,6 +31,7 @@ from sandmartin.control.settings import ControlSettings
 from sandmartin.control.teams import Teams
 from sandmartin.control.telemetry import Telemetry
 from sandmartin.control.templates import Templates
+from sandmartin.control.trust import Trust
 from sandmartin.control.usage import Usage
 from sandmartin.model import random_id
 
@@ -61,6 +62,7 @@ class Platform:
     notifications: Notifications
     retention: Retention
     telemetry: Telemetry
+    trust: Trust
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -70,6 +72,7 @@ class Platform:
             asyncio.create_task(self.teams.sweep(), name="deleted teams"),
             asyncio.create_task(self.leader.lead(self._lead), name="leader"),
             asyncio.create_task(self.events.watch(), name="events"),
+            asyncio.create_task(self.trust.run(), name="trust"),
             asyncio.create_task(self.notifications.run(), name="notifications"),
         ]
         try:
@@ -148,6 +151,7 @@ async def open_platform(
             notifications=Notifications(db, sealer, happenings, outgoing, patience or Patience()),
             retention=Retention(db, _keep(settings)),
             telemetry=Telemetry(db, operations, reconciler),
+            trust=Trust(db, happenings),
         )
 
 
