@@ -34,13 +34,19 @@ class NewRow:
     memory_mb: int | None = None
     disk_size_mb: int | None = None
     timeout_s: int = 0
+    #: For how long it runs, however much it is used; None for as long as it is.
+    lifetime_s: int | None = None
     on_timeout: str = "pause"
+    auto_resume: bool = False
+    public_traffic: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
     envs: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.on_timeout not in {"pause", "kill"}:
             raise Invalid(f"on_timeout is {self.on_timeout!r}", hint="use `pause` or `kill`")
+        if self.lifetime_s is not None and self.lifetime_s < 1:
+            raise Invalid(f"the lifetime is {self.lifetime_s} s", hint="use at least 1 s")
         check_labels(self.labels)
         if any(not name or "=" in name for name in self.envs):
             raise Invalid("a name in envs is empty or contains '='")
@@ -77,6 +83,11 @@ class Filter:
 
     states: Collection[State] = LISTED
     labels: Mapping[str, str] = field(default_factory=dict)
+    #: Name of a template; empty for all.
+    template: str = ""
+    #: Only what ran first after.
+    started_after: float | None = None
+    oldest_first: bool = False
     limit: int = 100
     #: `next` of the page before.
     cursor: str = ""

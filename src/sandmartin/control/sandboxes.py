@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -22,13 +22,14 @@ from sandmartin.control import audit, events, tables
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
-from sandmartin.control.operations import Held, Kind, Operations, Overtaken
+from sandmartin.control.operations import Held, Kind, Operations, Overtaken, Unfinished
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.requests import Filter, NewRow, Page, need_of, spec_of
 from sandmartin.control.rows import (
     Row,
     child_of,
     cursor_of,
+    ends_at,
     find,
     moment,
     move,
@@ -60,7 +61,7 @@ from sandmartin.model import (
     State,
     new_sandbox_id,
 )
-from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox
+from sandmartin.transport import Checkpoint, CreatedSandbox, MetricPoint, NewSandbox
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Sandboxes:
             return await find(session, caller, sandbox_id)
 
     async def list(self, caller: Caller, wanted: Filter) -> Page:
-        """Sandboxes of the caller's team, newest first. Raises Invalid, Denied."""
+        """Sandboxes of the caller's team in order of creation. Raises Invalid, Denied."""
         query = select(Row).where(Row.state.in_(sorted(wanted.states)))
         if wanted.all_teams:
             caller.require_admin()
@@ -130,14 +131,58 @@ class Sandboxes:
             query = query.where(Row.team_id == caller.team_id)
         for key, value in wanted.labels.items():
             query = query.where(Row.labels[key].as_string() == value)
-        if wanted.cursor:
-            query = query.where(tuple_(Row.created_at, Row.sandbox_id) < read_cursor(wanted.cursor))
-        query = query.order_by(Row.created_at.desc(), Row.sandbox_id.desc())
+        if wanted.template:
+            query = query.where(Row.template == wanted.template)
+        if wanted.started_after is not None:
+            started_at = func.coalesce(Row.started_at, Row.created_at)
+            query = query.where(started_at > wanted.started_after)
+        query = _in_order(query, wanted)
         async with self._db.read() as session:
             rows = (await session.scalars(query.limit(wanted.limit + 1))).all()
         shown = rows[: wanted.limit]
         more = len(rows) > wanted.limit
         return Page(rows=shown, next=cursor_of(shown[-1]) if more else "")
+
+    async def count(self, caller: Caller, states: Collection[State]) -> int:
+        """How many sandboxes of the caller's team are in these states."""
+        query = select(func.count()).where(
+            Row.team_id == caller.team_id, Row.state.in_(sorted(states))
+        )
+        async with self._db.read() as session:
+            return await session.scalar(query) or 0
+
+    async def settled(self, caller: Caller, sandbox_id: str) -> Row:
+        """A sandbox once nothing is being done to it, or it is over.
+
+        What came of that is for whoever had asked for it. Raises NotFound, and Unavailable when
+        it does not end.
+        """
+        while True:
+            row = await self.get(caller, sandbox_id)
+            if row.operation_id is None or row.state in {State.STOPPING, State.STOPPED}:
+                return row
+            try:
+                await self._operations.wait(row.operation_id)
+            except Unfinished:
+                raise
+            except SandmartinError as error:
+                _log.info("sandbox %s is as it is: %s", sandbox_id, error)
+
+    async def points(
+        self, caller: Caller, sandbox_id: str, tier: str, since: float
+    ) -> tuple[Row, Sequence[MetricPoint]]:
+        """A sandbox, and what it used since a time; of one that sleeps or is over, until then.
+
+        Raises NotFound, Unavailable.
+        """
+        row = await self.get(caller, sandbox_id)
+        points = await self._usage.points(sandbox_id, tier, since)
+        if row.state == State.RUNNING:
+            # Its host knows what came after the last pause.
+            known_until = points[-1].timestamp if points else 0
+            live = await (await self._agent(row)).metrics(sandbox_id, tier)
+            points += [each for each in live if each.timestamp > max(since, known_until)]
+        return row, points
 
     async def on_behalf(self, caller: Caller, sandbox_id: str) -> Caller:
         """An administrator of the platform, acting for the team that has a sandbox.
@@ -258,7 +303,11 @@ class Sandboxes:
             memory_mb=spec.memory_mb,
             disk_size_mb=spec.disk_size_mb,
             timeout_s=spec.timeout_s,
+            lifetime_s=new.lifetime_s,
+            ends_at=ends_at(new.lifetime_s),
             on_timeout=new.on_timeout,
+            auto_resume=new.auto_resume,
+            public_traffic=new.public_traffic,
             labels=dict(new.labels),
             created_by=caller.actor_id,
             created_at=now,
@@ -351,10 +400,13 @@ class Sandboxes:
 
     # Pausing, resuming, ending.
 
-    async def pause(self, caller: Caller, sandbox_id: str) -> Row:
-        """Put a sandbox to sleep. Raises NotFound, Conflict, Unavailable."""
+    async def pause(self, caller: Caller, sandbox_id: str, *, seen: Row | None = None) -> Row:
+        """Put a sandbox to sleep; with `seen` only if it still is as it was seen.
+
+        Raises NotFound, Conflict, Unavailable.
+        """
         return await self._operate(
-            caller, sandbox_id, Kind.PAUSE, {State.RUNNING}, State.PAUSING, "paused"
+            caller, sandbox_id, Kind.PAUSE, {State.RUNNING}, State.PAUSING, "paused", seen=seen
         )
 
     async def _do_pause(self, held: Held) -> None:
@@ -365,11 +417,18 @@ class Sandboxes:
 
         await self._perform(held, act, State.PAUSED, "sandbox.paused")
 
-    async def resume(self, caller: Caller, sandbox_id: str, timeout_s: int | None = None) -> Row:
-        """Wake a sandbox up, with a new idle limit or its own. Raises NotFound, Conflict."""
+    async def resume(
+        self,
+        caller: Caller,
+        sandbox_id: str,
+        timeout_s: int | None = None,
+        lifetime_s: int | None = None,
+    ) -> Row:
+        """Wake a sandbox up, with new limits or its own. Raises NotFound, Conflict."""
         if timeout_s is not None and timeout_s < 0:
             raise Invalid(f"timeout_s is {timeout_s}", hint="use 0 for no idle limit")
-        values = {} if timeout_s is None else {"timeout_s": timeout_s}
+        limits = {"timeout_s": timeout_s, "lifetime_s": lifetime_s}
+        values = {name: value for name, value in limits.items() if value is not None}
         return await self._operate(
             caller,
             sandbox_id,
@@ -443,7 +502,12 @@ class Sandboxes:
     # Forks, checkpoints, templates.
 
     async def fork(
-        self, caller: Caller, sandbox_id: str, count: int, timeout_s: int | None = None
+        self,
+        caller: Caller,
+        sandbox_id: str,
+        count: int,
+        timeout_s: int | None = None,
+        lifetime_s: int | None = None,
     ) -> Sequence[Row]:
         """Sandboxes that go on from where this one is, which goes on too.
 
@@ -454,7 +518,8 @@ class Sandboxes:
         ids = [new_sandbox_id() for _ in range(count)]
         async with self._db.write() as session:
             row = await find(session, caller, sandbox_id)
-            children = [child_of(row, each, caller, timeout_s) for each in ids]
+            limits = {"timeout_s": timeout_s, "lifetime_s": lifetime_s}
+            children = [child_of(row, each, caller, **limits) for each in ids]
             await self._quotas.check(session, caller.team_id, [shape_of(each) for each in children])
             held = await self._begin(
                 session,
@@ -653,10 +718,13 @@ class Sandboxes:
         action: str,
         *,
         values: Mapping[str, Any] | None = None,
+        seen: Row | None = None,
         **arguments: Any,
     ) -> Row:
         async with self._db.write() as session:
-            row = await find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id, to_change=seen is not None)
+            if seen is not None and moment(row) != moment(seen):
+                raise Overtaken(f"sandbox {sandbox_id} is not as it was any more")
             held = await self._begin(
                 session, row, kind, sources, during, values=values, **arguments
             )
@@ -718,6 +786,8 @@ class Sandboxes:
             overtaken = row.operation_id != held.operation_id
             if not overtaken:
                 changes = {**outcome.values, "operation_id": None, "reason": outcome.reason}
+                if outcome.state is State.RUNNING and held.state_before != State.RUNNING:
+                    changes["ends_at"] = ends_at(row.lifetime_s)
                 await observe(session, row, outcome.state, **changes)
                 told = {"error": error.message} if error else {}
                 tell(session, row, outcome.event, **told)
@@ -788,6 +858,17 @@ class Sandboxes:
             agent = await self._agent(row)
             for each in ended:
                 await agent.destroy(each)
+
+
+def _in_order(query: Select[Row], wanted: Filter) -> Select[Row]:
+    """After the page before, if there was one."""
+    key, columns = tuple_(Row.created_at, Row.sandbox_id), (Row.created_at, Row.sandbox_id)
+    after = read_cursor(wanted.cursor) if wanted.cursor else None
+    if wanted.oldest_first:
+        query = query if after is None else query.where(key > after)
+        return query.order_by(*columns)
+    query = query if after is None else query.where(key < after)
+    return query.order_by(*(each.desc() for each in columns))
 
 
 async def _made_before(agent: Agent, row: Row, name: str) -> int | None:

@@ -6,6 +6,7 @@ share it; without it what is sealed is lost.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from sandmartin.errors import Invalid
 
@@ -24,10 +27,16 @@ class Sealer:
     def __init__(self, key: str) -> None:
         try:
             self._fernet = Fernet(key)
+            self._key = base64.urlsafe_b64decode(key)
         except ValueError as error:
             raise Invalid(
                 "the secret key is none", hint="use 32 random bytes in URL-safe base64"
             ) from error
+
+    def key_for(self, purpose: str) -> bytes:
+        """A key of its own for a purpose, the same wherever the secret key is the same."""
+        derivation = HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose.encode())
+        return derivation.derive(self._key)
 
     @classmethod
     def open(cls, file: Path) -> Sealer:

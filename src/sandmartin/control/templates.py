@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from uuid import uuid4
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import delete, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -21,6 +21,7 @@ from sandmartin.control import audit, events, tables
 from sandmartin.control.caller import Caller
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
+from sandmartin.control.rows import read_cursor
 from sandmartin.control.states import ALIVE, TemplateState
 from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement
 from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound, SandmartinError
@@ -38,7 +39,12 @@ _DEFAULT = "base"
 
 
 async def find_template(
-    session: AsyncSession, team_id: str, name: str, *, to_change: bool = False
+    session: AsyncSession,
+    team_id: str,
+    name: str,
+    *,
+    to_change: bool = False,
+    lock: bool = True,
 ) -> Row:
     """The template that a team means by `name`: its own, or the platform's. Raises NotFound.
 
@@ -47,7 +53,8 @@ async def find_template(
     query = select(Row).where(
         Row.team_id.in_([team_id, PLATFORM_TEAM_ID]), Row.name == check_name(name, "template name")
     )
-    query = query.with_for_update(read=not to_change)
+    if lock:
+        query = query.with_for_update(read=not to_change)
     rows = {row.team_id: row for row in await session.scalars(query)}
     row = rows.get(team_id) or rows.get(PLATFORM_TEAM_ID)
     if row is None or (row.state == TemplateState.DELETING and not to_change):
@@ -76,6 +83,37 @@ class Templates:
         async with self._db.read() as session:
             return (await session.scalars(query.order_by(Row.created_at.desc()))).all()
 
+    async def get(self, caller: Caller, name: str) -> Row:
+        """What the caller's team means by a name. Raises NotFound, Conflict."""
+        async with self._db.read() as session:
+            return await find_template(session, caller.team_id, name, lock=False)
+
+    async def snapshots(
+        self, caller: Caller, *, sandbox_id: str, name: str, limit: int, cursor: str
+    ) -> tuple[Sequence[Row], str]:
+        """The team's templates that were made of sandboxes, newest first, and the next cursor.
+
+        Raises Invalid.
+        """
+        key = tuple_(Row.created_at, Row.template_id)
+        query = select(Row).where(
+            Row.team_id == caller.team_id,
+            Row.state == TemplateState.READY,
+            Row.sandbox_id.is_not(None),
+        )
+        if sandbox_id:
+            query = query.where(Row.sandbox_id == sandbox_id)
+        if name:
+            query = query.where(Row.name == name)
+        if cursor:
+            query = query.where(key < read_cursor(cursor))
+        query = query.order_by(Row.created_at.desc(), Row.template_id.desc()).limit(limit + 1)
+        async with self._db.read() as session:
+            rows = (await session.scalars(query)).all()
+        shown = rows[:limit]
+        more = len(rows) > limit
+        return shown, f"{shown[-1].created_at!r}_{shown[-1].template_id}" if more else ""
+
     # Made of a sandbox, in the transactions of the operation that makes it.
 
     async def add(
@@ -98,6 +136,7 @@ class Templates:
             vcpus=sandbox.vcpus,
             memory_mb=sandbox.memory_mb,
             disk_size_mb=sandbox.disk_size_mb,
+            sandbox_id=sandbox.sandbox_id,
             created_at=time.time(),
             created_by=caller.actor_id,
         )
