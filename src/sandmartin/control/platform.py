@@ -34,6 +34,7 @@ from sandmartin.control.telemetry import Telemetry
 from sandmartin.control.templates import Templates
 from sandmartin.control.tokens import Tokens
 from sandmartin.control.usage import Usage
+from sandmartin.control.waking import Waking
 from sandmartin.model import random_id
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ class Platform:
     settings: ControlSettings
     db: Database
     sealer: Sealer
-    tokens: Tokens
     events: Events
     keys: Keys
     sessions: Sessions
@@ -68,6 +68,8 @@ class Platform:
     notifications: Notifications
     retention: Retention
     telemetry: Telemetry
+    tokens: Tokens
+    waking: Waking
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -139,7 +141,6 @@ async def open_platform(
             settings=settings,
             db=db,
             sealer=sealer,
-            tokens=Tokens(sealer),
             events=happenings,
             keys=Keys(db),
             sessions=Sessions(db),
@@ -158,6 +159,8 @@ async def open_platform(
             notifications=Notifications(db, sealer, happenings, outgoing, patience or Patience()),
             retention=Retention(db, _keep(settings)),
             telemetry=Telemetry(db, operations, reconciler),
+            tokens=Tokens(sealer),
+            waking=Waking(db, hosts, sandboxes, happenings),
         )
 
 

@@ -37,6 +37,7 @@ class NewRow:
     #: For how long it runs, however much it is used; None for as long as it is.
     lifetime_s: int | None = None
     on_timeout: str = "pause"
+    #: Whether traffic wakes it from its sleep, and whether that needs no token.
     auto_resume: bool = False
     public_traffic: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)

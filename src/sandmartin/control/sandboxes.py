@@ -57,10 +57,7 @@ from sandmartin.errors import (
     ToolFailed,
     Unavailable,
 )
-from sandmartin.model import (
-    State,
-    new_sandbox_id,
-)
+from sandmartin.model import State, new_sandbox_id
 from sandmartin.transport import Checkpoint, CreatedSandbox, MetricPoint, NewSandbox
 from sandmartin.transport.agent import Agent
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from sandmartin.errors import Invalid
@@ -33,11 +33,6 @@ class Sealer:
                 "the secret key is none", hint="use 32 random bytes in URL-safe base64"
             ) from error
 
-    def key_for(self, purpose: str) -> bytes:
-        """A key of its own for a purpose, the same wherever the secret key is the same."""
-        derivation = HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose.encode())
-        return derivation.derive(self._key)
-
     @classmethod
     def open(cls, file: Path) -> Sealer:
         """With the key in `file`, which is made if it is not there."""
@@ -50,6 +45,11 @@ class Sealer:
                 os.fsync(made.fileno())
             beside.rename(file)
         return cls(file.read_text().strip())
+
+    def derive(self, purpose: str) -> bytes:
+        """A key of 32 bytes for another purpose; nothing leads back from it."""
+        derivation = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=purpose.encode())
+        return derivation.derive(self._key)
 
     def seal(self, content: Any) -> bytes:
         """Seal what JSON can say."""

@@ -271,9 +271,8 @@ class Sandbox(Base):
     ends_at: Mapped[float | None]
     #: What happens at the end of its idle time or of its lifetime: `pause` or `kill`.
     on_timeout: Mapped[str] = mapped_column(default="pause")
-    #: A request wakes it when it is paused.
+    #: Whether traffic wakes it from its sleep, and whether that needs no token.
     auto_resume: Mapped[bool] = mapped_column(default=False)
-    #: Its ports answer whoever asks, and not only those who have its traffic token.
     public_traffic: Mapped[bool] = mapped_column(default=True)
     #: Labels that its owner gave it.
     labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
