@@ -28,6 +28,7 @@ from connectrpc.request import RequestContext
 from protobuf import Oneof
 
 from sandmartin.errors import AlreadyExists, Conflict, NotFound, SandmartinError
+from sandmartin.model import NetworkPolicy
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.rpc.hostagent.v1.hostagent_connect import (
     HostAgentService,
@@ -123,6 +124,14 @@ class FakeTransport:
 
     async def ping(self, sandbox_id: str) -> None:
         self._state(sandbox_id)
+
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        self._state(sandbox_id)
+        self.sandboxes[sandbox_id] = replace(self.sandboxes[sandbox_id], timeout_s=timeout_s)
+
+    async def update_network(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        self._state(sandbox_id)
+        self.sandboxes[sandbox_id] = replace(self.sandboxes[sandbox_id], network=policy)
 
     async def terminate(self) -> None:
         self.sandboxes.clear()

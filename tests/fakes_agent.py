@@ -50,7 +50,7 @@ from sandmartin.errors import (
     ToolFailed,
     Unavailable,
 )
-from sandmartin.model import Accel, SandboxSpec, Settings
+from sandmartin.model import Accel, NetworkPolicy, SandboxSpec, Settings
 from sandmartin.relay.line import Line, Lines
 
 Step = Callable[[str], None]
@@ -434,6 +434,8 @@ class FakeNetwork(Network):
         self._step = step
         self._settings = Settings()
         self.limit = 64
+        #: Raised by `apply`.
+        self.failure: Exception | None = None
 
     async def start(self, in_use: Iterable[int]) -> None:
         for file in self._directory.iterdir():
@@ -455,6 +457,20 @@ class FakeNetwork(Network):
                 self._step("network:taken")
                 return self._slot(number)
         raise Exhausted(f"all {self.limit} network slots of this machine are taken")
+
+    async def apply(self, slot: Slot, policy: NetworkPolicy) -> None:
+        if self.failure is not None:
+            raise self.failure
+        (self._directory / str(slot.number)).write_text(json.dumps(policy.to_dict()))
+
+    async def keep(self, slot: Slot, policy: NetworkPolicy) -> None:
+        if policy != self.policy(slot):
+            await self.apply(slot, policy)
+
+    def policy(self, slot: Slot) -> NetworkPolicy:
+        """What the rules of a slot are."""
+        text = (self._directory / str(slot.number)).read_text()
+        return NetworkPolicy.from_dict(json.loads(text) if text else None)
 
     def adopted(self, number: int) -> Slot | None:
         return self._slot(number) if (self._directory / str(number)).exists() else None
@@ -741,10 +757,12 @@ def _make_image(path: Path) -> None:
         path.chmod(0o444)
 
 
-def make_spec(sandbox_id: str = "sb1", **shape: int) -> SandboxSpec:
+def make_spec(
+    sandbox_id: str = "sb1", *, network: NetworkPolicy | None = None, **shape: int
+) -> SandboxSpec:
     """A small sandbox, far below what any host has."""
     values: dict[str, int] = {"memory_mb": 128, "disk_size_mb": IMAGE_MB, **shape}
-    return SandboxSpec(sandbox_id=sandbox_id, template=IMAGE, **values)
+    return SandboxSpec(sandbox_id=sandbox_id, template=IMAGE, network=network, **values)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ import dns.rrset
 from pyroute2 import IPRoute, netns
 
 from sandmartin.agent import namespace
+from sandmartin.agent.network.slot import GATEWAY_IP, GUEST_IP, GUEST_MAC, PREFIX_LENGTH, Slot
+from sandmartin.agent.vmm.tap import open_tap
 
 #: With our number: several runs may share the machine.
 INTERNET = f"smtest-internet-{os.getpid()}"
@@ -32,11 +34,13 @@ HOST_PUBLIC = "198.51.100.2"
 HOST_PRIVATE = "192.168.77.1"
 ROUTER = "198.51.100.1"
 PUBLIC_SERVER = "203.0.113.7"
+OTHER_SERVER = "203.0.113.200"
 PRIVATE_SERVER = "10.99.0.1"
 METADATA_SERVER = "169.254.169.254"
 SERVERS = (PUBLIC_SERVER, PRIVATE_SERVER, METADATA_SERVER, "172.16.5.5", "100.64.0.9")
 TCP_PORT = 8080
 UDP_PORT = 8081
+ECHO_PORT = 8082
 BANNER = b"hello from outside\n"
 
 
@@ -79,7 +83,12 @@ def _connect() -> None:
 def _furnish_internet() -> None:
     with IPRoute() as routes:
         _up(routes, "lo")
-        _up(routes, "host0", f"{ROUTER}/24", *(f"{server}/32" for server in SERVERS))
+        _up(
+            routes,
+            "host0",
+            f"{ROUTER}/24",
+            *(f"{server}/32" for server in (*SERVERS, OTHER_SERVER)),
+        )
         # It would answer if the host let it: sandboxes' own ranges are reached by way of the host.
         routes.route("add", dst="10.11.0.0/16", gateway=HOST_PUBLIC)
         routes.route("add", dst="192.168.77.0/24", gateway=HOST_PUBLIC)
@@ -113,13 +122,18 @@ class Internet:
         self.datagrams: list[tuple[bytes, str]] = []
         self.connections: list[str] = []
         self.queries: list[str] = []
+        #: Addresses of names that are not the public server's, and how long all of them count.
+        self.names: dict[str, str] = {}
+        self.ttl_s = 60
         self.closing: list[Callable[[], None]] = []
 
     async def open(self) -> None:
-        """Serve a banner by TCP, an echo by UDP, and names by both."""
-        tcp = on_internet(socket.SOCK_STREAM, "0.0.0.0", TCP_PORT)
-        self.closing.append((await asyncio.start_server(self._greet, sock=tcp)).close)
-        await self.serve_datagrams(_Echo, on_internet(socket.SOCK_DGRAM, PUBLIC_SERVER, UDP_PORT))
+        """Serve a banner by TCP, an echo by TCP and UDP, and names by both."""
+        for serve, port in ((self._greet, TCP_PORT), (self._echo, ECHO_PORT)):
+            tcp = on_internet(socket.SOCK_STREAM, "0.0.0.0", port)
+            self.closing.append((await asyncio.start_server(serve, sock=tcp)).close)
+        for server in (PUBLIC_SERVER, OTHER_SERVER):
+            await self.serve_datagrams(_Echo, on_internet(socket.SOCK_DGRAM, server, UDP_PORT))
         await self.serve_names(
             on_internet(socket.SOCK_DGRAM, ROUTER, 53), on_internet(socket.SOCK_STREAM, ROUTER, 53)
         )
@@ -146,6 +160,15 @@ class Internet:
             await writer.drain()
         writer.close()
 
+    async def _echo(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # It may be one that nobody hears of any more.
+        self.closing.append(writer.transport.abort)
+        with suppress(OSError):
+            while data := await reader.read(4096):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
     async def _name_by_tcp(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
@@ -157,7 +180,10 @@ class Internet:
         writer.close()
 
     def resolve(self, wire: bytes, *, tcp: bool) -> bytes:
-        """Any name is the public server; `big.` has too many addresses for a datagram."""
+        """Any name is the public server unless `names` has it.
+
+        `big.` has too many addresses for a datagram.
+        """
         query = dns.message.from_wire(wire)
         question = query.question[0]
         self.queries.append(f"{question.name} {'tcp' if tcp else 'udp'}")
@@ -166,9 +192,10 @@ class Internet:
         if count > 1 and not tcp:
             response.flags |= dns.flags.TC
             return bytes(response.to_wire())
-        first = int(IPv4Address(PUBLIC_SERVER))
+        first = int(IPv4Address(self.names.get(str(question.name).lower(), PUBLIC_SERVER)))
         addresses = [str(IPv4Address(first + i)) for i in range(count)]
-        response.answer.append(dns.rrset.from_text_list(question.name, 60, "IN", "A", addresses))
+        found = dns.rrset.from_text_list(question.name, self.ttl_s, "IN", "A", addresses)
+        response.answer.append(found)
         return bytes(response.to_wire())
 
 
@@ -192,3 +219,52 @@ class _Names(_Echo):
 def setting(name: str) -> str:
     """A network setting of this process's host."""
     return Path("/proc/sys/net", name).read_text().strip()
+
+
+class Guest:
+    """What a VM is to its slot: another network stack, at the other end of the slot's tap."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._name = f"smtest-guest-{os.getpid()}-{slot.number}"
+        self._path = namespace.DIRECTORY / self._name
+        self._ends: tuple[int, int] = (-1, -1)
+
+    def open(self) -> None:
+        """Be there, its frames carried by the running loop."""
+        namespace.run_in_new(self._furnish)
+        self._ends = open_tap(self._slot.netns_path, self._slot.tap), open_tap(self._path, "eth0")
+        for here, there in (self._ends, self._ends[::-1]):
+            asyncio.get_running_loop().add_reader(here, _carry, here, there)
+
+    def close(self) -> None:
+        for end in self._ends:
+            asyncio.get_running_loop().remove_reader(end)
+            os.close(end)
+        netns.remove(self._name)
+
+    def _furnish(self, thread_id: int) -> None:
+        netns.attach(self._name, thread_id)
+        with IPRoute() as routes:
+            _up(routes, "lo")
+            routes.link("add", ifname="eth0", kind="tuntap", mode="tap", vnet_hdr=True)
+            (index,) = routes.link_lookup(ifname="eth0")
+            routes.link("set", index=index, address=GUEST_MAC)
+            _up(routes, "eth0", f"{GUEST_IP}/{PREFIX_LENGTH}")
+            routes.route("add", dst="default", gateway=str(GATEWAY_IP))
+
+    def socket(self, kind: int) -> socket.socket:
+        """A socket of the guest."""
+
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_INET, kind)
+            made.setblocking(False)
+            return made
+
+        return namespace.run_inside(self._path, make)
+
+
+def _carry(here: int, there: int) -> None:
+    # What does not fit is lost, as on any wire.
+    with suppress(OSError):
+        os.write(there, os.read(here, 1 << 17))

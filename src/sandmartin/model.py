@@ -23,6 +23,7 @@ from sandmartin.errors import Conflict, Invalid
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHAPE = re.compile(r"([0-9]{1,3})x([0-9]{1,8})")
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _T = TypeVar("_T")
 
 DEFAULT_VCPUS = 1
@@ -31,6 +32,8 @@ DEFAULT_DISK_SIZE_MB = 5120
 MIN_MEMORY_MB = 128
 MAX_VCPUS = 64
 DEFAULT_EXEC_TIMEOUT_S = 30
+#: In each of the lists of a network policy.
+MAX_NETWORK_RULES = 256
 
 
 def random_id(length: int) -> str:
@@ -136,6 +139,92 @@ def check_transition(current: State, to: State, what: str) -> State:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkPolicy:
+    """What a sandbox may reach; what no sandbox may reach stays out of reach whatever it says.
+
+    What is allowed wins over what is denied, and what neither names is as the Internet is. Raises
+    Invalid.
+    """
+
+    #: False denies the whole Internet.
+    allow_internet_access: bool = True
+    #: IPv4 networks, host names, and `*.domain` for all names below one.
+    allow_out: tuple[str, ...] = ()
+    #: IPv4 networks.
+    deny_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("allow_out", "deny_out"):
+            rules: tuple[str, ...] = getattr(self, name)
+            if len(rules) > MAX_NETWORK_RULES:
+                raise Invalid(
+                    f"{name} has {len(rules)} entries", hint=f"use at most {MAX_NETWORK_RULES}"
+                )
+            plain = dict.fromkeys(_plain_rule(each, name) for each in rules)
+            object.__setattr__(self, name, tuple(plain))
+
+    @property
+    def allowed_networks(self) -> tuple[IPv4Network, ...]:
+        return tuple(IPv4Network(each) for each in self.allow_out if _is_network(each))
+
+    @property
+    def allowed_names(self) -> tuple[str, ...]:
+        """Host names and `*.domain`."""
+        return tuple(each for each in self.allow_out if not _is_network(each))
+
+    @property
+    def denied_networks(self) -> tuple[IPv4Network, ...]:
+        denied = self.deny_out if self.allow_internet_access else ("0.0.0.0/0",)
+        return tuple(IPv4Network(each) for each in denied)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, as they are stored."""
+        return {
+            "allow_internet_access": self.allow_internet_access,
+            "allow_out": list(self.allow_out),
+            "deny_out": list(self.deny_out),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> NetworkPolicy:
+        """What `to_dict` gave; None is the Internet. Raises Invalid, KeyError."""
+        if values is None:
+            return INTERNET
+        return cls(
+            allow_internet_access=bool(values["allow_internet_access"]),
+            allow_out=tuple(values["allow_out"]),
+            deny_out=tuple(values["deny_out"]),
+        )
+
+
+#: The policy of whoever asks for none.
+INTERNET = NetworkPolicy()
+
+
+def _is_network(rule: str) -> bool:
+    # A name ends in a label that is no number.
+    return rule.rpartition(".")[2].replace("/", "").isdigit()
+
+
+def _plain_rule(rule: str, where: str) -> str:
+    """A rule in the one form in which it is kept and compared. Raises Invalid."""
+    text = rule.strip().lower().removesuffix(".")
+    try:
+        return str(IPv4Network(text, strict=False)).removesuffix("/32")
+    except ValueError:
+        pass
+    labels = text.removeprefix("*.").split(".")
+    is_name = len(text) <= 253 and not _is_network(text) and all(map(_LABEL.fullmatch, labels))
+    if where == "allow_out" and is_name:
+        return text
+    known = "an IPv4 address or network"
+    if where == "allow_out":
+        known += ", a host name, or *.domain"
+    hint = "0.0.0.0/0 is all" if where == "deny_out" else "write names in their ASCII form"
+    raise Invalid(f"{where} has {rule[:80]!r}, which is not {known}", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SandboxSpec:
     """What a sandbox was asked to be."""
 
@@ -145,6 +234,8 @@ class SandboxSpec:
     memory_mb: int = DEFAULT_MEMORY_MB
     disk_size_mb: int = DEFAULT_DISK_SIZE_MB
     timeout_s: int = 0
+    #: None is what its template has.
+    network: NetworkPolicy | None = None
 
     def __post_init__(self) -> None:
         check_name(self.sandbox_id, "sandbox id")

@@ -36,7 +36,7 @@ def test_names_that_must_not_reach_a_path(name: str) -> None:
 )
 def test_impossible_shapes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(Invalid):
-        SandboxSpec(sandbox_id="sb1", template="base", **wrong)
+        SandboxSpec(sandbox_id="sb1", template="base", **wrong)  # type: ignore[arg-type]
 
 
 def test_every_state_has_its_transitions() -> None:

@@ -38,7 +38,7 @@ from sandmartin.errors import (
     SandmartinError,
     Unavailable,
 )
-from sandmartin.model import SandboxSpec, Shape, State, random_id
+from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec, Shape, State, random_id
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -325,6 +325,14 @@ class Host:
         await self._operate("resume", sandbox_id, sandbox.resume(timeout_s))
         return sandbox
 
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        """Give a sandbox another idle limit; 0 is none. Raises NotFound, Conflict, DiskFull."""
+        await self._operate("limit", sandbox_id, self.get(sandbox_id).set_timeout(timeout_s))
+
+    async def update_network(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        """Replace what a sandbox may reach. Raises NotFound, Conflict, DiskFull, ToolFailed."""
+        await self._operate("restrict", sandbox_id, self.get(sandbox_id).update_network(policy))
+
     async def checkpoint(self, sandbox_id: str, comment: str) -> Snapshot:
         """A snapshot in a sandbox's own history. Raises NotFound, Conflict, DiskFull."""
         sandbox = self.get(sandbox_id)
@@ -501,13 +509,18 @@ class Host:
 
 
 def _fitting(spec: SandboxSpec, origin: Image | Snapshot) -> SandboxSpec:
-    """The shape of a sandbox that starts from `origin`. Raises Invalid."""
+    """What a sandbox that starts from `origin` takes from it. Raises Invalid."""
     if isinstance(origin, Image):
         disk.check_size(origin, spec.disk_size_mb)
-        return spec
+        return replace(spec, network=spec.network or INTERNET)
     manifest = origin.manifest
-    size_mb = max(spec.disk_size_mb, manifest.disk_size_mb)
-    return replace(spec, vcpus=manifest.vcpus, memory_mb=manifest.memory_mb, disk_size_mb=size_mb)
+    return replace(
+        spec,
+        vcpus=manifest.vcpus,
+        memory_mb=manifest.memory_mb,
+        disk_size_mb=max(spec.disk_size_mb, manifest.disk_size_mb),
+        network=spec.network or manifest.network,
+    )
 
 
 async def _check_disk_space(sandbox: Sandbox, has_space: bool) -> None:

@@ -23,7 +23,15 @@ from sandmartin.agent.memory import FileId
 from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import VmRecord
 from sandmartin.errors import Conflict, Invalid
-from sandmartin.model import Accel, SandboxSpec, State, check_name, random_id
+from sandmartin.model import (
+    INTERNET,
+    Accel,
+    NetworkPolicy,
+    SandboxSpec,
+    State,
+    check_name,
+    random_id,
+)
 
 FORMAT = 1
 INSTANCE = "instance.json"
@@ -137,12 +145,17 @@ class Entry:
     #: Access token of the guest agent.
     token: str = field(default="", repr=False)
 
+    @property
+    def network(self) -> NetworkPolicy:
+        """What it may reach."""
+        return self.spec.network or INTERNET
+
     def to_json(self) -> bytes:
         vm, ram = self.vm, self.ram
         return json.dumps(
             {
                 "format": FORMAT,
-                "spec": vars(self.spec),
+                "spec": vars(self.spec) | {"network": self.network.to_dict()},
                 "state": self.state,
                 "created_at": self.created_at,
                 "last_active_at": self.last_active_at,
@@ -188,7 +201,7 @@ class Entry:
                 )
             vm, ram = raw["vm"], raw["ram"]
             return cls(
-                spec=SandboxSpec(**raw["spec"]),
+                spec=_spec(raw["spec"]),
                 state=State(raw["state"]),
                 created_at=float(raw["created_at"]),
                 last_active_at=float(raw["last_active_at"]),
@@ -222,6 +235,11 @@ class Entry:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             # Not the error's own text: it may quote the entry, which holds the token.
             raise Invalid(f"journal entry cannot be read: {type(error).__name__}") from None
+
+
+def _spec(raw: Mapping[str, Any]) -> SandboxSpec:
+    # Entries of the first release have no policy.
+    return SandboxSpec(**{**raw, "network": NetworkPolicy.from_dict(raw.get("network"))})
 
 
 class DataDir:

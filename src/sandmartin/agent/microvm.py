@@ -35,6 +35,7 @@ from sandmartin.agent.network import Slot
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec
 from sandmartin.errors import SandmartinError, TimedOut, ToolFailed
+from sandmartin.model import INTERNET, NetworkPolicy
 from sandmartin.model import Shape as Shape
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class Records:
 
     #: The network slot, and the name of the control group.
     place: Callable[[Slot, str], None] = lambda _slot, _group: None
+    #: Asked, once it has a place, what it may reach from there.
+    policy: Callable[[], NetworkPolicy] = lambda: INTERNET
     vm: Callable[[VmRecord, RamRecord], None] = lambda _vm, _ram: None
     step: Callable[[str], None] = lambda _: None
 
@@ -135,7 +138,7 @@ class MicroVm:
         self._records.step("taken")
         own_group, self.group = self.group, waiting.group
         self.slot, self.lease, self.vm = slot, lease, vm = waiting._give_away()
-        self._records.place(slot, self.group)
+        await self._settle_in(slot)
         self._records.step("place")
         # Its pages need not wait for its disk.
         both = self._insert(disk), self._fill(opening)
@@ -174,7 +177,7 @@ class MicroVm:
     async def _start(self, shape: Shape, disk: Disk | None, base: Base, *, incoming: bool) -> None:
         machine = self._machine
         slot = self.slot = await machine.network.acquire()
-        self._records.place(slot, self.group)
+        await self._settle_in(slot)
         self._records.step("slot")
         allowance = Allowance.of(shape.vcpus, shape.memory_mb, machine.accel)
         groups = machine.groups.create(self.group, allowance)
@@ -201,6 +204,17 @@ class MicroVm:
         self._records.step("started")
         self._records.vm(self.vm.record, RamRecord(base.digest, lease.file))
         self._records.step("vm")
+
+    async def _settle_in(self, slot: Slot) -> None:
+        """Have a slot, whose rules are those of its policy before its guest runs there."""
+        self._records.place(slot, self.group)
+        if (policy := self._records.policy()) != INTERNET:
+            await self.restrict(policy)
+
+    async def restrict(self, policy: NetworkPolicy) -> None:
+        """Reach what `policy` allows, from now on; without a slot it reaches nothing anyway."""
+        if self.slot is not None:
+            await self._machine.network.apply(self.slot, policy)
 
     def _inject(self, diff: Diff) -> None:
         inject(self._ram(), diff)

@@ -128,7 +128,13 @@ class ReadySandboxes:
         """One that is as `spec` wants it but for its id, the caller's from now on; or None."""
         self._wanted.set()
         for sandbox in self._ready.get(spec.template, ()):
-            own = replace(sandbox.entry.spec, sandbox_id=spec.sandbox_id, timeout_s=spec.timeout_s)
+            # What is told when it is claimed may be anything.
+            own = replace(
+                sandbox.entry.spec,
+                sandbox_id=spec.sandbox_id,
+                timeout_s=spec.timeout_s,
+                network=spec.network,
+            )
             if own == spec and sandbox.alive():
                 self._ready[spec.template].remove(sandbox)
                 return sandbox

@@ -48,6 +48,7 @@ class Recorded:
     def _new_microvm(self, operation: str) -> MicroVm:
         records = Records(
             place=lambda slot, group: self._record(slot=slot.number, group=group),
+            policy=lambda: self._entry.network,
             vm=lambda vm, ram: self._record(vm=vm, ram=ram, boot_id=boot_id()),
             step=lambda name: self._machine.step(f"{operation}:{name}"),
         )

@@ -42,7 +42,7 @@ from sandmartin.errors import (
     NotFound,
     SandmartinError,
 )
-from sandmartin.model import SandboxSpec, State, random_id
+from sandmartin.model import NetworkPolicy, SandboxSpec, State, random_id
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ class Sandbox(Inside):
             group = self._microvm.group
             self._record(envs=envs, created_at=now, last_active_at=now, vm=vm, group=group)
             self._machine.step("create:claimed")
+            await self._microvm.restrict(self._entry.network)
             await self._introduce(self._entry.token, new_token(), envs=envs, moved=False)
             self._begin()
 
@@ -342,6 +343,7 @@ class Sandbox(Inside):
                 state=state_digest(frozen.state),
                 token=entry.token,
                 envs=dict(entry.envs),
+                network=entry.network,
                 comment=comment,
                 created_at=time.time(),
             )
@@ -379,6 +381,39 @@ class Sandbox(Inside):
             with self._all_or_nothing():
                 self._become(State.RESUMING, spec=spec, auto_paused=False)
             await self._wake("resume")
+
+    # What it is held to.
+
+    async def set_timeout(self, timeout_s: int) -> None:
+        """Have another idle limit; 0 is none. Raises Conflict, DiskFull."""
+        async with self._lock:
+            self._require_settled()
+            self.touch()
+            with self._all_or_nothing():
+                self._record(sync=True, spec=replace(self._entry.spec, timeout_s=timeout_s))
+
+    async def update_network(self, policy: NetworkPolicy) -> None:
+        """Reach what another policy allows: at once, or from when it is woken.
+
+        Raises Conflict, DiskFull, ToolFailed; it then reaches what it reached before.
+        """
+        async with self._lock:
+            self._require_settled()
+            before = self._entry.spec
+            with self._all_or_nothing():
+                self._record(sync=True, spec=replace(before, network=policy))
+            self._machine.step("network:recorded")
+            try:
+                await self._microvm.restrict(policy)
+            except BaseException:
+                with self._disk_may_be_full():
+                    self._record(sync=True, spec=replace(self._entry.spec, network=before.network))
+                raise
+            self._machine.step("network:changed")
+
+    def _require_settled(self) -> None:
+        if self.state not in {State.RUNNING, State.PAUSED}:
+            raise self._unusable()
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
         """Forget a checkpoint. Raises NotFound, and Conflict while it sleeps in it."""
@@ -631,6 +666,7 @@ class Sandbox(Inside):
         if vm.slot is None:
             self._fail("its place in the network is gone")
             return
+        await machine.network.keep(vm.slot, entry.network)
         await self._settle_layers()
         await asyncio.to_thread(remove_snapshot, self._paths.paused)
         if await vm.running.status() is VmStatus.STOPPED:

@@ -22,7 +22,7 @@ from sandmartin.agent.metrics import Point
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.errors import Exhausted, Invalid, SandmartinError, TimedOut
-from sandmartin.model import SandboxSpec
+from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.rpc.hostagent.v1.hostagent_connect import HostAgentService
 
@@ -63,6 +63,19 @@ def spec_of(request: pb.CreateSandboxRequest) -> SandboxSpec:
         memory_mb=request.memory_mb or model.DEFAULT_MEMORY_MB,
         disk_size_mb=request.disk_size_mb or model.DEFAULT_DISK_SIZE_MB,
         timeout_s=request.timeout_sec,
+        network=None if request.network is None else policy_of(request.network),
+    )
+
+
+def policy_of(message: pb.NetworkPolicy | None) -> NetworkPolicy:
+    """The network policy a request asks for. Raises Invalid."""
+    if message is None:
+        return INTERNET
+    denies = message.has_field("allow_internet_access") and not message.allow_internet_access
+    return NetworkPolicy(
+        allow_internet_access=not denies,
+        allow_out=tuple(message.allow_out),
+        deny_out=tuple(message.deny_out),
     )
 
 
@@ -125,6 +138,13 @@ def child_ids_of(request: pb.ForkSandboxRequest) -> list[str]:
     if len(set(ids)) != len(ids):
         raise Invalid("a child id is given twice")
     return ids or [model.new_sandbox_id() for _ in range(count)]
+
+
+def _timeout_of(request: pb.ResumeSandboxRequest | pb.SetTimeoutRequest) -> int:
+    """An idle limit. Raises Invalid."""
+    if request.timeout_sec < 0:
+        raise Invalid(f"timeout_sec is {request.timeout_sec}", hint="use 0 for no idle limit")
+    return request.timeout_sec
 
 
 _StartOf = Oneof[Literal["start"], pb.ExecStreamStart]
@@ -314,13 +334,23 @@ class HostAgent(HostAgentService):
     async def resume_sandbox(
         self, request: pb.ResumeSandboxRequest, _ctx: _Context
     ) -> pb.ResumeSandboxResponse:
-        if request.timeout_sec < 0:
-            raise Invalid(f"timeout_sec is {request.timeout_sec}", hint="use 0 for no idle limit")
-        timeout_s = None if request.keep_timeout else request.timeout_sec
+        timeout_s = None if request.keep_timeout else _timeout_of(request)
         sandbox = await self._host.resume(request.sandbox_id, timeout_s)
         return pb.ResumeSandboxResponse(
             sandbox_id=sandbox.sandbox_id, status=sandbox.state, host_ip=sandbox.host_ip
         )
+
+    async def set_timeout(
+        self, request: pb.SetTimeoutRequest, _ctx: _Context
+    ) -> pb.SetTimeoutResponse:
+        await self._host.set_timeout(request.sandbox_id, _timeout_of(request))
+        return pb.SetTimeoutResponse()
+
+    async def update_network(
+        self, request: pb.UpdateNetworkRequest, _ctx: _Context
+    ) -> pb.UpdateNetworkResponse:
+        await self._host.update_network(request.sandbox_id, policy_of(request.network))
+        return pb.UpdateNetworkResponse()
 
     async def fork_sandbox(
         self, request: pb.ForkSandboxRequest, _ctx: _Context
@@ -487,6 +517,17 @@ def _info(sandbox: Sandbox) -> pb.SandboxInfo:
         timeout_sec=entry.spec.timeout_s,
         disk_size_mb=entry.spec.disk_size_mb,
         status_reason=sandbox.reason,
+        network=_policy(entry.network),
+    )
+
+
+def _policy(policy: NetworkPolicy) -> pb.NetworkPolicy | None:
+    if policy == INTERNET:
+        return None
+    return pb.NetworkPolicy(
+        allow_internet_access=policy.allow_internet_access,
+        allow_out=list(policy.allow_out),
+        deny_out=list(policy.deny_out),
     )
 
 

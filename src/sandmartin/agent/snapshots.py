@@ -26,7 +26,7 @@ from sandmartin.agent import files
 from sandmartin.agent.journal import write_whole
 from sandmartin.agent.memory import Written
 from sandmartin.errors import Conflict, Invalid, NotFound
-from sandmartin.model import Accel, random_id
+from sandmartin.model import INTERNET, Accel, NetworkPolicy, random_id
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -88,6 +88,8 @@ class Manifest:
     #: Environment of every command.
     envs: dict[str, str] = field(default_factory=dict, repr=False)
     comment: str = ""
+    #: What its source might reach.
+    network: NetworkPolicy = INTERNET
     #: Size of the diff that was folded into the base.
     folded_bytes: int = 0
 
@@ -114,6 +116,8 @@ class Manifest:
                 "image": Path(raw["image"]),
                 "layers": tuple(raw["layers"]),
                 "diff": Written(**raw["diff"]) if raw["diff"] else None,
+                # Manifests of the first release have none.
+                "network": NetworkPolicy.from_dict(raw.get("network")),
             }
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sandmartin.errors import SandmartinError
-from sandmartin.model import SandboxSpec
+from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class NewSandbox:
     timeout_s: int = 0
     #: Environment of every command run in the sandbox.
     envs: Mapping[str, str] = field(default_factory=dict)
+    network: NetworkPolicy | None = None
 
     def __post_init__(self) -> None:
         shape = {
@@ -43,6 +44,7 @@ class NewSandbox:
             sandbox_id=self.sandbox_id,
             template=self.template,
             timeout_s=self.timeout_s,
+            network=self.network,
             **{name: value for name, value in shape.items() if value is not None},
         )
 
@@ -76,6 +78,7 @@ class SandboxInfo:
     last_active_at: int
     #: Why the state is `error`; empty otherwise.
     reason: str
+    network: NetworkPolicy = INTERNET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +261,18 @@ class Transport(Protocol):
 
     async def ping(self, sandbox_id: str) -> None:
         """Reset the idle clock of a sandbox. Raises NotFound."""
+
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        """Give a sandbox that runs or is paused another idle limit, and reset its idle clock.
+
+        0 is never. Raises NotFound, Conflict.
+        """
+
+    async def update_network(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        """Replace what a sandbox that runs or is paused may reach, on open connections too.
+
+        Raises NotFound, Conflict.
+        """
 
     async def terminate(self) -> None:
         """Destroy every sandbox and end the other side."""

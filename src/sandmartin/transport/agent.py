@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from sandmartin.errors import Denied, SandmartinError, Unavailable, from_code
+from sandmartin.model import INTERNET, NetworkPolicy
 from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
     Checkpoint,
@@ -134,6 +135,7 @@ class Agent(ABC):
             disk_size_mb=new.disk_size_mb,
             timeout_sec=new.timeout_s,
             envs=dict(new.envs),
+            network=None if new.network is None else new.network.to_dict(),
         )
         answer = await self._call("CreateSandbox", message, deadline_s=_CREATE_S)
         return _placed(answer, _text(answer, "sandboxId"))
@@ -147,6 +149,15 @@ class Agent(ABC):
 
     async def ping(self, sandbox_id: str) -> None:
         await self._call("PingSandbox", {"sandbox_id": sandbox_id})
+
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        message = _without_defaults(sandbox_id=sandbox_id, timeout_sec=timeout_s)
+        # What is done to it at the moment ends first, as below.
+        await self._call("SetTimeout", message, deadline_s=_DESTROY_S)
+
+    async def update_network(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        message = {"sandbox_id": sandbox_id, "network": policy.to_dict()}
+        await self._call("UpdateNetwork", message, deadline_s=_DESTROY_S)
 
     async def terminate(self) -> None:
         await self._call("Terminate", {}, deadline_s=_DESTROY_S)
@@ -539,6 +550,17 @@ def _sandbox_info(message: Message) -> SandboxInfo:
         created_at=_int(message, "createdAtUnix"),
         last_active_at=_int(message, "lastActiveAtUnix"),
         reason=_text(message, "statusReason"),
+        network=_network(_part(message, "network")),
+    )
+
+
+def _network(message: Message | None) -> NetworkPolicy:
+    if message is None:
+        return INTERNET
+    return NetworkPolicy(
+        allow_internet_access=message.get("allowInternetAccess") is not False,
+        allow_out=_texts(message, "allowOut"),
+        deny_out=_texts(message, "denyOut"),
     )
 
 

@@ -14,12 +14,13 @@ from collections.abc import Iterable
 
 from sandmartin.agent.claims import Claims
 from sandmartin.agent.network import rules
+from sandmartin.agent.network.reach import Reach
 from sandmartin.agent.network.resolver import Gateway, Upstream
 from sandmartin.agent.network.slot import Slot, list_own
 from sandmartin.agent.network.uplinks import claim_uplinks, close_uplinks, open_uplinks
 from sandmartin.agent.tasks import Tasks
 from sandmartin.errors import SandmartinError
-from sandmartin.model import Settings
+from sandmartin.model import NetworkPolicy, Settings
 
 __all__ = ["Network", "Slot"]
 
@@ -42,6 +43,7 @@ class Network:
         #: Numbers of the slots that sandboxes have.
         self._given: set[int] = set()
         self._gateways: dict[int, tuple[Gateway, asyncio.Task[None]]] = {}
+        self._reaches: dict[int, Reach] = {}
         self._guarded: frozenset[str] | None = None
         self._cleaning: set[asyncio.Task[None]] = set()
         self._wanted = asyncio.Event()
@@ -95,6 +97,20 @@ class Network:
         slot = self._slot(number)
         return slot if number in self._gateways and slot.exists() else None
 
+    async def apply(self, slot: Slot, policy: NetworkPolicy) -> None:
+        """Let the guest of a slot reach what a policy allows, from now on and on open flows too.
+
+        Until then, and after it was given back, a slot has the default policy. Raises ToolFailed.
+        """
+        await self._reach(slot).apply(policy)
+
+    async def keep(self, slot: Slot, policy: NetworkPolicy) -> None:
+        """The same for a slot that an earlier agent left; nothing changes if it was so."""
+        await self._reach(slot).keep(policy)
+
+    def _reach(self, slot: Slot) -> Reach:
+        return self._reaches.setdefault(slot.number, Reach(slot))
+
     async def release(self, number: int) -> None:
         """Take a slot back. Idempotent."""
         if number not in self._given:
@@ -117,7 +133,7 @@ class Network:
         room = len(self._ready) < 2 * self._settings.slot_pool_size
         if room and slot.number in self._gateways:
             try:
-                await rules.load(rules.slot_rules(slot), slot.netns_path)
+                await self._reach(slot).reset()
                 await rules.forget_flows(slot)
             except SandmartinError as error:
                 _log.warning("network slot %d is not used again: %s", slot.number, error)
@@ -145,7 +161,7 @@ class Network:
         slot = self._slot(await asyncio.to_thread(self._claims.take_slot, limit - 2))
         try:
             await asyncio.to_thread(slot.make)
-            await rules.load(rules.slot_rules(slot), slot.netns_path)
+            await self._reach(slot).reset()
             await rules.forget_flows(slot)
             await self._listen(slot)
         except BaseException:
@@ -155,11 +171,12 @@ class Network:
 
     async def _destroy(self, slot: Slot) -> None:
         await self._stop_listening(slot.number)
+        self._reaches.pop(slot.number, None)
         await asyncio.to_thread(slot.remove)
         self._claims.give_back_slot(slot.number)
 
     async def _listen(self, slot: Slot) -> None:
-        gateway = await Gateway.open(self._upstream, slot)
+        gateway = await Gateway.open(self._upstream, slot, self._reach(slot).learn)
         serving = self._tasks.watch(f"resolver of slot {slot.number}", gateway.serve())
         self._gateways[slot.number] = gateway, serving
 

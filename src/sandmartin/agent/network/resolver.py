@@ -12,6 +12,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +42,13 @@ _RATE_PER_S = 100.0
 _BURST = 200.0
 
 
+Learn = Callable[[dns.message.Message], Awaitable[None]]
+
+
+async def _nothing(_: dns.message.Message) -> None:
+    """Learn nothing."""
+
+
 class Upstream:
     """The host's resolvers, as its configuration names them now."""
 
@@ -64,8 +72,11 @@ class Upstream:
             _log.warning("the host's resolvers cannot be read: %s", error)
         return self._servers
 
-    async def answer(self, wire: bytes, *, tcp: bool) -> bytes | None:
-        """The answer to a query, or a failure as DNS has it; None for what is no query."""
+    async def answer(self, wire: bytes, *, tcp: bool, learn: Learn = _nothing) -> bytes | None:
+        """The answer to a query, or a failure as DNS has it; None for what is no query.
+
+        `learn` is done with the answer before anybody has it.
+        """
         try:
             query = dns.message.from_wire(wire, ignore_trailing=True)
         except (dns.exception.DNSException, ValueError):
@@ -75,6 +86,7 @@ class Upstream:
             return None
         number, query.id = query.id, dns.entropy.random_16()
         response = await self._ask(query, tcp=tcp) or _failure(query)
+        await learn(response)
         response.id = number
         try:
             return bytes(response.to_wire(max_size=65535 if tcp else _room(query)))
@@ -139,8 +151,11 @@ class _Rate:
 class Gateway:
     """Port 53 of one slot's gateway."""
 
-    def __init__(self, upstream: Upstream, udp: socket.socket, tcp: socket.socket) -> None:
+    def __init__(
+        self, upstream: Upstream, udp: socket.socket, tcp: socket.socket, learn: Learn
+    ) -> None:
         self._upstream = upstream
+        self._learn = learn
         self._udp = udp
         self._tcp = tcp
         self._rate = _Rate()
@@ -148,15 +163,15 @@ class Gateway:
         self._connections = 0
 
     @classmethod
-    async def open(cls, upstream: Upstream, slot: Slot) -> Gateway:
-        """Listen in a slot. Raises ToolFailed."""
+    async def open(cls, upstream: Upstream, slot: Slot, learn: Learn) -> Gateway:
+        """Listen in a slot; `learn` from each answer before the guest has it. Raises ToolFailed."""
         try:
             udp, tcp = await namespace.inside(slot.netns_path, lambda: _listen(slot))
         except OSError as error:
             raise ToolFailed(
                 f"the resolver of network slot {slot.number} cannot listen: {error}"
             ) from error
-        return cls(upstream, udp, tcp)
+        return cls(upstream, udp, tcp, learn)
 
     def close(self) -> None:
         self._udp.close()
@@ -180,7 +195,8 @@ class Gateway:
 
     async def _reply(self, wire: bytes, client: tuple[str, int]) -> None:
         try:
-            if (answer := await self._upstream.answer(wire, tcp=False)) is not None:
+            answer = await self._upstream.answer(wire, tcp=False, learn=self._learn)
+            if answer is not None:
                 with suppress(OSError):
                     self._udp.sendto(answer, client)
         finally:
@@ -195,7 +211,7 @@ class Gateway:
                     async with asyncio.timeout(_CLIENT_S):
                         length = int.from_bytes(await reader.readexactly(2), "big")
                         wire = await reader.readexactly(length)
-                    answer = await self._upstream.answer(wire, tcp=True)
+                    answer = await self._upstream.answer(wire, tcp=True, learn=self._learn)
                     if answer is None or not self._rate.take():
                         return
                     writer.write(len(answer).to_bytes(2, "big") + answer)

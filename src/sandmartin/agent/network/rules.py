@@ -1,20 +1,24 @@
 """Packet rules, as nftables tables: one on the host for each agent, one in every slot.
 
-The slot's table says what its sandbox may reach. The host's table says what no sandbox may ever
-do, whatever its own policy: reach the host itself, another sandbox, or send in a foreign name.
+The slot's table says what its sandbox may reach, by its policy. The host's table says what no
+sandbox may ever do, whatever its policy: reach the host itself, another sandbox, or send in a
+foreign name.
 Tables are replaced whole in one transaction, so there is no moment without rules.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable
-from ipaddress import IPv4Network
+from collections.abc import Collection, Iterable, Mapping
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 from pathlib import Path
 
 from sandmartin.agent import proc
 from sandmartin.agent.network.slot import LINK_PREFIX, TAP, UPLINK, Slot, link_prefix
 from sandmartin.errors import ToolFailed
+from sandmartin.model import INTERNET, NetworkPolicy
 
 #: What is not the Internet: private, shared, link-local (metadata services are there), loopback,
 #: protocol assignments, benchmarking, multicast and reserved ranges (RFC 6890).
@@ -35,6 +39,12 @@ NOT_INTERNET = tuple(
     )
 )
 _SLOT_TABLE = "sandmartin"
+_NAMED = "named"
+#: Those that are kept, and those that an earlier agent kept.
+_MAX_NAMED = 4096
+_LEAST_S = 1
+#: Raised when a slot's rules change, so that an agent does not keep those of an earlier release.
+_RULES = 1
 _DEADLINE_S = 15.0
 _FLOW_TRIES = 10
 
@@ -82,19 +92,37 @@ def host_rules(instance_id: str, addresses: IPv4Network, guarded: Iterable[str])
     )
 
 
-def slot_rules(slot: Slot) -> str:
-    """A slot's table with the default policy: the Internet, and nothing that is not."""
-    denied = ", ".join(str(network) for network in NOT_INTERNET)
+def slot_rules(
+    slot: Slot,
+    policy: NetworkPolicy = INTERNET,
+    named: Mapping[IPv4Address, float] | None = None,
+) -> str:
+    """A slot's table with its policy; `named` are addresses of allowed names, and for how long.
+
+    A flow that was let pass carries the policy's mark and goes on without being asked again. One
+    with another mark, or none, was begun under another policy, and is judged anew by where it
+    went to first: so a change is one for open flows too, at the moment of the transaction.
+    """
+    # What comes from elsewhere belongs to a flow that the guest has begun, or to nobody.
+    host, mark = slot.link_host_ip, _mark(policy)
     return _replacing(
         _SLOT_TABLE,
         f"""
+  set never {{
+    type ipv4_addr; flags interval;
+{_elements(NOT_INTERNET)}  }}
+  set allowed {{
+    type ipv4_addr; flags interval;
+{_elements(collapse_addresses(policy.allowed_networks))}  }}
   set denied {{
     type ipv4_addr; flags interval;
-    elements = {{ {denied} }}
-  }}
+{_elements(collapse_addresses(policy.denied_networks))}  }}
+  set {_NAMED} {{
+    type ipv4_addr; flags timeout; size {_MAX_NAMED};
+{_elements(map(_timed, (named or {}).items()))}  }}
   chain prerouting {{
     type nat hook prerouting priority dstnat; policy accept;
-    iifname "{UPLINK}" ip daddr {slot.host_ip} dnat ip to {slot.guest_ip}
+    iifname "{UPLINK}" ip saddr {host} ip daddr {slot.host_ip} dnat ip to {slot.guest_ip}
   }}
   chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;
@@ -116,18 +144,74 @@ def slot_rules(slot: Slot) -> str:
     type filter hook forward priority filter; policy drop;
     meta nfproto ipv6 drop
     ct state invalid drop
-    ct state established,related accept
-    iifname "{UPLINK}" oifname "{TAP}" ct status dnat accept
+    ct status dnat accept
+    ct state established,related ct mark {mark:#x} accept
+    iifname "{UPLINK}" ct state new drop
     iifname "{TAP}" ip saddr != {slot.guest_ip} drop
-    iifname "{TAP}" ip daddr @denied reject with icmpx admin-prohibited
+    ct original ip daddr @never goto refuse
+    ct original ip daddr @allowed goto permit
+    ct original ip daddr @{_NAMED} goto permit
+    ct original ip daddr @denied goto refuse
+    goto permit
+  }}
+  chain permit {{
+    ct mark set {mark:#x}
     iifname "{TAP}" oifname "{UPLINK}" accept
+    iifname "{UPLINK}" oifname "{TAP}" accept
+  }}
+  chain refuse {{
+    meta l4proto tcp ct state established reject with tcp reset
+    reject with icmpx admin-prohibited
   }}
   chain output {{
     type filter hook output priority filter; policy accept;
     meta nfproto ipv6 drop
   }}
+  chain {_tag(policy)} {{ }}
 """,
     )
+
+
+def named_elements(new: Mapping[IPv4Address, float], gone: Collection[IPv4Address]) -> str:
+    """A slot's addresses of allowed names: those that are new, or count for longer, and gone."""
+    lines = []
+    # What is there keeps its time when it is added, and what is not there cannot be deleted.
+    for address, seconds in [*new.items(), *((each, _LEAST_S) for each in gone)]:
+        element = f"element inet {_SLOT_TABLE} {_NAMED} {{ {_timed((address, seconds))} }}\n"
+        bare = f"element inet {_SLOT_TABLE} {_NAMED} {{ {address} }}\n"
+        lines += [f"add {element}", f"delete {bare}"]
+        if address in new:
+            lines.append(f"add {element}")
+    return "".join(lines)
+
+
+async def are_of(slot: Slot, policy: NetworkPolicy) -> bool:
+    """Whether the slot's table is that of a policy."""
+    words = [*_entering(slot.netns_path), "nft", "list", "chain", "inet", _SLOT_TABLE, _tag(policy)]
+    return (await proc.run(words, deadline_s=_DEADLINE_S, check=False)).returncode == 0
+
+
+def _digest(policy: NetworkPolicy) -> bytes:
+    return hashlib.sha256(json.dumps(policy.to_dict()).encode()).digest()
+
+
+def _tag(policy: NetworkPolicy) -> str:
+    """Name of an empty chain, by which a table says whose it is."""
+    return f"policy-{_RULES}-{_digest(policy).hex()[:16]}"
+
+
+def _mark(policy: NetworkPolicy) -> int:
+    """Of the flows that were let pass under a policy; never 0, which is no mark."""
+    return int.from_bytes(_digest(policy)[:4]) | 1
+
+
+def _elements(elements: Iterable[object]) -> str:
+    listed = ", ".join(map(str, elements))
+    return f"    elements = {{ {listed} }}\n" if listed else ""
+
+
+def _timed(element: tuple[IPv4Address, float]) -> str:
+    return f"{element[0]} timeout {max(_LEAST_S, int(element[1]))}s"
 
 
 async def load(rules: str, netns: Path | None = None) -> None:

@@ -109,6 +109,8 @@ class Slot:
         _set("ipv4/conf/all/send_redirects", "0")
         _set("ipv4/conf/default/send_redirects", "0")
         _set("ipv4/ip_forward", "1")
+        # Each refusal is told at once, not one in a second; the kernel's limit of all stays.
+        _set("ipv4/icmp_ratelimit", "0")
         with IPRoute() as routes:
             routes.link("set", index=_index(routes, "lo"), state="up")
             # With the header in which a guest leaves checksums and segmentation to the host.

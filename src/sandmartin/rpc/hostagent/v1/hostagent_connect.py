@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse
+from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -204,6 +204,19 @@ class HostAgentService(Protocol):
     async def describe_host(self, request: DescribeHostRequest, ctx: RequestContext[DescribeHostRequest, DescribeHostResponse], /) -> DescribeHostResponse:
         """
         What the host is, and what it has for sandboxes.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def update_network(self, request: UpdateNetworkRequest, ctx: RequestContext[UpdateNetworkRequest, UpdateNetworkResponse], /) -> UpdateNetworkResponse:
+        """
+        Replaces the whole network policy of a sandbox that runs, on open connections too, or of one
+        that is paused.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def set_timeout(self, request: SetTimeoutRequest, ctx: RequestContext[SetTimeoutRequest, SetTimeoutResponse], /) -> SetTimeoutResponse:
+        """
+        Sets the idle limit of a sandbox that runs or is paused, and resets its idle clock.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -620,6 +633,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.UNARY,
                     ),
                     function=svc.describe_host,
+                ),
+                "/hostagent.v1.HostAgentService/UpdateNetwork": Endpoint.unary(
+                    method=MethodInfo(
+                        name="UpdateNetwork",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=UpdateNetworkRequest,
+                        output=UpdateNetworkResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.update_network,
+                ),
+                "/hostagent.v1.HostAgentService/SetTimeout": Endpoint.unary(
+                    method=MethodInfo(
+                        name="SetTimeout",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=SetTimeoutRequest,
+                        output=SetTimeoutResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.set_timeout,
                 ),
             },
             interceptors=interceptors,
@@ -1423,6 +1458,53 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    async def update_network(
+        self,
+        request: UpdateNetworkRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> UpdateNetworkResponse:
+        """
+        Replaces the whole network policy of a sandbox that runs, on open connections too, or of one
+        that is paused.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="UpdateNetwork",
+                service_name="hostagent.v1.HostAgentService",
+                input=UpdateNetworkRequest,
+                output=UpdateNetworkResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def set_timeout(
+        self,
+        request: SetTimeoutRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> SetTimeoutResponse:
+        """
+        Sets the idle limit of a sandbox that runs or is paused, and resets its idle clock.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="SetTimeout",
+                service_name="hostagent.v1.HostAgentService",
+                input=SetTimeoutRequest,
+                output=SetTimeoutResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
 
 class HostAgentServiceSync(Protocol):
     """
@@ -1598,6 +1680,19 @@ class HostAgentServiceSync(Protocol):
     def describe_host(self, request: DescribeHostRequest, ctx: RequestContext[DescribeHostRequest, DescribeHostResponse], /) -> DescribeHostResponse:
         """
         What the host is, and what it has for sandboxes.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def update_network(self, request: UpdateNetworkRequest, ctx: RequestContext[UpdateNetworkRequest, UpdateNetworkResponse], /) -> UpdateNetworkResponse:
+        """
+        Replaces the whole network policy of a sandbox that runs, on open connections too, or of one
+        that is paused.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def set_timeout(self, request: SetTimeoutRequest, ctx: RequestContext[SetTimeoutRequest, SetTimeoutResponse], /) -> SetTimeoutResponse:
+        """
+        Sets the idle limit of a sandbox that runs or is paused, and resets its idle clock.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -2012,6 +2107,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.UNARY,
                     ),
                     function=service.describe_host,
+                ),
+                "/hostagent.v1.HostAgentService/UpdateNetwork": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="UpdateNetwork",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=UpdateNetworkRequest,
+                        output=UpdateNetworkResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.update_network,
+                ),
+                "/hostagent.v1.HostAgentService/SetTimeout": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="SetTimeout",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=SetTimeoutRequest,
+                        output=SetTimeoutResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.set_timeout,
                 ),
             },
             interceptors=interceptors,
@@ -2809,6 +2926,53 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 service_name="hostagent.v1.HostAgentService",
                 input=DescribeHostRequest,
                 output=DescribeHostResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def update_network(
+        self,
+        request: UpdateNetworkRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> UpdateNetworkResponse:
+        """
+        Replaces the whole network policy of a sandbox that runs, on open connections too, or of one
+        that is paused.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="UpdateNetwork",
+                service_name="hostagent.v1.HostAgentService",
+                input=UpdateNetworkRequest,
+                output=UpdateNetworkResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def set_timeout(
+        self,
+        request: SetTimeoutRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> SetTimeoutResponse:
+        """
+        Sets the idle limit of a sandbox that runs or is paused, and resets its idle clock.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="SetTimeout",
+                service_name="hostagent.v1.HostAgentService",
+                input=SetTimeoutRequest,
+                output=SetTimeoutResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
             ),
