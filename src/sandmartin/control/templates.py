@@ -170,18 +170,23 @@ class Templates:
         Unavailable when a host that has it cannot be reached.
         """
         async with self._db.write() as session:
-            row = await find_template(session, caller.team_id, name, to_change=True)
-            if row.team_id == PLATFORM_TEAM_ID and caller.team_id != PLATFORM_TEAM_ID:
-                raise Denied(
-                    f"template {name!r} belongs to the platform",
-                    hint="only an administrator of the platform can delete it",
-                )
-            if row.team_id == PLATFORM_TEAM_ID and row.name == _DEFAULT:
-                raise Denied(f"template {name!r} is what sandboxes start from by default")
+            row = await _find_to_delete(session, caller, name)
             await _check_unneeded(session, row)
             row.state = TemplateState.DELETING
             audit.record(session, caller, "template.deleted", "template", name)
         await self._finish_deletion(row)
+
+    async def retire(self, caller: Caller, name: str) -> None:
+        """Delete a template as far as anybody can see; its name is free at once.
+
+        Hosts keep it for as long as something needs it. Raises NotFound, Denied.
+        """
+        async with self._db.write() as session:
+            row = await _find_to_delete(session, caller, name)
+            row.state, row.name = TemplateState.RETIRED, f"~{row.template_id}"
+            audit.record(session, caller, "template.deleted", "template", name)
+            events.record(session, row.team_id, "template.deleted", name=name)
+        await self.finish_deletion(row)
 
     async def _finish_deletion(self, row: Row) -> None:
         """Remove what is marked from every host that has it. Raises what keeps it there."""
@@ -206,14 +211,26 @@ class Templates:
         async with self._db.write() as session:
             if await session.get(Row, row.template_id, with_for_update=True) is not None:
                 await self.forget(session, row.template_id)
-                events.record(session, row.team_id, "template.deleted", name=row.name)
+                if row.state != TemplateState.RETIRED:
+                    events.record(session, row.team_id, "template.deleted", name=row.name)
 
     # What a replica that died left, and what no row knows.
 
     async def half_deleted(self) -> dict[str, Row]:
-        """Templates on their way out, by id."""
+        """Templates on their way out, by id; not those that are known to be needed."""
+        sandbox = tables.Sandbox
+        user = select(sandbox.sandbox_id).where(
+            sandbox.state.in_(ALIVE),
+            or_(
+                sandbox.agent_template == Row.agent_name,
+                # What it was made of goes on from where it was cut.
+                sandbox.sandbox_id == Row.sandbox_id,
+            ),
+        )
+        unneeded = (Row.state == TemplateState.RETIRED) & ~user.exists()
+        query = select(Row).where(or_(Row.state == TemplateState.DELETING, unneeded))
         async with self._db.read() as session:
-            rows = await session.scalars(select(Row).where(Row.state == TemplateState.DELETING))
+            rows = await session.scalars(query)
             return {row.template_id: row for row in rows}
 
     async def finish_deletion(self, row: Row) -> None:
@@ -221,7 +238,7 @@ class Templates:
         try:
             await self._finish_deletion(row)
         except SandmartinError as error:
-            _log.warning("template %s is not deleted: %s", row.name, error)
+            _log.info("template %s is not deleted: %s", row.name, error)
 
     async def unknown(self, found: Sequence[AgentTemplate]) -> set[str]:
         """Which of a host's templates are a team's and have no row, by their names there."""
@@ -302,6 +319,19 @@ def _taken(name: str) -> AlreadyExists:
     return AlreadyExists(
         f"template {name!r} exists already", hint="choose another name, or delete it first"
     )
+
+
+async def _find_to_delete(session: AsyncSession, caller: Caller, name: str) -> Row:
+    """A template that the caller may delete. Raises NotFound, Denied."""
+    row = await find_template(session, caller.team_id, name, to_change=True)
+    if row.team_id == PLATFORM_TEAM_ID and caller.team_id != PLATFORM_TEAM_ID:
+        raise Denied(
+            f"template {name!r} belongs to the platform",
+            hint="only an administrator of the platform can delete it",
+        )
+    if row.team_id == PLATFORM_TEAM_ID and row.name == _DEFAULT:
+        raise Denied(f"template {name!r} is what sandboxes start from by default")
+    return row
 
 
 async def _check_unneeded(session: AsyncSession, row: Row) -> None:

@@ -46,7 +46,7 @@ async def create(
 
 
 @router.post("/sandboxes", status_code=201, response_model_exclude_none=True)
-async def create_v1(
+async def create_old(
     body: bodies.OldNewSandbox,
     caller: TheCaller,
     platform: ThePlatform,
@@ -145,7 +145,7 @@ def _timestamp(at: datetime) -> float:
 
 
 @router.get("/sandboxes", response_model_exclude_none=True)
-async def list_v1(
+async def list_old(
     caller: TheCaller, platform: ThePlatform, metadata: str = ""
 ) -> list[bodies.ListedSandbox]:
     """All that run, newest first."""

@@ -46,10 +46,17 @@ async def alias(name: TheName, caller: TheCaller, platform: ThePlatform) -> bodi
     return bodies.Alias(template_id=row.name, public=row.team_id == PLATFORM_TEAM_ID)
 
 
+@router.post("/templates/tags", include_in_schema=False)
+@router.delete("/templates/tags", include_in_schema=False)
+async def refuse_tags(_caller: TheCaller) -> Response:
+    """Before what would take `tags` for a name."""
+    return await _refuse(_caller)
+
+
 @router.delete("/templates/{name}", status_code=204)
 async def delete(name: TheName, caller: TheCaller, platform: ThePlatform) -> Response:
-    """Delete a template of the team, snapshots too."""
-    await platform.templates.delete(caller, name)
+    """Delete a template of the team, snapshots too; what was made of it goes on."""
+    await platform.templates.retire(caller, name)
     return Response(status_code=204)
 
 
@@ -86,8 +93,6 @@ for _method, _path in (
     ("POST", "/v3/templates"),
     ("POST", "/v2/templates"),
     ("POST", "/templates"),
-    ("POST", "/templates/tags"),
-    ("DELETE", "/templates/tags"),
 ):
     unbuilt.add_api_route(_path, _refuse, methods=[_method])
 for _method, _path in (
