@@ -20,7 +20,7 @@ from sandmartin.model import State
 from sandmartin.relay.line import Line
 
 #: How exactly it is known when something last passed.
-_ACTIVITY_S = 1.0
+_ACTIVITY_S = 0.25
 
 
 class Inside(Recorded):

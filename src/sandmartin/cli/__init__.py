@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from sandmartin import __version__
 from sandmartin.cli import (
     agent,
+    certs,
     checkpoints,
     commands,
     control,
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         records.configure_logs,
         records.configure_metrics,
         control.configure,
+        certs.configure,
         agent.configure,
         hosts.configure,
         setup.configure,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ async def _run(args: argparse.Namespace) -> None:
     async with contextlib.AsyncExitStack() as stack:
         leave = stack.enter_context(signals())
         listener = stack.enter_context(contextlib.closing(listen(settings.host, settings.port)))
-        settings = replace(settings, port=listener.getsockname()[1])
+        settings = settings.listening_on(listener.getsockname()[1])
         platform = await stack.enter_async_context(open_platform(settings))
         await bootstrap.ensure_platform(platform.db)
         key_file = settings.data_dir / "api.key"

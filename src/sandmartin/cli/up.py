@@ -82,7 +82,7 @@ async def _run(args: argparse.Namespace) -> None:
     async with contextlib.AsyncExitStack() as stack:
         leave = stack.enter_context(signals())
         listener = stack.enter_context(contextlib.closing(listen(control.host, control.port)))
-        control = replace(control, port=listener.getsockname()[1])
+        control = control.listening_on(listener.getsockname()[1])
         agent_settings = replace(settings, data_dir=settings.data_dir / "agent")
         agent_ended = await stack.enter_async_context(_agent(agent_settings))
         platform = await stack.enter_async_context(open_platform(control))

@@ -8,13 +8,11 @@ request, of which the public key alone is taken. A replica's own certificate liv
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -26,14 +24,13 @@ from sqlalchemy.exc import IntegrityError
 from sandmartin.control import tables
 from sandmartin.control.db import Database
 from sandmartin.control.seal import Sealer
+from sandmartin.control.x509 import blank, key_pem, pem, usage
 from sandmartin.errors import Invalid
 from sandmartin.tls import Accepts, Identity, controls_context, show
 
 HOST_LIFE_S = 7 * 86400.0
 CONTROL_LIFE_S = 86400.0
 _ISSUER_LIFE_S = 20 * 365 * 86400.0
-#: Clocks of hosts may be behind ours.
-_SKEW_S = 300.0
 _KEPT_AS = "issuers"
 _HOST, _CONTROL = "host", "control"
 _PURPOSES = {
@@ -70,24 +67,24 @@ class _Issuer:
     def make(cls, name: str, now: float) -> _Issuer:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Sandmartin {name} issuer")])
-        builder = _blank(subject, subject, key.public_key(), now, _ISSUER_LIFE_S)
+        builder = blank(subject, subject, key.public_key(), now, _ISSUER_LIFE_S)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
-        builder = builder.add_extension(_usage(signs_certificates=True), True)
+        builder = builder.add_extension(usage(signs_certificates=True), True)
         own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         made = builder.add_extension(own, False).sign(key, hashes.SHA256())
         return cls(made, key, _PURPOSES[name])
 
     @property
     def pem(self) -> str:
-        return _pem(self.certificate)
+        return pem(self.certificate)
 
     def issue(self, name: str, key: ec.EllipticCurvePublicKey, now: float, life_s: float) -> Issued:
         """A certificate for `name`."""
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         made = (
-            _blank(subject, self.certificate.subject, key, now, life_s)
+            blank(subject, self.certificate.subject, key, now, life_s)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
-            .add_extension(_usage(signs_certificates=False), True)
+            .add_extension(usage(signs_certificates=False), True)
             .add_extension(x509.ExtendedKeyUsage([self.purpose]), False)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), False)
@@ -96,10 +93,10 @@ class _Issuer:
             )
             .sign(self.key, hashes.SHA256())
         )
-        return Issued(certificate=_pem(made), serial=made.serial_number, expires_at=now + life_s)
+        return Issued(certificate=pem(made), serial=made.serial_number, expires_at=now + life_s)
 
     def to_json(self) -> dict[str, str]:
-        return {"certificate": self.pem, "key": _key_pem(self.key)}
+        return {"certificate": self.pem, "key": key_pem(self.key)}
 
     @classmethod
     def from_json(cls, name: str, kept: dict[str, str]) -> _Issuer:
@@ -160,7 +157,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         name = f"{self._owner}.control.sandmartin"
         made = self._control.issue(name, key.public_key(), self._clock(), CONTROL_LIFE_S)
-        return Identity(certificate=made.certificate, key=_key_pem(key)), made.expires_at
+        return Identity(certificate=made.certificate, key=key_pem(key)), made.expires_at
 
     def door(self, accepts: Accepts) -> Door:
         """The way from this replica to hosts whose certificates `accepts` knows."""
@@ -203,57 +200,3 @@ def _key_of(request: str) -> ec.EllipticCurvePublicKey:
     if not proved:
         raise Invalid("the certificate request is not signed by its own key")
     return key
-
-
-def _blank(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePublicKey,
-    now: float,
-    life_s: float,
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_moment(now - _SKEW_S))
-        .not_valid_after(_moment(now + life_s))
-    )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    unused: dict[str, Any] = dict.fromkeys(
-        (
-            "content_commitment",
-            "key_encipherment",
-            "data_encipherment",
-            "key_agreement",
-            "encipher_only",
-            "decipher_only",
-        ),
-        False,
-    )
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        **unused,
-    )
-
-
-def _moment(at: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(at, datetime.UTC)
-
-
-def _pem(certificate: x509.Certificate) -> str:
-    return certificate.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> str:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    ).decode()

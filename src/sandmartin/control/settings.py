@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class ControlSettings:
     port: int = 8000
     #: How the world reaches us: for links, OAuth and cookies. Empty for what we listen on.
     public_url: str = ""
-    #: Sandboxes' ports are at names below it, `PORT-ID.DOMAIN`; clients are told. It may have a
-    #: port of its own.
+    #: Sandboxes' ports are at names below it, `PORT-ID.DOMAIN`; clients are told. It may end with
+    #: a port.
     domain: str = ""
     #: Files of a certificate with its chain, and of its key, as PEM; empty for plain HTTP.
     tls_cert: str = ""
@@ -79,6 +79,12 @@ class ControlSettings:
     ) -> ControlSettings:
         """As `Settings.load` has it. Raises Invalid."""
         return load_settings(cls, flags, environ, file)
+
+    def listening_on(self, port: int) -> ControlSettings:
+        """With the port that was taken, also in the domain where nothing stands before us."""
+        usual = port == (443 if self.tls_cert else 80) or self.public_url or ":" in self.domain
+        domain = self.domain if usual or not self.domain else f"{self.domain}:{port}"
+        return replace(self, port=port, domain=domain)
 
     @property
     def url(self) -> str:
