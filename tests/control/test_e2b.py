@@ -106,6 +106,35 @@ async def test_private_traffic_and_waking(team: Team, platform: Platform) -> Non
     assert child["sandbox"]["trafficAccessToken"] not in {token, None}
 
 
+async def test_what_may_be_reached(team: Team, platform: Platform, host: RunningHost) -> None:
+    one = (await make(team))["sandboxID"]
+    assert "allowInternetAccess" not in await look(team, one)
+    closed = (await make(team, allow_internet_access=False))["sandboxID"]
+    assert (await look(team, closed))["allowInternetAccess"] is False
+    rules = {"allowOut": ["Example.com", "192.0.2.1/32"], "denyOut": ["0.0.0.0/0"]}
+    made = (await make(team, network=rules))["sandboxID"]
+    known = {"allowOut": ["example.com", "192.0.2.1"], "denyOut": ["0.0.0.0/0"]}
+    assert (await look(team, made))["network"] == {"allowPublicTraffic": True, **known}
+    ours = (await team.http.get(f"/v1/sandboxes/{made}/network")).json()
+    assert ours["allow_out"] == known["allowOut"]
+    # All is replaced, of one that sleeps too.
+    for each in (one, made):
+        path = f"/sandboxes/{each}/network"
+        answer = await team.http.put(path, json={"denyOut": ["192.0.2.0/24"]})
+        assert answer.status_code == 204, answer.text
+        detail = await look(team, each)
+        assert detail["network"]["denyOut"] == ["192.0.2.0/24"]
+        assert "allowOut" not in detail["network"]
+        await team.http.post(f"/sandboxes/{each}/pause")
+        closing = await team.http.put(path, json={"allow_internet_access": False})
+        assert closing.status_code == 204
+        assert (await look(team, each))["allowInternetAccess"] is False
+        refused(await team.http.put(path, json={"denyOut": ["example.com"]}), 400)
+        refused(await team.http.put(path, json={"allowOut": ["x"] * 500}), 400)
+        refused(await team.http.put(path, json={"dnsServers": []}), 501)
+    await agree(platform, host)
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -126,6 +155,8 @@ async def test_private_traffic_and_waking(team: Team, platform: Platform) -> Non
         ({"iam": {"tokens": {"a": {}}}}, 501),
         ({"volumeMounts": [{"name": "a", "path": "/a"}]}, 501),
         ({"autoPause": True, "autoPauseMemory": False}, 501),
+        ({"network": {"denyOut": ["example.com"]}}, 400),
+        ({"network": {"allowOut": ["300.1.1.1"]}}, 400),
         ({"network": {"dnsServers": []}}, 501),
         ({"network": {"egressProxy": {"address": "a"}}}, 501),
         ({"network": {"rules": {"a.example": []}}}, 501),
@@ -402,6 +433,7 @@ async def _has_points(team: Team, path: str) -> bool:
 async def test_another_team_finds_nothing(team: Team, other_team: Team) -> None:
     path = f"/sandboxes/{(await make(team))['sandboxID']}"
     calls = [("GET", path), ("DELETE", path), ("GET", f"{path}/metrics"), ("GET", f"{path}/logs")]
+    calls += [("PUT", f"{path}/network")]
     posts = ("pause", "connect", "resume", "fork", "snapshots", "refreshes", "timeout")
     calls += [("POST", f"{path}/{each}") for each in posts]
     for method, url in calls:

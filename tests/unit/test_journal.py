@@ -22,11 +22,17 @@ from sandmartin.agent.memory import FileId
 from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import VmRecord
 from sandmartin.errors import Conflict, Invalid
-from sandmartin.model import Accel, SandboxSpec, State
+from sandmartin.model import Accel, NetworkPolicy, SandboxSpec, State
 
 _TOKEN = "a-token-that-nobody-may-see"
 ENTRY = Entry(
-    spec=SandboxSpec(sandbox_id="sbone", template="base", vcpus=2, timeout_s=9),
+    spec=SandboxSpec(
+        sandbox_id="sbone",
+        template="base",
+        vcpus=2,
+        timeout_s=9,
+        network=NetworkPolicy(deny_out=("0.0.0.0/0",), allow_out=("*.example.com",)),
+    ),
     state=State.RUNNING,
     created_at=1.5,
     last_active_at=2.5,
@@ -81,8 +87,10 @@ def test_entry_of_the_first_release_is_read() -> None:
     raw = json.loads(ENTRY.to_json())
     for later in ("introduced", "moved", "flattens_to"):
         del raw[later]
+    del raw["spec"]["network"]
     old = Entry.from_json(json.dumps(raw).encode())
-    assert old == replace(ENTRY, introduced=True, moved=False, flattens_to=None)
+    spec = replace(ENTRY.spec, network=None)
+    assert old == replace(ENTRY, spec=spec, introduced=True, moved=False, flattens_to=None)
 
 
 def test_token_is_never_told(data: DataDir) -> None:

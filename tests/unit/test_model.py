@@ -8,7 +8,10 @@ import pytest
 
 from sandmartin.errors import BY_CODE, Conflict, Invalid, SandmartinError, from_code
 from sandmartin.model import (
+    INTERNET,
+    MAX_NETWORK_RULES,
     TRANSITIONS,
+    NetworkPolicy,
     SandboxSpec,
     Settings,
     Shape,
@@ -95,3 +98,57 @@ def test_what_is_no_shape_is_said(name: str, text: str, said: str) -> None:
         Settings.load({}, {f"SANDMARTIN_{name}": text})
     assert f"setting {name.lower()} is" in caught.value.message
     assert said in caught.value.message
+
+
+def test_a_policy_has_one_form() -> None:
+    policy = NetworkPolicy(
+        allow_out=("1.1.1.1", "1.1.1.1/32", " API.Example.com. ", "*.Example.org", "10.1.2.3/8"),
+        deny_out=("0.0.0.0/0", "1.2.3.4"),
+    )
+    assert policy.allow_out == ("1.1.1.1", "api.example.com", "*.example.org", "10.0.0.0/8")
+    assert [str(each) for each in policy.allowed_networks] == ["1.1.1.1/32", "10.0.0.0/8"]
+    assert policy.allowed_names == ("api.example.com", "*.example.org")
+    assert [str(each) for each in policy.denied_networks] == ["0.0.0.0/0", "1.2.3.4/32"]
+    nothing = NetworkPolicy(allow_internet_access=False, deny_out=("1.2.3.4",))
+    assert [str(each) for each in nothing.denied_networks] == ["0.0.0.0/0"]
+    for each in (policy, nothing, INTERNET):
+        assert NetworkPolicy.from_dict(each.to_dict()) == each
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"deny_out": ("example.com",)},
+        {"deny_out": ("*.example.com",)},
+        *(
+            {"allow_out": (each,)}
+            for each in (
+                "",
+                "*",
+                "*.",
+                ".",
+                "a..b",
+                "*.*.b",
+                "a.*",
+                "-a.b",
+                "a b",
+                "a/b",
+                "a,b",
+                "a }; flush ruleset; {",
+                "a.b\nflush ruleset",
+                "::1",
+                "1.2.3",
+                "1.2.3.4.5",
+                "1.2.3.4/33",
+                "1.2.3.4:80",
+                "b\u00fccher.example",
+                "a" * 64 + ".b",
+                ".".join(["abc"] * 64),
+            )
+        ),
+        {"allow_out": tuple(f"n{each}.example" for each in range(MAX_NETWORK_RULES + 1))},
+    ],
+)
+def test_policies_that_can_never_be(wrong: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(Invalid):
+        NetworkPolicy(**wrong)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ from sandmartin.errors import (
     SandmartinError,
     Unavailable,
 )
-from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec, Shape, State, random_id
+from sandmartin.model import NetworkPolicy, SandboxSpec, Shape, State, random_id
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -512,7 +512,7 @@ def _fitting(spec: SandboxSpec, origin: Image | Snapshot) -> SandboxSpec:
     """What a sandbox that starts from `origin` takes from it. Raises Invalid."""
     if isinstance(origin, Image):
         disk.check_size(origin, spec.disk_size_mb)
-        return replace(spec, network=spec.network or INTERNET)
+        return spec
     manifest = origin.manifest
     return replace(
         spec,

@@ -151,11 +151,11 @@ class Entry:
         return self.spec.network or INTERNET
 
     def to_json(self) -> bytes:
-        vm, ram = self.vm, self.ram
+        vm, ram, policy = self.vm, self.ram, self.spec.network
         return json.dumps(
             {
                 "format": FORMAT,
-                "spec": vars(self.spec) | {"network": self.network.to_dict()},
+                "spec": vars(self.spec) | {"network": policy and policy.to_dict()},
                 "state": self.state,
                 "created_at": self.created_at,
                 "last_active_at": self.last_active_at,
@@ -239,7 +239,8 @@ class Entry:
 
 def _spec(raw: Mapping[str, Any]) -> SandboxSpec:
     # Entries of the first release have no policy.
-    return SandboxSpec(**{**raw, "network": NetworkPolicy.from_dict(raw.get("network"))})
+    policy = raw.get("network")
+    return SandboxSpec(**{**raw, "network": policy and NetworkPolicy.from_dict(policy)})
 
 
 class DataDir:

@@ -41,6 +41,7 @@ from sandmartin.control.api import (
     usage,
 )
 from sandmartin.control.e2b import errors as e2b_errors
+from sandmartin.control.e2b import network as e2b_network
 from sandmartin.control.e2b import records as e2b_records
 from sandmartin.control.e2b import sandboxes as e2b_sandboxes
 from sandmartin.control.e2b import snapshots as e2b_snapshots
@@ -163,7 +164,7 @@ def create_app(platform: Platform) -> FastAPI:
 
 def _include_e2b(app: FastAPI) -> None:
     """E2B's interface, for their clients."""
-    modules = (e2b_sandboxes, e2b_records, e2b_snapshots, e2b_templates, e2b_teams)
+    modules = (e2b_sandboxes, e2b_network, e2b_records, e2b_snapshots, e2b_templates, e2b_teams)
     for router in (*(each.router for each in modules), e2b_templates.unbuilt):
         app.include_router(router, tags=["e2b"], responses=e2b_errors.RESPONSES)
 

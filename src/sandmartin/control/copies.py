@@ -13,15 +13,16 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events, tables
-from sandmartin.control.acts import Acts
 from sandmartin.control.caller import Caller
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Held, Kind, Operations
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.rows import Row, child_of, find, settle_child, shape_of, state_of, tell
+from sandmartin.control.scheduler import check_takes_new
 from sandmartin.control.states import TRANSITIONAL
 from sandmartin.control.templates import Templates
+from sandmartin.control.terms import Terms
 from sandmartin.errors import (
     AlreadyExists,
     Conflict,
@@ -39,7 +40,7 @@ from sandmartin.transport.agent import Agent
 _MAX_CHILDREN = 100
 
 
-class Copies(Acts):
+class Copies(Terms):
     """Forks, checkpoints and templates of sandboxes."""
 
     def __init__(
@@ -70,13 +71,15 @@ class Copies(Acts):
     ) -> Sequence[Row]:
         """Sandboxes that go on from where this one is, which goes on too.
 
-        One that could not be made is in state `error`. Raises NotFound, Conflict, Exhausted.
+        One that could not be made is in state `error`. Raises NotFound, Conflict (also where its
+        host is drained), Exhausted.
         """
         if not 1 <= count <= _MAX_CHILDREN:
             raise Invalid(f"count is {count}", hint=f"use 1 to {_MAX_CHILDREN}")
         ids = [new_sandbox_id() for _ in range(count)]
         async with self._db.write() as session:
             row = await find(session, caller, sandbox_id)
+            await check_takes_new(session, row)
             limits = {"timeout_s": timeout_s, "lifetime_s": lifetime_s}
             children = [child_of(row, each, caller, **limits) for each in ids]
             await self._quotas.check(session, caller.team_id, [shape_of(each) for each in children])
@@ -215,6 +218,8 @@ class Copies(Acts):
 
     async def _do_rollback(self, held: Held) -> None:
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            if held.state_before == State.PAUSED:
+                await self._hold_asleep(agent, row)
             woken = await agent.rollback(row.sandbox_id, held.arguments["checkpoint_id"])
             return {"host_ip": woken.address}
 
@@ -279,6 +284,7 @@ class Copies(Acts):
         if held.attempts > 1 and (size_bytes := await _made_before(agent, row, name)) is not None:
             return size_bytes
         if held.state_before == State.PAUSED:
+            await self._hold_asleep(agent, row)
             await agent.resume(row.sandbox_id, None)
         try:
             return (await agent.create_snapshot(row.sandbox_id, name, live=live)).size_bytes

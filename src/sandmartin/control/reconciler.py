@@ -9,9 +9,10 @@ host was asked, and only what is still as it was read is changed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ from sandmartin.control.rows import Row, observe, state_of
 from sandmartin.control.sandboxes import Sandboxes
 from sandmartin.control.states import ALIVE, TRANSITIONAL, HostState
 from sandmartin.control.templates import Templates
-from sandmartin.errors import NotFound, SandmartinError
+from sandmartin.control.terms import differences
+from sandmartin.errors import NotFound, SandmartinError, Unavailable
 from sandmartin.model import State
 from sandmartin.transport import SandboxInfo
 from sandmartin.transport.agent import Agent
@@ -40,6 +42,10 @@ class Pace:
     """How often is looked, and how long is waited before something is believed."""
 
     period_s: float = 5.0
+    #: A host that does not answer within this time is silent.
+    answer_s: float = 10.0
+    #: How long a look at all hosts waits for the slow ones, which are not looked at anew meanwhile.
+    patience_s: float = 2.0
     #: A host that did not answer for so long is unreachable: three heartbeats.
     unreachable_s: float = 90.0
     #: A VM that no row knows is ended when it was seen for so long.
@@ -71,24 +77,40 @@ class Reconciler:
         self._unknown = _Sightings(pace.unknown_s)
         self._unknown_templates = _Sightings(pace.unknown_s)
         self._half_deleted = _Sightings(pace.unknown_s)
+        #: By host, what a look before did not wait for.
+        self._looking: dict[str, asyncio.Task[None]] = {}
         #: When all hosts were looked at last by this replica; 0 before.
         self.looked_at = 0.0
 
     async def run(self) -> None:
-        while True:
-            try:
-                await uncut(self.tick())
-            except SandmartinError as error:
-                _log.warning("rows and VMs are not compared: %s", error)
-            await asyncio.sleep(self._pace.period_s)
+        try:
+            while True:
+                try:
+                    await uncut(self.tick())
+                except SandmartinError as error:
+                    _log.warning("rows and VMs are not compared: %s", error)
+                await asyncio.sleep(self._pace.period_s)
+        finally:
+            await self._stop_looking()
 
     async def tick(self) -> None:
-        """Look at every host once, all at the same time."""
+        """Look at every host once, all at the same time, but for those that a look is still at.
+
+        One that fails or is slow must not keep the others from being looked at.
+        """
         hosts = await self._hosts.list_reachable()
-        looks = [self._look_at(host) for host in hosts]
-        looks += [self._settle_homeless(), self._finish_deletions()]
-        # One that fails must not keep the others from being looked at.
-        failures = await asyncio.gather(*looks, return_exceptions=True)
+        for host in hosts:
+            if host.host_id not in self._looking:
+                look = asyncio.create_task(self._look_at(host), name=f"look at {host.name}")
+                self._looking[host.host_id] = look
+        rest = [self._settle_homeless(), self._finish_deletions()]
+        failures = await asyncio.gather(*rest, return_exceptions=True)
+        if self._looking:
+            await asyncio.wait(self._looking.values(), timeout=self._pace.patience_s)
+        for host_id, look in list(self._looking.items()):
+            if look.done():
+                del self._looking[host_id]
+                failures.append(look.exception())
         self.looked_at = time.time()
         for failure in failures:
             if isinstance(failure, SandmartinError):
@@ -96,14 +118,23 @@ class Reconciler:
             elif failure is not None:
                 raise failure
 
+    async def _stop_looking(self) -> None:
+        looks = set(self._looking.values())
+        self._looking.clear()
+        for look in looks:
+            look.cancel()
+        if looks:
+            await asyncio.wait(looks)
+
     async def _look_at(self, host: tables.Host) -> None:
         rows = await self._idle_rows(Row.host_id == host.host_id)
         placed = await self._templates.placed_on(host.host_id)
         try:
             agent = await self._hosts.agent(host.host_id)
-            about = await agent.describe()
-            infos = {each.sandbox_id: each for each in await agent.list_sandboxes()}
-            templates = await agent.list_templates()
+            async with self._answering(host):
+                about = await agent.describe()
+                infos = {each.sandbox_id: each for each in await agent.list_sandboxes()}
+                templates = await agent.list_templates()
         except SandmartinError as error:
             await self._note_silence(host, error)
             return
@@ -113,11 +144,22 @@ class Reconciler:
         judged = await asyncio.gather(*(self._judge(host, row, infos) for row in rows))
         unchanged = [row for row, changed in zip(rows, judged, strict=True) if not changed]
         await self._refresh(unchanged, infos)
+        await asyncio.gather(*(self._hold(row, infos) for row in unchanged))
         await self._end_unknown(host, agent, infos)
         unknown = {(host.host_id, name) for name in await self._templates.unknown(templates)}
         for _, name in self._unknown_templates.lasting(unknown, of=host.host_id):
             _log.warning("template %s on host %s belongs to nobody", name, host.name)
             await self._templates.end_unknown(agent, name)
+
+    @contextlib.asynccontextmanager
+    async def _answering(self, host: tables.Host) -> AsyncIterator[None]:
+        """Raises Unavailable when it takes a host too long to answer."""
+        try:
+            async with asyncio.timeout(self._pace.answer_s):
+                yield
+        except TimeoutError as error:
+            within = f"within {self._pace.answer_s:g} s"
+            raise Unavailable(f"host {host.name} does not answer {within}") from error
 
     async def _idle_rows(self, *conditions: Any) -> list[Row]:
         """Rows to which nothing is being done."""
@@ -234,6 +276,16 @@ class Reconciler:
                     .where(Row.sandbox_id == row.sandbox_id, Row.state_at == row.state_at)
                     .values(host_ip=info.address, last_active_at=float(info.last_active_at))
                 )
+
+    async def _hold(self, row: Row, infos: Mapping[str, SandboxInfo]) -> None:
+        """Have a running sandbox held to its terms, where its host was not told of a change."""
+        info = infos.get(row.sandbox_id)
+        if row.state != State.RUNNING or info is None or not differences(row, info):
+            return
+        try:
+            await self._sandboxes.hold_again(row.sandbox_id, info)
+        except SandmartinError as error:
+            _log.warning("sandbox %s is not held to its terms: %s", row.sandbox_id, error)
 
     async def _end_unknown(
         self, host: tables.Host, agent: Agent, infos: Mapping[str, SandboxInfo]

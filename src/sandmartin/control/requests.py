@@ -16,6 +16,7 @@ from sandmartin.model import (
     DEFAULT_DISK_SIZE_MB,
     DEFAULT_MEMORY_MB,
     DEFAULT_VCPUS,
+    NetworkPolicy,
     SandboxSpec,
     State,
     new_sandbox_id,
@@ -40,6 +41,8 @@ class NewRow:
     #: Whether traffic wakes it from its sleep, and whether that needs no token.
     auto_resume: bool = False
     public_traffic: bool = True
+    #: None is what the template's source had, or the Internet.
+    network: NetworkPolicy | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     envs: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -113,6 +116,11 @@ def spec_of(new: NewRow, template: tables.Template) -> SandboxSpec:
         disk_size_mb=max(new.disk_size_mb or DEFAULT_DISK_SIZE_MB, template.disk_size_mb),
         timeout_s=new.timeout_s,
     )
+
+
+def wanted_policy(new: NewRow, template: tables.Template) -> NetworkPolicy:
+    """What the sandbox may reach: as asked, or as what the template was made from."""
+    return new.network or NetworkPolicy.from_dict(template.network)
 
 
 def need_of(spec: SandboxSpec, template: tables.Template) -> Need:

@@ -148,6 +148,7 @@ def child_of(
         on_timeout=parent.on_timeout,
         auto_resume=parent.auto_resume,
         public_traffic=parent.public_traffic,
+        network=parent.network,
         labels=dict(parent.labels),
         parent_id=parent.sandbox_id,
         created_by=caller.actor_id,

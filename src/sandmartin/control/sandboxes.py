@@ -22,7 +22,7 @@ from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Held, Kind, Operations, Unfinished
 from sandmartin.control.quotas import Quotas
-from sandmartin.control.requests import Filter, NewRow, Page, need_of, spec_of
+from sandmartin.control.requests import Filter, NewRow, Page, need_of, spec_of, wanted_policy
 from sandmartin.control.rows import (
     Row,
     cursor_of,
@@ -37,6 +37,7 @@ from sandmartin.control.rows import (
 from sandmartin.control.scheduler import Need, choose_host
 from sandmartin.control.seal import Sealer
 from sandmartin.control.templates import Templates, find_template
+from sandmartin.control.terms import policy_of
 from sandmartin.control.usage import Usage
 from sandmartin.errors import (
     AlreadyExists,
@@ -47,7 +48,7 @@ from sandmartin.errors import (
     SandmartinError,
     Unavailable,
 )
-from sandmartin.model import State
+from sandmartin.model import INTERNET, State
 from sandmartin.transport import CreatedSandbox, MetricPoint, NewSandbox
 from sandmartin.transport.agent import Agent
 
@@ -218,6 +219,7 @@ class Sandboxes(Copies):
         template = await find_template(session, caller.team_id, new.template)
         spec = spec_of(new, template)
         await self._quotas.check(session, caller.team_id, [spec])
+        policy = wanted_policy(new, template)
         need = need_of(spec, template)
         choice = await choose_host(session, need)
         now = time.time()
@@ -235,6 +237,7 @@ class Sandboxes(Copies):
             timeout_s=spec.timeout_s,
             lifetime_s=new.lifetime_s,
             ends_at=ends_at(new.lifetime_s),
+            network=None if policy == INTERNET else policy.to_dict(),
             on_timeout=new.on_timeout,
             auto_resume=new.auto_resume,
             public_traffic=new.public_traffic,
@@ -280,6 +283,7 @@ class Sandboxes(Copies):
                 disk_size_mb=row.disk_size_mb,
                 timeout_s=row.timeout_s,
                 envs=envs,
+                network=policy_of(row),
             )
             made = await self._create_somewhere(agent, row, new, held)
             return {"host_ip": made.address, "started_at": time.time()}
@@ -371,6 +375,7 @@ class Sandboxes(Copies):
 
     async def _do_resume(self, held: Held) -> None:
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            await self._hold_asleep(agent, row)
             woken = await agent.resume(row.sandbox_id, row.timeout_s)
             return {"host_ip": woken.address}
 

@@ -17,7 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sandmartin.control import tables
 from sandmartin.control.hosts import Load, loads_of
 from sandmartin.control.states import HostState
-from sandmartin.errors import Exhausted, NotFound, Unavailable
+from sandmartin.errors import Conflict, Exhausted, NotFound, Unavailable
+
+_UNDRAIN = "add a host, or `sandmartin host drain NAME --undo`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,10 @@ async def choose_host(
                 fitting[host.name] = load, bottleneck
             else:
                 refused[host.name] = f"its {bottleneck} would be used by {load:.0%}"
+    if all(host.draining for host in hosts):
+        raise Exhausted(
+            f"no host takes new sandboxes: {', '.join(sorted(refused))} are drained", hint=_UNDRAIN
+        )
     if not fitting:
         why = "; ".join(sorted(set(refused.values())))
         raise Exhausted(
@@ -84,6 +90,17 @@ async def choose_host(
         bottleneck=bottleneck,
         others={name: round(each, 3) for name, (each, _) in fitting.items()} | refused,
     )
+
+
+async def check_takes_new(session: AsyncSession, sandbox: tables.Sandbox) -> None:
+    """Raises Conflict when a sandbox's host takes nothing new, and so no fork of it."""
+    # Where transactions write side by side, nobody drains it before this one's end.
+    host = await session.get(tables.Host, sandbox.host_id, with_for_update={"read": True})
+    if host is not None and host.draining:
+        raise Conflict(
+            f"host {host.name} of sandbox {sandbox.sandbox_id} is drained and takes no forks",
+            hint=_UNDRAIN,
+        )
 
 
 async def _online(session: AsyncSession) -> Sequence[tables.Host]:

@@ -222,6 +222,8 @@ class Template(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     #: The sandbox that it was made of, if any.
     sandbox_id: Mapped[str | None]
+    #: What its source might reach; see `Sandbox.network`.
+    network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     created_at: Mapped[float]
     created_by: Mapped[str] = mapped_column(default="")
 
@@ -274,6 +276,8 @@ class Sandbox(Base):
     #: Whether traffic wakes it from its sleep, and whether that needs no token.
     auto_resume: Mapped[bool] = mapped_column(default=False)
     public_traffic: Mapped[bool] = mapped_column(default=True)
+    #: A `NetworkPolicy` as plain values; None is the Internet.
+    network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     #: Labels that its owner gave it.
     labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
     host_ip: Mapped[str] = mapped_column(default="")

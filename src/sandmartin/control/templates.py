@@ -137,6 +137,7 @@ class Templates:
             memory_mb=sandbox.memory_mb,
             disk_size_mb=sandbox.disk_size_mb,
             sandbox_id=sandbox.sandbox_id,
+            network=sandbox.network,
             created_at=time.time(),
             created_by=caller.actor_id,
         )

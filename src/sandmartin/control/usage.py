@@ -189,23 +189,35 @@ class Usage:
     ) -> Sequence[Used]:
         """What a team used on each of these days, the present one until now. Raises Invalid."""
         now = time.time() if now is None else now
-        if first > last:
-            raise Invalid("`from` is after `to`", hint="give the earlier day as `from`")
-        if (last - first).days >= MAX_DAYS:
-            raise Invalid(f"these are more than {MAX_DAYS} days", hint="ask for fewer at a time")
+        days = _days(first, last)
         row = UsageDay
         within = row.day.between(first.isoformat(), last.isoformat())
         async with self._db.read() as session:
             rolled = await session.scalar(_newest_rolled())
             kept = await session.scalars(select(row).where(within, row.team_id == team_id))
             found = {date.fromisoformat(each.day): _used(each) for each in kept}
-            days = [first + _DAY * number for number in range((last - first).days + 1)]
             unknown = [
                 day for day in days if day.isoformat() > (rolled or "") and _begin(day) <= now
             ]
             if unknown:
                 reckoned = await self._reckon(session, team_id, unknown[0], unknown[-1], now)
                 found |= {day: reckoned[day] for day in unknown if day in reckoned}
+        return [found.get(day, Used(day=day)) for day in days]
+
+    async def days_of(
+        self, sandbox: Sandbox, first: date, last: date, now: float | None = None
+    ) -> Sequence[Used]:
+        """What one sandbox used on each of these days, as far back as events are kept.
+
+        Raises Invalid.
+        """
+        now, days = time.time() if now is None else now, _days(first, last)
+        found: Mapping[date, Used] = {}
+        if _begin(first) <= now:
+            async with self._db.read() as session:
+                found = await self._reckon(
+                    session, sandbox.team_id, first, last, now, sandbox.sandbox_id
+                )
         return [found.get(day, Used(day=day)) for day in days]
 
     async def roll_up(self, now: float) -> None:
@@ -248,13 +260,19 @@ class Usage:
             return
 
     async def _reckon(
-        self, session: AsyncSession, team_id: str, first: date, last: date, now: float
+        self,
+        session: AsyncSession,
+        team_id: str,
+        first: date,
+        last: date,
+        now: float,
+        sandbox_id: str | None = None,
     ) -> Mapping[date, Used]:
-        """What a team used on days that are not kept, by its events."""
+        """What a team, or one sandbox of it, used on days that are not kept, by its events."""
         begins, ends = _begin(first), min(_begin(last + _DAY), now)
         cpu: dict[date, float] = defaultdict(float)
         memory: dict[date, float] = defaultdict(float)
-        async for span in _spans(session, team_id, begins, ends):
+        async for span in _spans(session, team_id, begins, ends, sandbox_id):
             for day, minutes in _by_day(span):
                 cpu[day] += minutes * span.vcpus
                 memory[day] += minutes * span.memory_mb
@@ -263,17 +281,29 @@ class Usage:
         }
 
 
+def _days(first: date, last: date) -> Sequence[date]:
+    """The days from one to another. Raises Invalid."""
+    if first > last:
+        raise Invalid("`from` is after `to`", hint="give the earlier day as `from`")
+    if (last - first).days >= MAX_DAYS:
+        raise Invalid(f"these are more than {MAX_DAYS} days", hint="ask for fewer at a time")
+    return [first + _DAY * number for number in range((last - first).days + 1)]
+
+
 def _newest_rolled() -> Select[str]:
     """The last day that is kept; so are all before it."""
     return select(func.max(UsageDay.day)).where(UsageDay.team_id == PLATFORM_TEAM_ID)
 
 
 async def _spans(
-    session: AsyncSession, team_id: str, begins: float, ends: float
+    session: AsyncSession, team_id: str, begins: float, ends: float, sandbox_id: str | None
 ) -> AsyncIterator[_Span]:
-    """When sandboxes of a team counted between two times, each from one event to another."""
+    """When sandboxes of a team, or one, counted between two times, each from event to event."""
     known = {}
-    for row in await session.execute(_there(team_id, begins, ends)):
+    there = _there(team_id, begins, ends)
+    if sandbox_id is not None:
+        there = there.where(Sandbox.sandbox_id == sandbox_id)
+    for row in await session.execute(there):
         known[row.sandbox_id] = row
     #: Since when each counts.
     since = {each: begins for each, row in known.items() if row.state_before in COUNTED}
@@ -283,6 +313,8 @@ async def _spans(
         .where(Event.team_id == team_id, Event.at >= begins, Event.at < ends, state.is_not(None))
         .order_by(Event.event_id)
     )
+    if sandbox_id is not None:
+        query = query.where(Event.sandbox_id == sandbox_id)
 
     def span(sandbox_id: str, until: float) -> _Span:
         row = known[sandbox_id]

@@ -12,7 +12,7 @@ from sandmartin.control.api.access import TheCaller, ThePlatform
 from sandmartin.control.requests import Filter, NewRow
 from sandmartin.control.states import LISTED
 from sandmartin.errors import Invalid
-from sandmartin.model import State
+from sandmartin.model import MAX_NETWORK_RULES, NetworkPolicy, State
 from sandmartin.transport import Checkpoint
 
 router = APIRouter(tags=["sandboxes"])
@@ -20,6 +20,33 @@ router = APIRouter(tags=["sandboxes"])
 _MAX_KEY = 200
 _MAX_PAGE = 1000
 Strict = ConfigDict(extra="forbid")
+Rule = Annotated[str, Field(max_length=255)]
+
+
+class NetworkBody(BaseModel):
+    """What a sandbox may reach. What no sandbox may reach stays out of reach whatever it says."""
+
+    model_config = Strict
+
+    allow_internet_access: bool = Field(True, description="False denies the whole Internet.")
+    allow_out: list[Rule] = Field(
+        default_factory=list,
+        max_length=MAX_NETWORK_RULES,
+        description="IPv4 addresses, CIDR blocks, host names, `*.domain`; they win.",
+    )
+    deny_out: list[Rule] = Field(
+        default_factory=list,
+        max_length=MAX_NETWORK_RULES,
+        description="IPv4 addresses and CIDR blocks; `0.0.0.0/0` is all.",
+    )
+
+    def policy(self) -> NetworkPolicy:
+        """Raises Invalid."""
+        return NetworkPolicy(
+            allow_internet_access=self.allow_internet_access,
+            allow_out=tuple(self.allow_out),
+            deny_out=tuple(self.deny_out),
+        )
 
 
 class NewSandbox(BaseModel):
@@ -33,6 +60,9 @@ class NewSandbox(BaseModel):
     on_timeout: str = Field("pause", description="`pause` or `kill`.")
     auto_resume: bool = Field(False, description="Traffic wakes it from its sleep.")
     public_traffic: bool = Field(True, description="Its ports need no token.")
+    network: NetworkBody | None = Field(
+        None, description="Without one, what the source of a snapshot had, or the Internet."
+    )
     metadata: dict[str, str] = Field(default_factory=dict)
     envs: dict[str, str] = Field(default_factory=dict)
 
@@ -88,6 +118,12 @@ class SandboxBody(BaseModel):
 class SandboxPage(BaseModel):
     items: list[SandboxBody]
     next: str = Field(description="`cursor` of the next page; empty at the end.")
+
+
+class TimeoutBody(BaseModel):
+    model_config = Strict
+
+    timeout_sec: int = Field(ge=0, le=1 << 30, description="Idle limit; 0 is never.")
 
 
 class ResumeBody(BaseModel):
@@ -158,6 +194,7 @@ async def create(
         on_timeout=body.on_timeout,
         auto_resume=body.auto_resume,
         public_traffic=body.public_traffic,
+        network=None if body.network is None else body.network.policy(),
         labels=body.metadata,
         envs=body.envs,
     )
@@ -218,6 +255,35 @@ async def resume(
 ) -> SandboxBody:
     timeout_s = body.timeout_sec if body else None
     return SandboxBody.of(await platform.sandboxes.resume(caller, sandbox_id, timeout_s))
+
+
+@router.post("/{sandbox_id}/timeout")
+async def set_timeout(
+    sandbox_id: str, body: TimeoutBody, caller: TheCaller, platform: ThePlatform
+) -> SandboxBody:
+    """Another idle limit; of one that is paused, for when it is resumed.
+
+    The idle clock begins anew.
+    """
+    row = await platform.sandboxes.set_timeout(caller, sandbox_id, body.timeout_sec)
+    return SandboxBody.of(row)
+
+
+@router.get("/{sandbox_id}/network")
+async def get_network(sandbox_id: str, caller: TheCaller, platform: ThePlatform) -> NetworkBody:
+    """What the sandbox may reach."""
+    policy = await platform.sandboxes.network(caller, sandbox_id)
+    return NetworkBody(**policy.to_dict())
+
+
+@router.put("/{sandbox_id}/network")
+async def set_network(
+    sandbox_id: str, body: NetworkBody, caller: TheCaller, platform: ThePlatform
+) -> NetworkBody:
+    """Replace all that the sandbox may reach, on open connections too."""
+    policy = body.policy()
+    await platform.sandboxes.set_network(caller, sandbox_id, policy)
+    return NetworkBody(**policy.to_dict())
 
 
 @router.post("/{sandbox_id}/ping", status_code=204)

@@ -1,10 +1,11 @@
-"""`/v1/sandboxes/stats` and `/usage`: what a team holds, and what it used.
+"""`/v1/sandboxes/stats` and `/usage`: what a team holds, and what it and each sandbox used.
 
 To be declared before the routes of single sandboxes, whose ids these names would be.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, date, datetime
 from typing import Annotated, Literal
@@ -13,11 +14,13 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from sandmartin.control.api.access import TheCaller, ThePlatform
-from sandmartin.control.usage import Load
+from sandmartin.control.usage import Load, Used
 
 router = APIRouter(tags=["usage"])
 
 _SHOWN_DAYS = 30
+First = Annotated[date | None, Query(alias="from", description="YYYY-MM-DD, UTC.")]
+Last = Annotated[date | None, Query(alias="to", description="The last day shown.")]
 
 
 class LoadBody(BaseModel):
@@ -70,14 +73,33 @@ async def stats(
 async def usage(
     caller: TheCaller,
     platform: ThePlatform,
-    first: Annotated[date | None, Query(alias="from", description="YYYY-MM-DD, UTC.")] = None,
-    last: Annotated[date | None, Query(alias="to", description="The last day shown.")] = None,
+    first: First = None,
+    last: Last = None,
 ) -> UsageBody:
     """What was used on each day, the last thirty unless asked for others."""
+    return _usage(await platform.usage.days(caller.team_id, *_days(first, last)))
+
+
+@router.get("/{sandbox_id}/usage")
+async def usage_of_one(
+    sandbox_id: str,
+    caller: TheCaller,
+    platform: ThePlatform,
+    first: First = None,
+    last: Last = None,
+) -> UsageBody:
+    """What one sandbox used on each day, as far back as events are kept."""
+    sandbox = await platform.sandboxes.get(caller, sandbox_id)
+    return _usage(await platform.usage.days_of(sandbox, *_days(first, last)))
+
+
+def _days(first: date | None, last: date | None) -> tuple[date, date]:
+    """The days that are asked for, the last thirty where nothing is."""
     last = last or datetime.now(UTC).date()
-    if first is None:
-        first = date.fromordinal(max(1, last.toordinal() - _SHOWN_DAYS + 1))
-    found = await platform.usage.days(caller.team_id, first, last)
+    return first or date.fromordinal(max(1, last.toordinal() - _SHOWN_DAYS + 1)), last
+
+
+def _usage(found: Sequence[Used]) -> UsageBody:
     return UsageBody(
         items=[
             DayBody(

@@ -11,7 +11,7 @@ from sandmartin.control import tables
 from sandmartin.control.e2b.envd import ENVD_VERSION
 from sandmartin.control.platform import Platform
 from sandmartin.control.states import TRANSITIONAL
-from sandmartin.model import State
+from sandmartin.model import NetworkPolicy, State
 
 #: Who runs the sandbox, for clients that were made when that was to be told.
 CLIENT_ID = "sandmartin"
@@ -183,11 +183,12 @@ class SandboxDetail(ListedSandbox):
     domain: str | None
     lifecycle: Lifecycle
     pause_mode: Literal["full"] | None = Field(description="What a paused one has kept.")
-    allow_internet_access: bool | None = None
-    network: Network | None = None
+    allow_internet_access: bool | None
+    network: Network
 
     @classmethod
     def of_row(cls, row: tables.Sandbox, platform: Platform) -> SandboxDetail:
+        policy = NetworkPolicy.from_dict(row.network)
         on_timeout: Literal["kill", "pause"] = "kill" if row.on_timeout == "kill" else "pause"
         return cls(
             **_facts(row),
@@ -195,7 +196,12 @@ class SandboxDetail(ListedSandbox):
             domain=platform.settings.domain or None,
             lifecycle=Lifecycle(auto_resume=row.auto_resume, on_timeout=on_timeout),
             pause_mode="full" if row.state == State.PAUSED else None,
-            network=Network(allow_public_traffic=row.public_traffic),
+            allow_internet_access=None if row.network is None else policy.allow_internet_access,
+            network=Network(
+                allow_public_traffic=row.public_traffic,
+                allow_out=list(policy.allow_out) or None,
+                deny_out=list(policy.deny_out) or None,
+            ),
         )
 
 

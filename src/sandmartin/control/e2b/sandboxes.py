@@ -14,6 +14,7 @@ from sandmartin.control.api.access import TheCaller, ThePlatform
 from sandmartin.control.caller import Caller
 from sandmartin.control.e2b import bodies
 from sandmartin.control.e2b.names import plain_name
+from sandmartin.control.e2b.network import wanted_policy
 from sandmartin.control.e2b.options import check_new, check_pause, needs_memory
 from sandmartin.control.e2b.steps import get_there, step
 from sandmartin.control.platform import Platform
@@ -69,6 +70,7 @@ async def _create(
         on_timeout="pause" if body.auto_pause else "kill",
         auto_resume=body.auto_resume is not None and body.auto_resume.enabled,
         public_traffic=not private,
+        network=wanted_policy(body),
         labels=body.metadata or {},
         envs=body.env_vars or {},
     )

@@ -271,6 +271,9 @@ def upgrade() -> None:
         sa.Column("auto_resume", sa.Boolean(), nullable=False),
         sa.Column("public_traffic", sa.Boolean(), nullable=False),
         sa.Column(
+            "network", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=True
+        ),
+        sa.Column(
             "metadata", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
         ),
         sa.Column("host_ip", sa.String(), nullable=False),
@@ -325,6 +328,9 @@ def upgrade() -> None:
         sa.Column("disk_size_mb", sa.Integer(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("sandbox_id", sa.String(), nullable=True),
+        sa.Column(
+            "network", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=True
+        ),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("created_by", sa.String(), nullable=False),
         sa.ForeignKeyConstraint(
