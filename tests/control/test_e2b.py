@@ -437,7 +437,7 @@ async def test_another_team_finds_nothing(team: Team, other_team: Team) -> None:
     posts = ("pause", "connect", "resume", "fork", "snapshots", "refreshes", "timeout")
     calls += [("POST", f"{path}/{each}") for each in posts]
     for method, url in calls:
-        body = {"timeout": 1} if method == "POST" else None
+        body = {"timeout": 1} if method in {"POST", "PUT"} else None
         refused(await other_team.http.request(method, url, json=body), 404)
     assert (await team.http.get(path)).json()["state"] == "running"
 

@@ -28,6 +28,7 @@ import (
 
 const (
 	timeoutHeader = "Connect-Timeout-Ms"
+	limitHeader   = "Sandmartin-Time-Limit-Ms"
 	// Digits of a time limit in milliseconds, as the Connect protocol bounds them.
 	maxTimeoutDigits = 10
 )
@@ -71,18 +72,22 @@ func IgnoreChildren() error {
 
 type limitKey struct{}
 
-// KeepLimit moves the deadline of a request from the call to the process: the call must still be
-// there to tell that the process was ended.
+// KeepLimit makes the deadline of a request that of its process too. A time limit of ours is the
+// process's alone: the call must still be there to tell that the process was ended.
 func KeepLimit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == processconnect.ProcessStartProcedure {
-			given := r.Header.Get(timeoutHeader)
+			given := r.Header.Get(limitHeader)
+			if given != "" {
+				r.Header.Del(timeoutHeader)
+			} else {
+				given = r.Header.Get(timeoutHeader)
+			}
 			ms, err := strconv.ParseInt(given, 10, 64)
 			if err == nil && ms > 0 && len(given) <= maxTimeoutDigits {
 				limit := time.Duration(ms) * time.Millisecond
 				r = r.WithContext(context.WithValue(r.Context(), limitKey{}, limit))
 			}
-			r.Header.Del(timeoutHeader)
 		}
 		next.ServeHTTP(w, r)
 	})
@@ -185,7 +190,10 @@ func (p *Process) relay(ctx context.Context, from *subscriber, quiet time.Durati
 			ticker.Reset(quiet)
 		case <-ticker.C:
 		case <-ctx.Done():
-			return ctx.Err()
+		}
+		// Also when the process was ended because of it: a deadline is told as such.
+		if err := ctx.Err(); err != nil {
+			return err
 		}
 		if err := send(event); err != nil {
 			return err
