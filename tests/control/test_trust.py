@@ -18,7 +18,7 @@ from sandmartin.control.caller import Role, Whence
 from sandmartin.control.sessions import cookie_name
 from tests.control.conftest import add_member, make_user
 from tests.control.living import Place
-from tests.control.test_streams import receive, send
+from tests.control.test_streams import b64, data_of, receive, send
 
 pytestmark = pytest.mark.root
 
@@ -112,8 +112,6 @@ async def by_membership(place: Place) -> Visitor:
 @contextlib.asynccontextmanager
 async def shutting_out(visitor: Visitor) -> AsyncIterator[None]:
     """What is open in the context must end in time after they were shut out."""
-    # Longer than a look: they are in.
-    await asyncio.sleep(0)
     await visitor.shut_out()
     began_at = time.monotonic()
     async with asyncio.timeout(10):
@@ -141,9 +139,9 @@ async def test_a_socket_ends(
                 await socket.recv()
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
         # Whoever else listens goes on.
-        await send(other, "signal", signal="SIGTERM")
-        while (await receive(other))["type"] != "exit":
-            pass
+        kind = "stdin" if path == "/exec/stream" else "input"
+        await send(other, kind, data=b64(b"still there\n"))
+        assert data_of(await receive(other)).startswith(b"still there")
 
 
 @pytest.mark.parametrize("let_in", [by_key, by_session])
