@@ -97,7 +97,19 @@ def fragile(
 async def test_a_database_that_goes_away_and_comes_back(
     fragile: tuple[str, Outage], tmp_path: Path
 ) -> None:
-    url, outage = fragile
+    await _outlive(*fragile, tmp_path, _OUTAGE_S)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fragile", ["postgresql"], indirect=True)
+async def test_a_server_that_is_gone_for_ten_seconds(
+    fragile: tuple[str, Outage], tmp_path: Path
+) -> None:
+    await _outlive(*fragile, tmp_path, 10.0)
+
+
+async def _outlive(url: str, outage: Outage, tmp_path: Path, outage_s: float) -> None:
+    """Ask all the time while a database is away, and see that all is as it was said to be."""
     gate = Gate()
     async with running_host(step=gate) as host, running_platform(url, tmp_path, host) as platform:
         _, key = await make_team(platform)
@@ -109,7 +121,7 @@ async def test_a_database_that_goes_away_and_comes_back(
             await gate.reached()
             async with _off_the_loop(outage):
                 gate.open()
-                until = time.monotonic() + _OUTAGE_S
+                until = time.monotonic() + outage_s
                 codes = await _try_all(http, ids)
                 while time.monotonic() < until:
                     codes |= await _try_all(http, ids)

@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,7 +24,7 @@ from sqlalchemy import delete, update
 from sandmartin.control import tables
 from sandmartin.control.api.sandboxes import NewSandbox
 from sandmartin.control.caller import system
-from sandmartin.control.hosts import Hosts
+from sandmartin.control.hosts import HostFacts, Hosts
 from sandmartin.control.platform import Platform
 from sandmartin.control.reconciler import Reconciler
 from sandmartin.control.requests import NewRow, spec_of
@@ -45,7 +47,7 @@ from tests.control.conftest import (
 from tests.control.test_operations import until_state
 from tests.control.test_sandboxes import create
 from tests.control.truth import agree, rows_of, state_of, templates_of
-from tests.fakes_agent import SCRATCH, find_vms, machine_directory
+from tests.fakes_agent import SCRATCH, find_vms, machine_directory, until
 
 pytestmark = pytest.mark.qemu_img
 MARK = b"not to be lost"
@@ -335,3 +337,50 @@ async def test_one_host_that_fails_does_not_hide_another(
 async def agent_of_named(platform: Platform, name: str) -> Agent:
     (host,) = [each for each in await platform.hosts.list_reachable() if each.name == name]
     return await platform.hosts.agent(host.host_id)
+
+
+async def test_a_host_that_never_answers_keeps_nobody_waiting(
+    database_url: str, tmp_path: Path, host: RunningHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and says nothing, for much longer than the others may be left alone."""
+    pace = replace(PACE, answer_s=60.0, patience_s=0.1)
+    monkeypatch.setattr("tests.control.conftest.PACE", pace)
+    asked: list[asyncio.StreamWriter] = []
+
+    async def listen(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(writer)
+
+    path = tmp_path / "mute.sock"
+    async with (
+        await asyncio.start_unix_server(listen, path),
+        running_platform(database_url, tmp_path, host) as platform,
+    ):
+        caller = system((await make_team(platform))[0])
+        await platform.hosts.ensure_local(HostFacts(name="mute", address=f"unix:{path}"))
+        await until(lambda: len(asked) > 0, "the mute one is asked")
+        for _ in range(3):
+            row = await platform.sandboxes.create(caller, new_row())
+            host.fakes.vmm.vms[row.sandbox_id].record.process.kill()
+            began_at = time.monotonic()
+            await until_state(platform, row.sandbox_id, State.ERROR)
+            assert time.monotonic() - began_at < 5
+        # One look at a time, which is not given up yet.
+        assert len(asked) == 1
+        assert await _mute_state(platform) == HostState.ONLINE
+        # With a deadline of its own it becomes unreachable.
+        platform.reconciler._pace = replace(pace, answer_s=0.2)
+        for writer in asked:
+            writer.close()
+
+        async def unreachable() -> bool:
+            return await _mute_state(platform) == HostState.UNREACHABLE
+
+        await eventually(unreachable, "the mute one is unreachable")
+        await until(lambda: len(asked) > 2, "it is looked at again, each time until its deadline")
+        for writer in asked:
+            writer.close()
+
+
+async def _mute_state(platform: Platform) -> str:
+    hosts = await platform.hosts.list_reachable()
+    return next(each.state for each in hosts if each.name == "mute")

@@ -128,6 +128,28 @@ EXPECTED = [
 ]
 
 
+async def test_each_sandbox_has_its_share(quiet: Platform) -> None:
+    team_id, _ = await make_team(quiet)
+    await some_days(quiet, team_id)
+    usage, first = Usage(quiet.db), TODAY - 2 * DAY
+    shares = []
+    for sandbox_id in ("over", "on", "missing"):
+        async with quiet.db.read() as session:
+            row = await session.get(tables.Sandbox, sandbox_id)
+        assert row is not None
+        shares.append(await usage.days_of(row, first, TODAY, NOW))
+        with pytest.raises(Invalid):
+            await usage.days_of(row, TODAY, first, NOW)
+    # Together they are the team's, day by day, also when that is kept by day already.
+    await usage.roll_up(NOW)
+    team = await usage.days(team_id, first, TODAY, NOW)
+    for number, day in enumerate(team):
+        assert day == EXPECTED[number]
+        assert sum(each[number].cpu_minutes for each in shares) == day.cpu_minutes
+        assert sum(each[number].memory_mb_minutes for each in shares) == day.memory_mb_minutes
+    assert [each.cpu_minutes for each in shares[0]] == [90 * 2, 150 * 2, 0]
+
+
 async def test_days_are_exact_before_and_after_they_are_rolled_up(quiet: Platform) -> None:
     (team_id, _), (other_id, _) = await make_team(quiet), await make_team(quiet, "others")
     await some_days(quiet, team_id)

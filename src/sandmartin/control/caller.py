@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from sandmartin.errors import Denied
@@ -44,6 +44,8 @@ class Caller:
     request_id: str = ""
     #: Where the request came from.
     address: str = ""
+    #: Of the browser session by which a person asks.
+    session_hash: str = field(default="", repr=False)
 
     def require_role(self, role: Role) -> None:
         """Raises Denied unless the caller has at least this role in the team."""

@@ -22,8 +22,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sandmartin.control import tables
-from sandmartin.control.caller import ActorKind, Caller
 from sandmartin.control.db import Database
 from sandmartin.control.tables import Event
 from sandmartin.errors import Exhausted, SandmartinError
@@ -123,18 +121,6 @@ class Events:
 
     def listeners(self, team_id: str) -> int:
         return self._listeners[team_id]
-
-    async def may_listen(self, caller: Caller) -> bool:
-        """Whether one who was let in would still be: the key is there, or the membership."""
-        key, member = tables.ApiKey, tables.Member
-        if caller.kind is ActorKind.KEY:
-            query = select(key.team_id).where(key.key_id == caller.actor_id)
-        else:
-            query = select(member.team_id).where(
-                member.user_id == caller.actor_id, member.team_id == caller.team_id
-            )
-        async with self._db.read() as session:
-            return await session.scalar(query) == caller.team_id
 
     async def changed(self, timeout_s: float) -> None:
         """Wait until something is committed, or for so long."""

@@ -33,6 +33,7 @@ from sandmartin.control.teams import Teams
 from sandmartin.control.telemetry import Telemetry
 from sandmartin.control.templates import Templates
 from sandmartin.control.tokens import Tokens
+from sandmartin.control.trust import Trust
 from sandmartin.control.usage import Usage
 from sandmartin.control.waking import Waking
 from sandmartin.model import random_id
@@ -70,6 +71,7 @@ class Platform:
     telemetry: Telemetry
     tokens: Tokens
     waking: Waking
+    trust: Trust
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -79,6 +81,7 @@ class Platform:
             asyncio.create_task(self.teams.sweep(), name="deleted teams"),
             asyncio.create_task(self.leader.lead(self._lead), name="leader"),
             asyncio.create_task(self.events.watch(), name="events"),
+            asyncio.create_task(self.trust.run(), name="trust"),
             asyncio.create_task(self.notifications.run(), name="notifications"),
         ]
         try:
@@ -161,6 +164,7 @@ async def open_platform(
             telemetry=Telemetry(db, operations, reconciler),
             tokens=Tokens(sealer),
             waking=Waking(db, hosts, sandboxes, happenings),
+            trust=Trust(db, happenings),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -112,7 +112,9 @@ class Sessions:
             raise Unauthenticated("the session is over", hint="log in again")
         row, user, role = found
         return LoggedIn(
-            caller=person(user, row.team_id, whence, role=Role(role)),
+            caller=replace(
+                person(user, row.team_id, whence, role=Role(role)), session_hash=row.session_hash
+            ),
             session_hash=row.session_hash,
             csrf_token=row.csrf_token,
         )

@@ -13,6 +13,9 @@ standard output and 2 for standard error, then the bytes. A binary message of a 
 - `ping` comes now and then and wants no answer. `error` has `code`, `message`, `hint` and
   `retryable`; where `fatal` is true the connection ends.
 
+Where the key is revoked, the session over, or the member removed, the connection ends within a
+second.
+
 A client that hangs up ends nothing but its own listening. A slow one slows down the command, and
 one whose command does not read waits: queues are bounded, nothing in them is left out.
 """
@@ -24,7 +27,7 @@ import base64
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -150,21 +153,25 @@ class Socket:
 # Who connects.
 
 
-Who = Callable[[], Awaitable[Caller]]
-
-
-async def _who(websocket: WebSocket, socket: Socket) -> Who:
-    """A way to find who connects, now and again later. Raises Unauthenticated, Denied."""
+async def _who(websocket: WebSocket, socket: Socket) -> Caller:
+    """Who connects. Raises Unauthenticated, Denied."""
     try:
-        await caller_of(websocket)
+        return await caller_of(websocket)
     except Unauthenticated:
         if key_of(websocket):
             raise
-    else:
-        return partial(caller_of, websocket)
     keys, token = platform_of(websocket).keys, await _first_token(socket)
     address = websocket.client.host if websocket.client else ""
-    return partial(keys.caller, token, request_id=request_id_of(websocket), address=address)
+    return await keys.caller(token, request_id=request_id_of(websocket), address=address)
+
+
+async def _found(caller: Caller) -> Caller:
+    return caller
+
+
+async def _no_longer(lost: asyncio.Event) -> None:
+    await lost.wait()
+    raise Unauthenticated("whoever opened this would not be let in any more")
 
 
 async def _first_token(socket: Socket) -> str:
@@ -218,11 +225,11 @@ class _Session:
         #: None is the end.
         self._inputs: asyncio.Queue[bytes | None] = asyncio.Queue(_INPUTS)
 
-    async def run(self, who: Who, opening: Message | None = None) -> None:
+    async def run(self, opening: Message | None = None) -> None:
         """Serve until the process ends. Raises what went wrong, _HungUp."""
         opening = opening or await self._opening()
         async with contextlib.aclosing(await self._open(opening)) as events:
-            await _first_of(self._tell(events), self._listen(), self._feed(), self._keep_alive(who))
+            await _first_of(self._tell(events), self._listen(), self._feed(), self._keep_alive())
 
     async def _opening(self) -> Message:
         try:
@@ -270,11 +277,9 @@ class _Session:
             if isinstance(event, Ended):
                 return
 
-    async def _keep_alive(self, who: Who) -> None:
+    async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(_PING_S)
-            # A key that was revoked meanwhile ends what it opened.
-            await who()
             await self._socket.send("ping")
 
     # What the client says.
@@ -370,9 +375,12 @@ async def _serve(
     await websocket.accept()
     socket = Socket(websocket)
     try:
-        who, platform = await _who(websocket, socket), platform_of(websocket)
-        agent = await enter(platform.db, platform.sandboxes, who, sandbox_id)
-        await _Session(socket, agent, sandbox_id, words).run(who, opening)
+        caller, platform = await _who(websocket, socket), platform_of(websocket)
+        with platform.trust.watching(caller) as lost:
+            found = partial(_found, caller)
+            agent = await enter(platform.db, platform.sandboxes, found, sandbox_id)
+            session = _Session(socket, agent, sandbox_id, words)
+            await _first_of(session.run(opening), _no_longer(lost))
     except _HungUp:
         return
     except SandmartinError as error:

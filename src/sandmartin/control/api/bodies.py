@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from fastapi import Request, Response
@@ -28,35 +29,39 @@ _FORM_HINT = "send multipart/form-data with the field `path`, then the part `fil
 
 
 class Streamed(Response):
-    """An answer made piece by piece, which ends with its client."""
+    """An answer made piece by piece, which ends with its client, or when that one is `lost`."""
 
     def __init__(
         self,
         pieces: AsyncGenerator[bytes, None],
         media_type: str = "application/octet-stream",
         headers: Mapping[str, str] | None = None,
+        lost: AbstractContextManager[asyncio.Event] | None = None,
     ) -> None:
         super().__init__(
             media_type=media_type, headers={"x-content-type-options": "nosniff", **(headers or {})}
         )
         del self.headers["content-length"]
         self._pieces = pieces
+        self._lost = lost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tasks = {
-            asyncio.ensure_future(self._send(scope, send)),
-            asyncio.ensure_future(_hung_up(receive)),
-        }
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            # A failure of ours was told by the cut; what else it may be is a bug.
-            for task in tasks:
-                if not task.cancelled():
-                    task.result()
+        with self._lost or contextlib.nullcontext(asyncio.Event()) as lost:
+            tasks = {
+                asyncio.ensure_future(self._send(scope, send)),
+                asyncio.ensure_future(_hung_up(receive)),
+                asyncio.ensure_future(lost.wait()),
+            }
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+                # A failure of ours was told by the cut; what else it may be is a bug.
+                for task in tasks:
+                    if not task.cancelled():
+                        task.result()
 
     async def _send(self, scope: Scope, send: Send) -> None:
         async with contextlib.aclosing(self._pieces) as pieces:

@@ -14,12 +14,14 @@ import re
 import signal as signals
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from sandmartin.control.api.access import ThePlatform
 from sandmartin.control.api.bodies import Streamed, begun
 from sandmartin.control.api.inside import Inside, TheInside
 from sandmartin.errors import Invalid, NotFound, SandmartinError, TimedOut
@@ -214,7 +216,7 @@ def error_message(error: SandmartinError) -> dict[str, Any]:
     response_class=Response,
     responses={200: {"content": {"text/event-stream": {}}, "description": "Its events."}},
 )
-async def stream(body: Run, inside: TheInside) -> Response:
+async def stream(body: Run, inside: TheInside, platform: ThePlatform) -> Response:
     """Run a command and tell of it as it happens, in server-sent events.
 
     `start` has a `pid`; `stdout` and `stderr` have `data` in base64; `exit` has `exit_code`,
@@ -222,7 +224,7 @@ async def stream(body: Run, inside: TheInside) -> Response:
     client that hangs up does not end the command.
     """
     events = inside.agent.exec_stream(inside.sandbox_id, body.command())
-    return _told(await begun(_server_sent(events)))
+    return _told(await begun(_server_sent(events)), platform.trust.watching(inside.caller))
 
 
 @router.get(
@@ -230,15 +232,17 @@ async def stream(body: Run, inside: TheInside) -> Response:
     response_class=Response,
     responses={200: {"content": {"text/event-stream": {}}, "description": "Its events."}},
 )
-async def connect(process: str, inside: TheInside) -> Response:
+async def connect(process: str, inside: TheInside, platform: ThePlatform) -> Response:
     """Listen to a process that runs, by pid or tag; what nobody heard yet comes first."""
     pid = await find_pid(inside.agent, inside.sandbox_id, process)
     events = inside.agent.connect_process(inside.sandbox_id, pid)
-    return _told(await begun(_server_sent(events)))
+    return _told(await begun(_server_sent(events)), platform.trust.watching(inside.caller))
 
 
-def _told(pieces: AsyncGenerator[bytes, None]) -> Response:
-    return Streamed(pieces, "text/event-stream", {"cache-control": "no-store"})
+def _told(
+    pieces: AsyncGenerator[bytes, None], lost: AbstractContextManager[asyncio.Event]
+) -> Response:
+    return Streamed(pieces, "text/event-stream", {"cache-control": "no-store"}, lost)
 
 
 async def _server_sent(events: AsyncGenerator[ExecEvent, None]) -> AsyncGenerator[bytes, None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -19,8 +18,6 @@ router = APIRouter(tags=["events"])
 
 #: Streams of one team at one replica.
 _MAX_STREAMS = 100
-#: A caller whose key or session was ended hears nothing after so long.
-_TRUST_S = 1.0
 _RETRY_MS = 1000
 
 
@@ -70,15 +67,13 @@ async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
 async def _stream(
     platform: Platform, caller: Caller, after: int, sandbox_id: str | None
 ) -> AsyncIterator[str]:
-    with platform.events.listening(caller.team_id, _MAX_STREAMS):
+    listening = platform.events.listening(caller.team_id, _MAX_STREAMS)
+    with listening, platform.trust.watching(caller) as lost:
         yield f"retry: {_RETRY_MS}\n\n"
-        trusted_at = time.monotonic()
         events = platform.events.follow(after, team_id=caller.team_id, sandbox_id=sandbox_id)
         async for happening in events:
-            if time.monotonic() - trusted_at > _TRUST_S:
-                if not await platform.events.may_listen(caller):
-                    return
-                trusted_at = time.monotonic()
+            if lost.is_set():
+                return
             yield _piece(happening) if happening is not None else ": nothing new\n\n"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -12,6 +11,7 @@ from fastapi.security import APIKeyHeader
 from pydantic import BaseModel, Field
 
 from sandmartin.control.api.access import TheCaller, ThePlatform, caller_of
+from sandmartin.control.caller import Caller
 from sandmartin.control.entrance import enter
 from sandmartin.transport.agent import Agent
 
@@ -26,6 +26,7 @@ class Inside:
 
     sandbox_id: str
     agent: Agent
+    caller: Caller
 
 
 async def _inside(
@@ -34,8 +35,14 @@ async def _inside(
     platform: ThePlatform,
     _key: Annotated[str | None, Depends(_KEY)],
 ) -> Inside:
-    agent = await enter(platform.db, platform.sandboxes, partial(caller_of, request), sandbox_id)
-    return Inside(sandbox_id, agent)
+    asked: list[Caller] = []
+
+    async def who() -> Caller:
+        asked.append(await caller_of(request))
+        return asked[0]
+
+    agent = await enter(platform.db, platform.sandboxes, who, sandbox_id)
+    return Inside(sandbox_id, agent, asked[0])
 
 
 #: A sandbox of the caller's team that runs: NotFound or Conflict otherwise.
