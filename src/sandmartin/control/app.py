@@ -47,7 +47,7 @@ from sandmartin.control.e2b import sandboxes as e2b_sandboxes
 from sandmartin.control.e2b import snapshots as e2b_snapshots
 from sandmartin.control.e2b import teams as e2b_teams
 from sandmartin.control.e2b import templates as e2b_templates
-from sandmartin.control.e2b.names import RawPaths
+from sandmartin.control.e2b.paths import RawPaths, is_theirs
 from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
 from sandmartin.control.proxy import Proxy
@@ -180,7 +180,7 @@ def error_body(
 
 
 def _answer(request: Request, status: int, code: str, message: str, **more: Any) -> JSONResponse:
-    if e2b_errors.is_theirs(request.url.path):
+    if is_theirs(request.url.path):
         return e2b_errors.answer(status, code, message, hint=more.get("hint", ""))
     request_id = str(request.scope.get(_REQUEST_ID, ""))
     return JSONResponse(error_body(code, message, request_id=request_id, **more), status)
@@ -191,7 +191,7 @@ async def _on_own_error(request: Request, error: Exception) -> JSONResponse:
     status = STATUS.get(error.code, 500)
     if status == 500:
         _log.error("request %s: %s", request.scope.get(_REQUEST_ID), error, exc_info=error)
-    if e2b_errors.is_theirs(request.url.path):
+    if is_theirs(request.url.path):
         return e2b_errors.answer_own(request, error, status)
     answer = _answer(
         request, status, error.code, error.message, hint=error.hint, retryable=error.retryable

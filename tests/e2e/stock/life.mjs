@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { CommandExitError, Sandbox } from 'e2b'
 
-const labels = { colour: 'sand & sea' }
+const labels = { colour: 'sand & sea', run: crypto.randomUUID() }
 const sandbox = await Sandbox.create({ timeoutMs: 240_000, metadata: labels, envs: { GREETING: 'hi' } })
 assert.equal((await sandbox.getInfo()).metadata.colour, labels.colour)
 console.log('create')

@@ -10,13 +10,16 @@ import datetime
 import inspect
 import sys
 import time
+import uuid
 
 import e2b
 from e2b import AsyncSandbox, Sandbox, SandboxQuery
 
 KIND = AsyncSandbox if sys.argv[1] == "async" else Sandbox
 DEADLINE_S = 30.0
-LABELS = {"colour": "sand & sea", "n": "1"}
+#: Of this run alone.
+RUN = uuid.uuid4().hex
+LABELS = {"colour": "sand & sea", "run": RUN, "n": "1"}
 
 
 async def done(value):
@@ -190,7 +193,7 @@ async def snapshot(sandbox):
 async def paging(sandbox):
     second = await done(KIND.create(timeout=60, metadata={**LABELS, "n": "2"}))
     found, pages = [], 0
-    paginator = KIND.list(limit=1, query=SandboxQuery(metadata={"colour": LABELS["colour"]}))
+    paginator = KIND.list(limit=1, query=SandboxQuery(metadata={"run": RUN}))
     while paginator.has_next:
         found += await done(paginator.next_items())
         pages += 1

@@ -18,8 +18,6 @@ from sandmartin.control.limits import TooMany
 from sandmartin.control.operations import Unfinished
 from sandmartin.errors import GuestSilent, SandmartinError
 
-#: Where they ask; all of ours is below `/v1`.
-_PATHS = re.compile(r"/(?:v2|v3|sandboxes|snapshots|templates|teams)(?:/|$)")
 #: What restores or copies the guest's memory needs a guest that answers.
 _NEEDS_GUEST = re.compile(r".*/(?:connect|resume|snapshots|fork)$")
 _SILENT = "sandbox_snapshot_guest_agent_unresponsive"
@@ -39,11 +37,6 @@ class ErrorBody(BaseModel):
 RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorBody, "description": "An error; `error_code` says which."}
 }
-
-
-def is_theirs(path: str) -> bool:
-    """Whether a client of E2B's asks there."""
-    return _PATHS.match(path) is not None
 
 
 def answer(

@@ -1,8 +1,4 @@
-"""Names of templates as E2B has them: `[namespace/]name[:tag]`, one segment of a path.
-
-A server's paths come decoded, and a slash in a name would split it: routes with a name are matched
-on the path as it was sent.
-"""
+"""Names of templates as E2B has them: `[namespace/]name[:tag]`."""
 
 from __future__ import annotations
 
@@ -10,28 +6,13 @@ from typing import Annotated
 from urllib.parse import unquote
 
 from fastapi import Depends, Path
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from sandmartin.control.api.access import TheCaller, ThePlatform
 from sandmartin.control.caller import Caller
-from sandmartin.control.e2b.errors import is_theirs
 from sandmartin.control.platform import Platform
 from sandmartin.errors import NotFound
 
 #: The only tag there is.
 TAG = "default"
-
-
-class RawPaths:
-    """Leaves the paths of E2B's interface as they were sent."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and is_theirs(scope["path"]) and scope.get("raw_path"):
-            scope["path"] = scope["raw_path"].decode("latin-1")
-        await self._app(scope, receive, send)
 
 
 def full_name(name: str) -> str:
