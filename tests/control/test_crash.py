@@ -19,7 +19,7 @@ import pytest
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.operations import Kind
 from sandmartin.control.platform import Platform, open_platform
-from sandmartin.control.requests import NewRow
+from sandmartin.control.requests import NewChildren, NewRow
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import State
 from tests.control.conftest import DEADLINE_S, PACE, TIMING, RunningHost, make_team
@@ -78,7 +78,7 @@ async def operate(platform: Platform, caller: Caller, case: Case) -> None:
         case "destroy":
             await sandboxes.destroy(caller, one)
         case "fork":
-            await sandboxes.fork(caller, one, 2)
+            await sandboxes.fork(caller, NewChildren(sandbox_id=one, count=2))
         case "snapshot" | "live" | "asleep":
             await sandboxes.snapshot(caller, one, case.name, live=case.operation == "live")
         case "checkpoint":

@@ -268,6 +268,9 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
         ("DELETE", "/v1/templates/base", None),
         ("DELETE", "/v1/snapshots/base", None),
         ("DELETE", "/v1/admin/templates/base", None),
+        ("DELETE", "/templates/base", None),
+        ("DELETE", "/templates/base%3Adefault", None),
+        ("PATCH", "/v2/templates/base", {"public": False}),
         # To overwrite it is no way around: a name of the platform's is taken.
         ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base"}),
         ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base", "live": True}),
@@ -275,7 +278,7 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
     for method, url, body in calls:
         # No agent is there to answer: who asks one gets 503.
         answer = await team.http.request(method, url, json=body)
-        assert answer.status_code == (403 if method == "DELETE" else 409), url
+        assert answer.status_code == (409 if method == "POST" else 403), url
     (base,) = (await team.http.get("/v1/templates")).json()
     assert (base["name"], base["platform"]) == ("base", True)
     assert _routes_that_name_a_template(team.http) == {
@@ -283,6 +286,8 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
         ("/v1/snapshots/{name}", "delete"),
         ("/v1/templates/{name}", "delete"),
         ("/v1/admin/templates/{name}", "delete"),
+        ("/templates/{name}", "delete"),
+        ("/v2/templates/{name}", "patch"),
     }
 
 

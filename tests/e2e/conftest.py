@@ -102,6 +102,13 @@ class Agent:
 @pytest.fixture
 def place(private_host: None) -> Iterator[Place]:
     """A place of its own for each test; nothing may be left at its end."""
+    with new_place() as place:
+        yield place
+
+
+@contextmanager
+def new_place() -> Iterator[Place]:
+    """A place of its own; nothing may be left at its end."""
     path = Path(tempfile.mkdtemp(prefix="sme2e-", dir="/var/tmp"))
     path.chmod(0o711)
     (path / "resolv.conf").write_text(f"nameserver {world.ROUTER}\n")

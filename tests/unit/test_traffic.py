@@ -29,8 +29,20 @@ ID = "sb0123456789abcdefghij"
 API = frozenset({"api.example.com", "10-0-0-5.example.com"})
 
 
-def address(host: str, *headers: tuple[bytes, bytes]) -> Address | None:
-    return address_of([(b"host", host.encode("latin-1")), *headers], API)
+def address(host: str, *headers: tuple[bytes, bytes], path: str = "/") -> Address | None:
+    return address_of([(b"host", host.encode("latin-1")), *headers], path, API)
+
+
+def test_a_call_of_the_api_that_names_its_sandbox() -> None:
+    path, named = f"/sandboxes/{ID}/connect", (b"e2b-sandbox-id", ID.encode())
+    for more in ((), ((b"e2b-sandbox-port", b"49983"),)):
+        assert address("127.0.0.1", named, *more, path=path) is None
+        assert address("api.example.com", named, *more, path=f"/v2{path}") is None
+        assert address("127.0.0.1", named, *more, path="/files") == Address(ID, 49983)
+    # What a sandbox serves itself is its own.
+    other = (b"e2b-sandbox-port", b"8000")
+    assert address("127.0.0.1", named, other, path=path) == Address(ID, 8000)
+    assert address(f"49983-{ID}.example.com", path=path) == Address(ID, 49983)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +91,7 @@ def test_odd_labels_are_refused(host: str, text: str) -> None:
 @given(st.binary(max_size=80))
 def test_any_host_is_a_sandbox_the_api_or_refused(host: bytes) -> None:
     try:
-        found = address_of([(b"host", host)], API)
+        found = address_of([(b"host", host)], "/", API)
     except Invalid:
         return
     if found is not None:

@@ -22,13 +22,13 @@ import (
 	processpb "sandmartin.dev/guest/internal/gen/process"
 	"sandmartin.dev/guest/internal/gen/process/processconnect"
 	"sandmartin.dev/guest/internal/identity"
+	"sandmartin.dev/guest/internal/keepalive"
 	"sandmartin.dev/guest/internal/users"
 )
 
 const (
-	defaultKeepalive = 90 * time.Second
-	maxKeepalive     = 3600
-	timeoutHeader    = "Connect-Timeout-Ms"
+	timeoutHeader = "Connect-Timeout-Ms"
+	limitHeader   = "Sandmartin-Time-Limit-Ms"
 	// Digits of a time limit in milliseconds, as the Connect protocol bounds them.
 	maxTimeoutDigits = 10
 )
@@ -72,18 +72,22 @@ func IgnoreChildren() error {
 
 type limitKey struct{}
 
-// KeepLimit moves the deadline of a request from the call to the process: the call must still be
-// there to tell that the process was ended.
+// KeepLimit makes the deadline of a request that of its process too. A time limit of ours is the
+// process's alone: the call must still be there to tell that the process was ended.
 func KeepLimit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == processconnect.ProcessStartProcedure {
-			given := r.Header.Get(timeoutHeader)
+			given := r.Header.Get(limitHeader)
+			if given != "" {
+				r.Header.Del(timeoutHeader)
+			} else {
+				given = r.Header.Get(timeoutHeader)
+			}
 			ms, err := strconv.ParseInt(given, 10, 64)
 			if err == nil && ms > 0 && len(given) <= maxTimeoutDigits {
 				limit := time.Duration(ms) * time.Millisecond
 				r = r.WithContext(context.WithValue(r.Context(), limitKey{}, limit))
 			}
-			r.Header.Del(timeoutHeader)
 		}
 		next.ServeHTTP(w, r)
 	})
@@ -152,7 +156,7 @@ func (s *Service) Start(ctx context.Context, request *connect.Request[processpb.
 	if err != nil {
 		return err
 	}
-	return p.relay(ctx, listener, keepalive(request.Header()), func(event *processpb.ProcessEvent) error {
+	return p.relay(ctx, listener, keepalive.Interval(request.Header()), func(event *processpb.ProcessEvent) error {
 		return stream.Send(&processpb.StartResponse{Event: event})
 	})
 }
@@ -163,17 +167,9 @@ func (s *Service) Connect(ctx context.Context, request *connect.Request[processp
 	if err != nil {
 		return err
 	}
-	return p.relay(ctx, p.subscribe(), keepalive(request.Header()), func(event *processpb.ProcessEvent) error {
+	return p.relay(ctx, p.subscribe(), keepalive.Interval(request.Header()), func(event *processpb.ProcessEvent) error {
 		return stream.Send(&processpb.ConnectResponse{Event: event})
 	})
-}
-
-func keepalive(header http.Header) time.Duration {
-	seconds, err := strconv.Atoi(header.Get("Keepalive-Ping-Interval"))
-	if err != nil || seconds <= 0 || seconds > maxKeepalive {
-		return defaultKeepalive
-	}
-	return time.Duration(seconds) * time.Second
 }
 
 // relay sends events until the end of the process or of the client.
@@ -194,7 +190,10 @@ func (p *Process) relay(ctx context.Context, from *subscriber, quiet time.Durati
 			ticker.Reset(quiet)
 		case <-ticker.C:
 		case <-ctx.Done():
-			return ctx.Err()
+		}
+		// Also when the process was ended because of it: a deadline is told as such.
+		if err := ctx.Err(); err != nil {
+			return err
 		}
 		if err := send(event); err != nil {
 			return err

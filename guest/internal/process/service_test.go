@@ -106,7 +106,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 func TestTheTimeLimitEndsTheGroup(t *testing.T) {
 	client, ctx := serve(t)
 	var got told
-	stream := start(t, ctx, client, script("sleep 300 & echo $!; wait"), timeoutHeader, "200")
+	stream := start(t, ctx, client, script("sleep 300 & echo $!; wait"), limitHeader, "200", timeoutHeader, "100")
 	if err := got.listen(stream, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -120,11 +120,27 @@ func TestTheTimeLimitEndsTheGroup(t *testing.T) {
 	eventually(t, "the child ends", func() bool { return !alive(child) })
 }
 
+func TestADeadlineIsToldAndEndsTheGroup(t *testing.T) {
+	for range 20 {
+		client, ctx := serve(t)
+		var got told
+		stream := start(t, ctx, client, script("sleep 300 & echo $!; wait"), timeoutHeader, "100")
+		if err := got.listen(stream, nil); connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+			t.Fatalf("the deadline is told as %v, and the end as %v", err, got.end)
+		}
+		child, err := strconv.Atoi(strings.TrimSpace(got.stdout))
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the child ends", func() bool { return !alive(child) })
+	}
+}
+
 func TestALimitThatIsNoneEndsNothing(t *testing.T) {
 	for _, limit := range []string{"0", "-5", "much", "99999999999999999999", "9300000000000"} {
 		client, ctx := serve(t)
 		var got told
-		if err := got.listen(start(t, ctx, client, script("exit 3"), timeoutHeader, limit), nil); err != nil || got.end.GetExitCode() != 3 {
+		if err := got.listen(start(t, ctx, client, script("exit 3"), limitHeader, limit), nil); err != nil || got.end.GetExitCode() != 3 {
 			t.Errorf("limit %s: %v, %v", limit, got.end, err)
 		}
 	}

@@ -307,7 +307,9 @@ class Guest:
         """
         headers = self._headers(command.user)
         if command.timeout_s is not None:
-            headers["connect-timeout-ms"] = str(max(1, int(command.timeout_s * 1000)))
+            # The second for guests that were put to sleep before there was the first.
+            for name in ("sandmartin-time-limit-ms", "connect-timeout-ms"):
+                headers[name] = str(max(1, int(command.timeout_s * 1000)))
         request = pb.StartRequest(
             process=pb.ProcessConfig(
                 cmd=command.cmd,

@@ -21,7 +21,18 @@ from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Held, Kind, Operations, Overtaken
 from sandmartin.control.quotas import Quotas
-from sandmartin.control.rows import Row, find, move, observe, shape_of, state_of, tell, unfit
+from sandmartin.control.rows import (
+    Row,
+    ends_at,
+    find,
+    moment,
+    move,
+    observe,
+    shape_of,
+    state_of,
+    tell,
+    unfit,
+)
 from sandmartin.control.states import HOLDING, TRANSITIONAL
 from sandmartin.errors import NotFound, SandmartinError, TimedOut, Unavailable
 from sandmartin.model import State
@@ -76,10 +87,13 @@ class Acts:
         action: str,
         *,
         values: Mapping[str, Any] | None = None,
+        seen: Row | None = None,
         **arguments: Any,
     ) -> Row:
         async with self._db.write() as session:
-            row = await find(session, caller, sandbox_id)
+            row = await find(session, caller, sandbox_id, to_change=seen is not None)
+            if seen is not None and moment(row) != moment(seen):
+                raise Overtaken(f"sandbox {sandbox_id} is not as it was any more")
             held = await self._begin(
                 session, row, kind, sources, during, values=values, **arguments
             )
@@ -141,6 +155,8 @@ class Acts:
             overtaken = row.operation_id != held.operation_id
             if not overtaken:
                 changes = {**outcome.values, "operation_id": None, "reason": outcome.reason}
+                if outcome.state is State.RUNNING and held.state_before != State.RUNNING:
+                    changes["ends_at"] = ends_at(row.lifetime_s)
                 await observe(session, row, outcome.state, **changes)
                 told = {"error": error.message} if error else {}
                 tell(session, row, outcome.event, **told)

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from sandmartin.control.e2b.paths import is_theirs
 from sandmartin.errors import Invalid
 from sandmartin.relay.headers import Headers, values_of
 from sandmartin.relay.target import GUEST_PORT, MAX_PORT
@@ -33,14 +34,14 @@ class Address:
     port: int
 
 
-def address_of(headers: Headers, api_hosts: Collection[str]) -> Address | None:
+def address_of(headers: Headers, path: str, api_hosts: Collection[str]) -> Address | None:
     """The sandbox's port that a request is for; None for the API. Raises Invalid."""
     written = next(iter(values_of(headers, b"host")), b"")
     if written and not _HOST.fullmatch(written):
         raise Invalid("the Host header is no host name", hint=_HINT)
     host = host_name(written.decode())
     if host.lower() in api_hosts:
-        return _named(headers)
+        return _named(headers, path)
     label, _, rest = host.partition(".")
     if _LIKE_A_PORT.match(label):
         if host.endswith("."):
@@ -48,7 +49,7 @@ def address_of(headers: Headers, api_hosts: Collection[str]) -> Address | None:
         return _labelled(label)
     shared = host.lower() == "localhost" or (label.lower() == "sandbox" and rest)
     if shared or _is_ip(host):
-        return _named(headers)
+        return _named(headers, path)
     return None
 
 
@@ -64,13 +65,16 @@ def _labelled(label: str) -> Address:
     return Address(_sandbox_id(sandbox_id), _port(port))
 
 
-def _named(headers: Headers) -> Address | None:
+def _named(headers: Headers, path: str) -> Address | None:
     ids, ports = values_of(headers, ID_HEADER), values_of(headers, PORT_HEADER)
     if not ids:
         return None
     if len(ids) > 1 or len(ports) > 1:
         raise Invalid("the request names more than one sandbox or port")
     port = _port(ports[0].decode("latin-1")) if ports else GUEST_PORT
+    if port == GUEST_PORT and is_theirs(path):
+        # Older clients name the sandbox in calls of the API about it, too.
+        return None
     return Address(_sandbox_id(ids[0].decode("latin-1")), port)
 
 

@@ -40,6 +40,14 @@ from sandmartin.control.api import (
     templates,
     usage,
 )
+from sandmartin.control.e2b import errors as e2b_errors
+from sandmartin.control.e2b import network as e2b_network
+from sandmartin.control.e2b import records as e2b_records
+from sandmartin.control.e2b import sandboxes as e2b_sandboxes
+from sandmartin.control.e2b import snapshots as e2b_snapshots
+from sandmartin.control.e2b import teams as e2b_teams
+from sandmartin.control.e2b import templates as e2b_templates
+from sandmartin.control.e2b.paths import RawPaths, is_theirs
 from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
 from sandmartin.control.proxy import Proxy
@@ -129,11 +137,13 @@ def create_app(platform: Platform) -> FastAPI:
     for module in (templates, teams, keys, admin, events, channels, audit):
         app.include_router(module.router, prefix="/v1")
     app.include_router(metrics.router)
+    _include_e2b(app)
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(BoundedBodies)
+    app.add_middleware(RawPaths)
     app.add_middleware(metrics.Measured, telemetry=platform.telemetry)
     # Around those: what they refuse has an id, too.
     app.add_middleware(RequestIds)
@@ -154,6 +164,13 @@ def create_app(platform: Platform) -> FastAPI:
     return app
 
 
+def _include_e2b(app: FastAPI) -> None:
+    """E2B's interface, for their clients."""
+    modules = (e2b_sandboxes, e2b_network, e2b_records, e2b_snapshots, e2b_templates, e2b_teams)
+    for router in (*(each.router for each in modules), e2b_templates.unbuilt):
+        app.include_router(router, tags=["e2b"], responses=e2b_errors.RESPONSES)
+
+
 # Errors.
 
 
@@ -165,6 +182,8 @@ def error_body(
 
 
 def _answer(request: Request, status: int, code: str, message: str, **more: Any) -> JSONResponse:
+    if is_theirs(request.url.path):
+        return e2b_errors.answer(status, code, message, hint=more.get("hint", ""))
     request_id = str(request.scope.get(_REQUEST_ID, ""))
     return JSONResponse(error_body(code, message, request_id=request_id, **more), status)
 
@@ -174,6 +193,8 @@ async def _on_own_error(request: Request, error: Exception) -> JSONResponse:
     status = STATUS.get(error.code, 500)
     if status == 500:
         _log.error("request %s: %s", request.scope.get(_REQUEST_ID), error, exc_info=error)
+    if is_theirs(request.url.path):
+        return e2b_errors.answer_own(request, error, status)
     answer = _answer(
         request, status, error.code, error.message, hint=error.hint, retryable=error.retryable
     )

@@ -62,20 +62,14 @@ class Copies(Terms):
     # Forks.
 
     async def fork(
-        self,
-        caller: Caller,
-        sandbox_id: str,
-        count: int,
-        timeout_s: int | None = None,
-        idempotency_key: str = "",
+        self, caller: Caller, asked: NewChildren, idempotency_key: str = ""
     ) -> Sequence[Row]:
         """Sandboxes that go on from where this one is, which goes on too.
 
         The same key and request give the same ones. One that could not be made is in state
         `error`. Raises NotFound, Conflict (also where its host is drained), Exhausted.
         """
-        asked = NewChildren(sandbox_id=sandbox_id, count=count, timeout_s=timeout_s)
-        keys = keys_of_children(idempotency_key, count) if idempotency_key else []
+        keys = keys_of_children(idempotency_key, asked.count) if idempotency_key else []
         begun = await self._repeats.begin(
             caller,
             keys,
@@ -98,7 +92,8 @@ class Copies(Terms):
         ids = [new_sandbox_id() for _ in range(asked.count)]
         row = await find(session, caller, asked.sandbox_id)
         await check_takes_new(session, row)
-        children = [child_of(row, each, caller, asked.timeout_s) for each in ids]
+        limits = {"timeout_s": asked.timeout_s, "lifetime_s": asked.lifetime_s}
+        children = [child_of(row, each, caller, **limits) for each in ids]
         await self._quotas.check(session, caller.team_id, [shape_of(each) for each in children])
         held = await self._begin(
             session,

@@ -31,7 +31,7 @@ from sandmartin.control.authority import Authority, name_of_host
 from sandmartin.control.caller import ActorKind, Caller
 from sandmartin.control.db import Database
 from sandmartin.control.seal import digest
-from sandmartin.control.states import ALIVE, HOLDING, HostState
+from sandmartin.control.states import ALIVE, HOLDING, HostState, TemplateState
 from sandmartin.control.tables import PLATFORM_TEAM_ID
 from sandmartin.errors import (
     AlreadyExists,
@@ -559,6 +559,7 @@ async def _templates_only_on(session: AsyncSession, host_id: str) -> Sequence[st
         .where(
             placed.host_id == host_id,
             template.team_id != PLATFORM_TEAM_ID,
+            template.state != TemplateState.RETIRED,
             template.template_id.not_in(elsewhere),
         )
     )

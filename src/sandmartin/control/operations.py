@@ -112,6 +112,12 @@ class Overtaken(SandmartinError):
     code = "overtaken"
 
 
+class Unfinished(Unavailable):
+    """It is taken up again by itself: to ask for it once more would be to ask for another."""
+
+    retryable = False
+
+
 class LeaseLost(Overtaken):
     """Another replica has taken the operation over."""
 
@@ -347,8 +353,8 @@ def _ended_with(row: tables.Operation) -> SandmartinError:
     return from_code(row.error_code, row.error_message)
 
 
-def _unfinished(kind: str, sandbox_id: str, why: str) -> Unavailable:
-    return Unavailable(
+def _unfinished(kind: str, sandbox_id: str, why: str) -> Unfinished:
+    return Unfinished(
         f"{kind} of sandbox {sandbox_id} is not finished: {why}",
         hint="it is taken up again by itself; look at the sandbox's state",
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sandmartin.control.accounts import Accounts
 from sandmartin.control.authority import Authority
 from sandmartin.control.db import Database
+from sandmartin.control.deadlines import Deadlines
 from sandmartin.control.events import Events
 from sandmartin.control.guarded import Outgoing, parse_networks
 from sandmartin.control.hosts import Hosts
@@ -39,6 +40,9 @@ from sandmartin.model import random_id
 
 _log = logging.getLogger(__name__)
 
+#: Nobody's end comes later than this, and what the hosts take for it.
+_DEADLINES_S = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
@@ -57,6 +61,7 @@ class Platform:
     templates: Templates
     operations: Operations
     sandboxes: Sandboxes
+    deadlines: Deadlines
     usage: Usage
     reconciler: Reconciler
     leader: Leader
@@ -90,7 +95,8 @@ class Platform:
     async def _lead(self) -> None:
         """What only one replica does."""
         async with asyncio.TaskGroup() as group:
-            for work in (self.reconciler.run, self.usage.run, self.retention.run):
+            works = (self.reconciler.run, self.deadlines.run, self.usage.run, self.retention.run)
+            for work in works:
                 group.create_task(work())
 
 
@@ -148,6 +154,7 @@ async def open_platform(
             templates=templates,
             operations=operations,
             sandboxes=sandboxes,
+            deadlines=Deadlines(db, sandboxes, min(_DEADLINES_S, pace.period_s)),
             usage=usage,
             reconciler=reconciler,
             leader=Leader(db, owner),

@@ -57,7 +57,7 @@ def api_hosts(settings: ControlSettings) -> frozenset[str]:
 def is_traffic(scope: Scope, hosts: Collection[str]) -> bool:
     """Whether a request is for a sandbox, or is none that could be for anybody."""
     try:
-        return address_of(list(scope["headers"]), hosts) is not None
+        return address_of(list(scope["headers"]), scope["path"], hosts) is not None
     except Invalid:
         return True
 
@@ -89,7 +89,7 @@ class Proxy:
 
     async def _address(self, asked: Asked) -> Address | None:
         try:
-            to = address_of(asked.headers, self._hosts)
+            to = address_of(asked.headers, asked.raw_path.decode("latin-1"), self._hosts)
             if to is None and (signed := passes.signed_of(asked)) is not None:
                 return await self._signer(signed)
         except Invalid as error:

@@ -36,6 +36,8 @@ class NewRow:
     memory_mb: int | None = None
     disk_size_mb: int | None = None
     timeout_s: int = 0
+    #: For how long it runs, however much it is used; None for as long as it is.
+    lifetime_s: int | None = None
     on_timeout: str = "pause"
     #: Whether traffic wakes it from its sleep, and whether that needs no token.
     auto_resume: bool = False
@@ -48,6 +50,8 @@ class NewRow:
     def __post_init__(self) -> None:
         if self.on_timeout not in {"pause", "kill"}:
             raise Invalid(f"on_timeout is {self.on_timeout!r}", hint="use `pause` or `kill`")
+        if self.lifetime_s is not None and self.lifetime_s < 1:
+            raise Invalid(f"the lifetime is {self.lifetime_s} s", hint="use at least 1 s")
         check_labels(self.labels)
         if any(not name or "=" in name for name in self.envs):
             raise Invalid("a name in envs is empty or contains '='")
@@ -66,6 +70,7 @@ class NewChildren:
     count: int = 1
     #: None is that of the source.
     timeout_s: int | None = None
+    lifetime_s: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_CHILDREN:
@@ -111,6 +116,11 @@ class Filter:
 
     states: Collection[State] = LISTED
     labels: Mapping[str, str] = field(default_factory=dict)
+    #: Name of a template; empty for all.
+    template: str = ""
+    #: Only what ran first after.
+    started_after: float | None = None
+    oldest_first: bool = False
     limit: int = 100
     #: `next` of the page before.
     cursor: str = ""

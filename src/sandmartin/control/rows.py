@@ -88,9 +88,9 @@ async def _change(
         set_committed_value(row, name, value)
 
 
-def moment(row: Row) -> tuple[str, float, str | None]:
+def moment(row: Row) -> tuple[str, float, str | None, float | None]:
     """What changes whenever something happens to a sandbox."""
-    return row.state, row.state_at, row.operation_id
+    return row.state, row.state_at, row.operation_id, row.ends_at
 
 
 def state_of(info: SandboxInfo) -> State:
@@ -115,8 +115,22 @@ def shape_of(row: Row) -> SandboxSpec:
     )
 
 
-def child_of(parent: Row, child_id: str, caller: Caller, timeout_s: int | None) -> Row:
+def ends_at(lifetime_s: int | None) -> float | None:
+    """When one that begins to run now has run for its lifetime."""
+    return None if lifetime_s is None else time.time() + lifetime_s
+
+
+def child_of(
+    parent: Row,
+    child_id: str,
+    caller: Caller,
+    *,
+    timeout_s: int | None = None,
+    lifetime_s: int | None = None,
+) -> Row:
+    """A child, with limits of its own or those of its parent."""
     now = time.time()
+    lifetime_s = parent.lifetime_s if lifetime_s is None else lifetime_s
     return Row(
         sandbox_id=child_id,
         team_id=parent.team_id,
@@ -129,6 +143,8 @@ def child_of(parent: Row, child_id: str, caller: Caller, timeout_s: int | None) 
         memory_mb=parent.memory_mb,
         disk_size_mb=parent.disk_size_mb,
         timeout_s=parent.timeout_s if timeout_s is None else timeout_s,
+        lifetime_s=lifetime_s,
+        ends_at=ends_at(lifetime_s),
         on_timeout=parent.on_timeout,
         auto_resume=parent.auto_resume,
         public_traffic=parent.public_traffic,
@@ -143,10 +159,8 @@ def child_of(parent: Row, child_id: str, caller: Caller, timeout_s: int | None) 
 async def settle_child(session: AsyncSession, child: Row, outcome: str | SandmartinError) -> None:
     """A child runs at an address, or is the error why it does not."""
     if isinstance(outcome, str):
-        now = time.time()
-        await observe(
-            session, child, State.RUNNING, operation_id=None, host_ip=outcome, started_at=now
-        )
+        values = {"started_at": time.time(), "ends_at": ends_at(child.lifetime_s)}
+        await observe(session, child, State.RUNNING, operation_id=None, host_ip=outcome, **values)
         tell(session, child, "sandbox.running")
     else:
         await observe(session, child, State.ERROR, operation_id=None, reason=outcome.message)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events
@@ -18,7 +19,7 @@ from sandmartin.control.caller import Caller, system
 from sandmartin.control.copies import Copies
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
-from sandmartin.control.operations import Held, Kind, Operations
+from sandmartin.control.operations import Held, Kind, Operations, Unfinished
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.requests import (
     Filter,
@@ -32,6 +33,7 @@ from sandmartin.control.requests import (
 from sandmartin.control.rows import (
     Row,
     cursor_of,
+    ends_at,
     find,
     moment,
     observe,
@@ -53,7 +55,7 @@ from sandmartin.errors import (
     Unavailable,
 )
 from sandmartin.model import INTERNET, State
-from sandmartin.transport import CreatedSandbox, NewSandbox
+from sandmartin.transport import CreatedSandbox, MetricPoint, NewSandbox
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class Sandboxes(Copies):
     # Looking.
 
     async def list(self, caller: Caller, wanted: Filter) -> Page:
-        """Sandboxes of the caller's team, newest first. Raises Invalid, Denied."""
+        """Sandboxes of the caller's team in order of creation. Raises Invalid, Denied."""
         query = select(Row).where(Row.state.in_(sorted(wanted.states)))
         if wanted.all_teams:
             caller.require_admin()
@@ -94,14 +96,58 @@ class Sandboxes(Copies):
             query = query.where(Row.idempotency_key.in_([key, *keys_of_children(key)]))
         for key, value in wanted.labels.items():
             query = query.where(Row.labels[key].as_string() == value)
-        if wanted.cursor:
-            query = query.where(tuple_(Row.created_at, Row.sandbox_id) < read_cursor(wanted.cursor))
-        query = query.order_by(Row.created_at.desc(), Row.sandbox_id.desc())
+        if wanted.template:
+            query = query.where(Row.template == wanted.template)
+        if wanted.started_after is not None:
+            started_at = func.coalesce(Row.started_at, Row.created_at)
+            query = query.where(started_at > wanted.started_after)
+        query = _in_order(query, wanted)
         async with self._db.read() as session:
             rows = (await session.scalars(query.limit(wanted.limit + 1))).all()
         shown = rows[: wanted.limit]
         more = len(rows) > wanted.limit
         return Page(rows=shown, next=cursor_of(shown[-1]) if more else "")
+
+    async def count(self, caller: Caller, states: Collection[State]) -> int:
+        """How many sandboxes of the caller's team are in these states."""
+        query = select(func.count()).where(
+            Row.team_id == caller.team_id, Row.state.in_(sorted(states))
+        )
+        async with self._db.read() as session:
+            return await session.scalar(query) or 0
+
+    async def settled(self, caller: Caller, sandbox_id: str) -> Row:
+        """A sandbox once nothing is being done to it, or it is over.
+
+        What came of that is for whoever had asked for it. Raises NotFound, and Unavailable when
+        it does not end.
+        """
+        while True:
+            row = await self.get(caller, sandbox_id)
+            if row.operation_id is None or row.state in {State.STOPPING, State.STOPPED}:
+                return row
+            try:
+                await self._operations.wait(row.operation_id)
+            except Unfinished:
+                raise
+            except SandmartinError as error:
+                _log.info("sandbox %s is as it is: %s", sandbox_id, error)
+
+    async def points(
+        self, caller: Caller, sandbox_id: str, tier: str, since: float
+    ) -> tuple[Row, Sequence[MetricPoint]]:
+        """A sandbox, and what it used since a time; of one that sleeps or is over, until then.
+
+        Raises NotFound, Unavailable.
+        """
+        row = await self.get(caller, sandbox_id)
+        points = await self._usage.points(sandbox_id, tier, since)
+        if row.state == State.RUNNING:
+            # Its host knows what came after the last pause.
+            known_until = points[-1].timestamp if points else 0
+            live = await (await self._agent(row)).metrics(sandbox_id, tier)
+            points += [each for each in live if each.timestamp > max(since, known_until)]
+        return row, points
 
     async def on_behalf(self, caller: Caller, sandbox_id: str) -> Caller:
         """An administrator of the platform, acting for the team that has a sandbox.
@@ -165,6 +211,8 @@ class Sandboxes(Copies):
             memory_mb=spec.memory_mb,
             disk_size_mb=spec.disk_size_mb,
             timeout_s=spec.timeout_s,
+            lifetime_s=new.lifetime_s,
+            ends_at=ends_at(new.lifetime_s),
             network=None if policy == INTERNET else policy.to_dict(),
             on_timeout=new.on_timeout,
             auto_resume=new.auto_resume,
@@ -262,10 +310,13 @@ class Sandboxes(Copies):
 
     # Pausing, resuming, ending.
 
-    async def pause(self, caller: Caller, sandbox_id: str) -> Row:
-        """Put a sandbox to sleep. Raises NotFound, Conflict, Unavailable."""
+    async def pause(self, caller: Caller, sandbox_id: str, *, seen: Row | None = None) -> Row:
+        """Put a sandbox to sleep; with `seen` only if it still is as it was seen.
+
+        Raises NotFound, Conflict, Unavailable.
+        """
         return await self._operate(
-            caller, sandbox_id, Kind.PAUSE, {State.RUNNING}, State.PAUSING, "paused"
+            caller, sandbox_id, Kind.PAUSE, {State.RUNNING}, State.PAUSING, "paused", seen=seen
         )
 
     async def _do_pause(self, held: Held) -> None:
@@ -276,11 +327,18 @@ class Sandboxes(Copies):
 
         await self._perform(held, act, State.PAUSED, "sandbox.paused")
 
-    async def resume(self, caller: Caller, sandbox_id: str, timeout_s: int | None = None) -> Row:
-        """Wake a sandbox up, with a new idle limit or its own. Raises NotFound, Conflict."""
+    async def resume(
+        self,
+        caller: Caller,
+        sandbox_id: str,
+        timeout_s: int | None = None,
+        lifetime_s: int | None = None,
+    ) -> Row:
+        """Wake a sandbox up, with new limits or its own. Raises NotFound, Conflict."""
         if timeout_s is not None and timeout_s < 0:
             raise Invalid(f"timeout_s is {timeout_s}", hint="use 0 for no idle limit")
-        values = {} if timeout_s is None else {"timeout_s": timeout_s}
+        limits = {"timeout_s": timeout_s, "lifetime_s": lifetime_s}
+        values = {name: value for name, value in limits.items() if value is not None}
         return await self._operate(
             caller,
             sandbox_id,
@@ -351,3 +409,14 @@ class Sandboxes(Copies):
         for failure in failures:
             _log.warning("a sandbox is left as it is: %s", failure)
         return len(rows) - len(failures)
+
+
+def _in_order(query: Select[Row], wanted: Filter) -> Select[Row]:
+    """After the page before, if there was one."""
+    key, columns = tuple_(Row.created_at, Row.sandbox_id), (Row.created_at, Row.sandbox_id)
+    after = read_cursor(wanted.cursor) if wanted.cursor else None
+    if wanted.oldest_first:
+        query = query if after is None else query.where(key > after)
+        return query.order_by(*columns)
+    query = query if after is None else query.where(key < after)
+    return query.order_by(*(each.desc() for each in columns))

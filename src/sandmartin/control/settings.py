@@ -46,6 +46,8 @@ class ControlSettings:
     max_sandboxes: int = 100
     max_vcpus: int = 200
     max_memory_mb: int = 200 * 1024
+    #: The longest that a sandbox may be asked to run for at a time, where its time is limited.
+    max_lifetime_s: int = 24 * 3600
     #: A host that did not answer for so long is unreachable.
     unreachable_s: float = 90.0
     reconcile_s: float = 5.0

@@ -52,3 +52,5 @@ class TemplateState(StrEnum):
     MAKING = "making"
     READY = "ready"
     DELETING = "deleting"
+    #: Deleted as far as anybody can see; hosts keep it for what still needs it.
+    RETIRED = "retired"

@@ -220,6 +220,8 @@ class Template(Base):
     disk_size_mb: Mapped[int] = mapped_column(default=0)
     #: Allocated blocks.
     size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    #: The sandbox that it was made of, if any.
+    sandbox_id: Mapped[str | None]
     #: What its source might reach; see `Sandbox.network`.
     network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     created_at: Mapped[float]
@@ -265,7 +267,11 @@ class Sandbox(Base):
     memory_mb: Mapped[int]
     disk_size_mb: Mapped[int]
     timeout_s: Mapped[int] = mapped_column(default=0)
-    #: What happens at the end of its idle time: `pause` or `kill`.
+    #: For how long it runs after its start, or when it is woken, and when that is over; None for
+    #: as long as it is used.
+    lifetime_s: Mapped[int | None]
+    ends_at: Mapped[float | None]
+    #: What happens at the end of its idle time or of its lifetime: `pause` or `kill`.
     on_timeout: Mapped[str] = mapped_column(default="pause")
     #: Whether traffic wakes it from its sleep, and whether that needs no token.
     auto_resume: Mapped[bool] = mapped_column(default=False)
@@ -297,6 +303,13 @@ class Sandbox(Base):
             "state",
             sqlite_where=text("state != 'stopped'"),
             postgresql_where=text("state != 'stopped'"),
+        ),
+        # What the deadlines look at.
+        Index(
+            "sandboxes_ending",
+            "ends_at",
+            sqlite_where=text("ends_at IS NOT NULL AND state != 'stopped'"),
+            postgresql_where=text("ends_at IS NOT NULL AND state != 'stopped'"),
         ),
     )
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from uuid import uuid4
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import delete, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -21,6 +21,7 @@ from sandmartin.control import audit, events, tables
 from sandmartin.control.caller import Caller
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
+from sandmartin.control.rows import read_cursor
 from sandmartin.control.states import ALIVE, TemplateState
 from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement
 from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound, SandmartinError
@@ -38,7 +39,12 @@ _DEFAULT = "base"
 
 
 async def find_template(
-    session: AsyncSession, team_id: str, name: str, *, to_change: bool = False
+    session: AsyncSession,
+    team_id: str,
+    name: str,
+    *,
+    to_change: bool = False,
+    lock: bool = True,
 ) -> Row:
     """The template that a team means by `name`: its own, or the platform's. Raises NotFound.
 
@@ -47,7 +53,8 @@ async def find_template(
     query = select(Row).where(
         Row.team_id.in_([team_id, PLATFORM_TEAM_ID]), Row.name == check_name(name, "template name")
     )
-    query = query.with_for_update(read=not to_change)
+    if lock:
+        query = query.with_for_update(read=not to_change)
     rows = {row.team_id: row for row in await session.scalars(query)}
     row = rows.get(team_id) or rows.get(PLATFORM_TEAM_ID)
     if row is None or (row.state == TemplateState.DELETING and not to_change):
@@ -76,6 +83,37 @@ class Templates:
         async with self._db.read() as session:
             return (await session.scalars(query.order_by(Row.created_at.desc()))).all()
 
+    async def get(self, caller: Caller, name: str) -> Row:
+        """What the caller's team means by a name. Raises NotFound, Conflict."""
+        async with self._db.read() as session:
+            return await find_template(session, caller.team_id, name, lock=False)
+
+    async def snapshots(
+        self, caller: Caller, *, sandbox_id: str, name: str, limit: int, cursor: str
+    ) -> tuple[Sequence[Row], str]:
+        """The team's templates that were made of sandboxes, newest first, and the next cursor.
+
+        Raises Invalid.
+        """
+        key = tuple_(Row.created_at, Row.template_id)
+        query = select(Row).where(
+            Row.team_id == caller.team_id,
+            Row.state == TemplateState.READY,
+            Row.sandbox_id.is_not(None),
+        )
+        if sandbox_id:
+            query = query.where(Row.sandbox_id == sandbox_id)
+        if name:
+            query = query.where(Row.name == name)
+        if cursor:
+            query = query.where(key < read_cursor(cursor))
+        query = query.order_by(Row.created_at.desc(), Row.template_id.desc()).limit(limit + 1)
+        async with self._db.read() as session:
+            rows = (await session.scalars(query)).all()
+        shown = rows[:limit]
+        more = len(rows) > limit
+        return shown, f"{shown[-1].created_at!r}_{shown[-1].template_id}" if more else ""
+
     # Made of a sandbox, in the transactions of the operation that makes it.
 
     async def add(
@@ -98,6 +136,7 @@ class Templates:
             vcpus=sandbox.vcpus,
             memory_mb=sandbox.memory_mb,
             disk_size_mb=sandbox.disk_size_mb,
+            sandbox_id=sandbox.sandbox_id,
             network=sandbox.network,
             created_at=time.time(),
             created_by=caller.actor_id,
@@ -132,18 +171,23 @@ class Templates:
         Unavailable when a host that has it cannot be reached.
         """
         async with self._db.write() as session:
-            row = await find_template(session, caller.team_id, name, to_change=True)
-            if row.team_id == PLATFORM_TEAM_ID and caller.team_id != PLATFORM_TEAM_ID:
-                raise Denied(
-                    f"template {name!r} belongs to the platform",
-                    hint="only an administrator of the platform can delete it",
-                )
-            if row.team_id == PLATFORM_TEAM_ID and row.name == _DEFAULT:
-                raise Denied(f"template {name!r} is what sandboxes start from by default")
+            row = await _find_to_delete(session, caller, name)
             await _check_unneeded(session, row)
             row.state = TemplateState.DELETING
             audit.record(session, caller, "template.deleted", "template", name)
         await self._finish_deletion(row)
+
+    async def retire(self, caller: Caller, name: str) -> None:
+        """Delete a template as far as anybody can see; its name is free at once.
+
+        Hosts keep it for as long as something needs it. Raises NotFound, Denied.
+        """
+        async with self._db.write() as session:
+            row = await _find_to_delete(session, caller, name)
+            row.state, row.name = TemplateState.RETIRED, f"~{row.template_id}"
+            audit.record(session, caller, "template.deleted", "template", name)
+            events.record(session, row.team_id, "template.deleted", name=name)
+        await self.finish_deletion(row)
 
     async def _finish_deletion(self, row: Row) -> None:
         """Remove what is marked from every host that has it. Raises what keeps it there."""
@@ -168,14 +212,26 @@ class Templates:
         async with self._db.write() as session:
             if await session.get(Row, row.template_id, with_for_update=True) is not None:
                 await self.forget(session, row.template_id)
-                events.record(session, row.team_id, "template.deleted", name=row.name)
+                if row.state != TemplateState.RETIRED:
+                    events.record(session, row.team_id, "template.deleted", name=row.name)
 
     # What a replica that died left, and what no row knows.
 
     async def half_deleted(self) -> dict[str, Row]:
-        """Templates on their way out, by id."""
+        """Templates on their way out, by id; not those that are known to be needed."""
+        sandbox = tables.Sandbox
+        user = select(sandbox.sandbox_id).where(
+            sandbox.state.in_(ALIVE),
+            or_(
+                sandbox.agent_template == Row.agent_name,
+                # What it was made of goes on from where it was cut.
+                sandbox.sandbox_id == Row.sandbox_id,
+            ),
+        )
+        unneeded = (Row.state == TemplateState.RETIRED) & ~user.exists()
+        query = select(Row).where(or_(Row.state == TemplateState.DELETING, unneeded))
         async with self._db.read() as session:
-            rows = await session.scalars(select(Row).where(Row.state == TemplateState.DELETING))
+            rows = await session.scalars(query)
             return {row.template_id: row for row in rows}
 
     async def finish_deletion(self, row: Row) -> None:
@@ -183,7 +239,7 @@ class Templates:
         try:
             await self._finish_deletion(row)
         except SandmartinError as error:
-            _log.warning("template %s is not deleted: %s", row.name, error)
+            _log.info("template %s is not deleted: %s", row.name, error)
 
     async def unknown(self, found: Sequence[AgentTemplate]) -> set[str]:
         """Which of a host's templates are a team's and have no row, by their names there."""
@@ -264,6 +320,19 @@ def _taken(name: str) -> AlreadyExists:
     return AlreadyExists(
         f"template {name!r} exists already", hint="choose another name, or delete it first"
     )
+
+
+async def _find_to_delete(session: AsyncSession, caller: Caller, name: str) -> Row:
+    """A template that the caller may delete. Raises NotFound, Denied."""
+    row = await find_template(session, caller.team_id, name, to_change=True)
+    if row.team_id == PLATFORM_TEAM_ID and caller.team_id != PLATFORM_TEAM_ID:
+        raise Denied(
+            f"template {name!r} belongs to the platform",
+            hint="only an administrator of the platform can delete it",
+        )
+    if row.team_id == PLATFORM_TEAM_ID and row.name == _DEFAULT:
+        raise Denied(f"template {name!r} is what sandboxes start from by default")
+    return row
 
 
 async def _check_unneeded(session: AsyncSession, row: Row) -> None:

@@ -13,8 +13,6 @@ from pydantic import BaseModel, Field
 from sandmartin.control.api.access import TheCaller, ThePlatform, caller_of
 from sandmartin.control.caller import Caller
 from sandmartin.control.entrance import enter
-from sandmartin.model import State
-from sandmartin.transport import MetricPoint
 from sandmartin.transport.agent import Agent
 
 router = APIRouter(tags=["inside"])
@@ -96,14 +94,7 @@ async def metrics(
     """What a sandbox used; of one that is paused or over, until then."""
     length_s, tier = _RANGES[range_]
     since = time.time() - length_s
-    row = await platform.sandboxes.get(caller, sandbox_id)
-    points: list[MetricPoint] = await platform.usage.points(sandbox_id, tier, since)
-    if row.state == State.RUNNING:
-        # Its host knows what came after the last pause.
-        agent = await platform.sandboxes.reach(caller, sandbox_id)
-        known_until = points[-1].timestamp if points else 0
-        live = await agent.metrics(sandbox_id, tier)
-        points += [each for each in live if each.timestamp > max(since, known_until)]
+    _, points = await platform.sandboxes.points(caller, sandbox_id, tier, since)
     return MetricsBody(
         sandbox_id=sandbox_id,
         range=range_,

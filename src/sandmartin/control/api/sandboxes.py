@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sandmartin.control import tables
 from sandmartin.control.api.access import TheCaller, ThePlatform
-from sandmartin.control.requests import Filter, NewRow
+from sandmartin.control.requests import Filter, NewChildren, NewRow
 from sandmartin.control.states import LISTED
 from sandmartin.errors import Invalid
 from sandmartin.model import MAX_NETWORK_RULES, NetworkPolicy, State
@@ -305,9 +305,8 @@ async def fork(
 
     The same Idempotency-Key and body give the same sandboxes.
     """
-    rows = await platform.sandboxes.fork(
-        caller, sandbox_id, body.count, body.timeout_sec, idempotency_key
-    )
+    asked = NewChildren(sandbox_id=sandbox_id, count=body.count, timeout_s=body.timeout_sec)
+    rows = await platform.sandboxes.fork(caller, asked, idempotency_key)
     return SandboxPage(items=[SandboxBody.of(row) for row in rows], next="")
 
 

@@ -265,6 +265,8 @@ def upgrade() -> None:
         sa.Column("memory_mb", sa.Integer(), nullable=False),
         sa.Column("disk_size_mb", sa.Integer(), nullable=False),
         sa.Column("timeout_s", sa.Integer(), nullable=False),
+        sa.Column("lifetime_s", sa.Integer(), nullable=True),
+        sa.Column("ends_at", sa.Double(), nullable=True),
         sa.Column("on_timeout", sa.String(), nullable=False),
         sa.Column("auto_resume", sa.Boolean(), nullable=False),
         sa.Column("public_traffic", sa.Boolean(), nullable=False),
@@ -305,6 +307,13 @@ def upgrade() -> None:
         batch_op.create_index(
             "sandboxes_by_team", ["team_id", "created_at", "sandbox_id"], unique=False
         )
+        batch_op.create_index(
+            "sandboxes_ending",
+            ["ends_at"],
+            unique=False,
+            sqlite_where=sa.text("ends_at IS NOT NULL AND state != 'stopped'"),
+            postgresql_where=sa.text("ends_at IS NOT NULL AND state != 'stopped'"),
+        )
 
     op.create_table(
         "templates",
@@ -318,6 +327,7 @@ def upgrade() -> None:
         sa.Column("memory_mb", sa.Integer(), nullable=False),
         sa.Column("disk_size_mb", sa.Integer(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("sandbox_id", sa.String(), nullable=True),
         sa.Column(
             "network", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=True
         ),
