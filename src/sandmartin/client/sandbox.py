@@ -217,10 +217,18 @@ async def temporary_sandbox(
     try:
         yield sandbox
     except BaseException as error:
-        await _undo_after(error, sandbox.destroy(), sandbox.sandbox_id)
+        await destroy_after(sandbox, error)
         raise
     else:
+        await destroy_after(sandbox, None)
+
+
+async def destroy_after(sandbox: AsyncSandbox, error: BaseException | None) -> None:
+    """Destroy a sandbox behind what used it, which ended with `error`."""
+    if error is None:
         await _undo(sandbox.destroy(), sandbox.sandbox_id)
+    else:
+        await _undo_after(error, sandbox.destroy(), sandbox.sandbox_id)
 
 
 async def _undo_after(error: BaseException, undoing: Coroutine[Any, Any, None], what: str) -> None:

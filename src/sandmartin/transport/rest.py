@@ -43,7 +43,16 @@ from sandmartin.transport import (
     Template,
 )
 from sandmartin.transport.api import CALL_S, Api, Unreached
-from sandmartin.transport.fields import Message, integer, number, octets, parts, text, texts
+from sandmartin.transport.fields import (
+    Message,
+    integer,
+    number,
+    octets,
+    part,
+    parts,
+    text,
+    texts,
+)
 
 #: What a host is given for it, and something for the way.
 _CREATE_S = 120.0
@@ -81,6 +90,11 @@ class Rest:
             disk_size_mb=new.disk_size_mb,
             timeout_sec=new.timeout_s,
             envs=dict(new.envs),
+            # What is as it would be anyway is left out, for servers that do not know it yet.
+            on_timeout=new.on_timeout or None,
+            metadata=dict(new.metadata) or None,
+            auto_resume=new.auto_resume or None,
+            public_traffic=False if new.private else None,
         )
         answer = await self._api.ask(
             "POST", "/v1/sandboxes", body, deadline_s=_CREATE_S, key=new.sandbox_id
@@ -118,7 +132,7 @@ class Rest:
             return
 
     async def get_sandbox(self, sandbox_id: str) -> SandboxInfo:
-        return _sandbox_info(await self._api.ask("GET", _path(sandbox_id)))
+        return sandbox_info(await self._api.ask("GET", _path(sandbox_id)))
 
     async def list_sandboxes(self) -> tuple[SandboxInfo, ...]:
         return await self._list()
@@ -129,7 +143,7 @@ class Rest:
         while True:
             params = {"state": _THERE, "limit": _PAGE, "cursor": cursor, **conditions}
             page = await self._api.ask("GET", "/v1/sandboxes", params=params)
-            found += map(_sandbox_info, parts(page, "items"))
+            found += map(sandbox_info, parts(page, "items"))
             if not (cursor := text(page, "next")):
                 return tuple(found)
 
@@ -379,7 +393,8 @@ def _exec_event(kind: str, fields: Message) -> ExecEvent | None:
     return None
 
 
-def _sandbox_info(body: Message) -> SandboxInfo:
+def sandbox_info(body: Message) -> SandboxInfo:
+    """What the API tells of one sandbox."""
     return SandboxInfo(
         sandbox_id=text(body, "id"),
         state=text(body, "status"),
@@ -392,6 +407,7 @@ def _sandbox_info(body: Message) -> SandboxInfo:
         created_at=integer(body, "created_at"),
         last_active_at=integer(body, "last_active_at") or integer(body, "created_at"),
         reason=text(body, "reason"),
+        metadata={name: str(value) for name, value in (part(body, "metadata") or {}).items()},
     )
 
 

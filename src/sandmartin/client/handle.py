@@ -1,0 +1,199 @@
+"""A command that runs: heard whether or not anybody waits for it, fed, signalled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+
+from sandmartin.client.callbacks import Listeners
+from sandmartin.client.feed import Feed
+from sandmartin.client.link import Link
+from sandmartin.client.results import CommandFailed, CommandResult, CommandTimedOut, Output
+from sandmartin.errors import Conflict, NotFound, TimedOut, Unavailable
+from sandmartin.transport import Command, Ended, ExecEvent, PtySize, Started, Stderr, Stdout
+
+SIGKILL = 9
+_START_S = 60.0
+
+Stream = AsyncGenerator[ExecEvent, None]
+
+
+class AsyncCommandHandle:
+    """A command that runs.
+
+    Iterating gives its output in order, `Stdout` and `Stderr` with `data` in bytes, from its
+    beginning (or from where it was connected to) to its end.
+
+        handle = await sandbox.commands.run("make", background=True)
+        async for output in handle:
+            print(output.data)
+        result = await handle.wait()
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        pid: int,
+        stream: Stream,
+        listeners: Listeners,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._link = link
+        self._timeout_s = timeout_s
+        self._output = Output()
+        self._news = asyncio.Event()
+        self._feed = Feed(link, pid)
+        #: Its number in the sandbox.
+        self.pid = pid
+        self._listening = asyncio.create_task(
+            self._listen(stream, listeners), name=f"command {pid} of {link.sandbox_id}"
+        )
+        self._listening.add_done_callback(self._end)
+
+    def __repr__(self) -> str:
+        return f"AsyncCommandHandle(sandbox_id={self._link.sandbox_id!r}, pid={self.pid})"
+
+    async def _listen(self, stream: Stream, listeners: Listeners) -> Ended:
+        async with aclosing(stream):
+            async for event in stream:
+                if isinstance(event, Ended):
+                    await listeners.end()
+                    return event
+                if isinstance(event, Started):
+                    continue
+                self._output.add(event)
+                self._tell()
+                await listeners.take(event)
+        raise Unavailable("it was not said how the command ended")
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _end(self, listening: asyncio.Task[Ended]) -> None:
+        self._tell()
+        self._feed.forget()
+        if not listening.cancelled():
+            # Whoever waits or iterates is told; that nobody does is no bug.
+            listening.exception()
+
+    async def __aiter__(self) -> AsyncGenerator[Stdout | Stderr, None]:
+        seen = 0
+        while True:
+            news = self._news
+            seen, event = self._output.after(seen)
+            if event is not None:
+                yield event
+            elif self._listening.done():
+                self._ended()
+                return
+            else:
+                await news.wait()
+
+    def _ended(self) -> Ended:
+        if self._listening.cancelled():
+            raise Conflict(
+                f"nobody listens to command {self.pid} any more",
+                hint="commands.connect(pid) listens again",
+            )
+        return self._listening.result()
+
+    async def wait(self, *, check: bool = True) -> CommandResult:
+        """Wait for its end.
+
+        Raises CommandFailed, with the result, for an exit code other than 0 unless `check` is
+        False; CommandTimedOut, with the result, when its time limit ended it; Unavailable when
+        the connection was lost.
+        """
+        await asyncio.wait({self._listening})
+        ended = self._ended()
+        result = self._output.result(ended)
+        if ended.error:
+            raise CommandTimedOut(result, self._timeout_s)
+        if check and result.exit_code != 0:
+            raise CommandFailed(result)
+        return result
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code; None while it runs, and when that is not known."""
+        listening = self._listening
+        if not listening.done() or listening.cancelled() or listening.exception():
+            return None
+        return listening.result().exit_code
+
+    async def send_stdin(self, data: str | bytes) -> None:
+        """Give it input; it was started with `stdin`, or on a terminal. Raises Conflict."""
+        await self._feed.send(data)
+
+    async def close_stdin(self) -> None:
+        """Let it read the end of its input, after all that was sent. Raises Conflict."""
+        await self._feed.close()
+
+    async def kill(self, signal: int = SIGKILL) -> bool:
+        """Send a signal; SIGKILL ends all that it started, too. False when it is gone."""
+        return await send_signal(self._link, self.pid, signal)
+
+    async def resize(self, cols: int, rows: int) -> None:
+        """Resize its terminal, in characters. Raises NotFound, Conflict when it has none."""
+        size = PtySize(cols, rows)
+        await self._link.transport.resize_pty(self._link.sandbox_id, self.pid, size)
+
+    async def disconnect(self) -> None:
+        """Stop listening; the command goes on. `commands.connect` listens again."""
+        self._listening.cancel()
+        await asyncio.wait({self._listening})
+
+
+async def start(link: Link, command: Command, listeners: Listeners) -> AsyncCommandHandle:
+    """Start a command and listen to it. Raises NotStarted, NotFound, Conflict."""
+    stream = link.transport.exec_stream(link.sandbox_id, command)
+    started, rest = await _begun(stream)
+    if not isinstance(started, Started):
+        raise Unavailable("it was not said that the command started")
+    return AsyncCommandHandle(link, started.pid, rest, listeners, command.timeout_s)
+
+
+async def listen(link: Link, pid: int, listeners: Listeners) -> AsyncCommandHandle:
+    """Listen to a command that runs; what nobody heard yet comes first. Raises NotFound."""
+    _, stream = await _begun(link.transport.connect_process(link.sandbox_id, pid))
+    return AsyncCommandHandle(link, pid, stream, listeners)
+
+
+async def _begun(stream: Stream) -> tuple[ExecEvent | None, Stream]:
+    """The first event of a stream, and the whole stream, that event included."""
+    try:
+        async with asyncio.timeout(_START_S):
+            first = await anext(stream, None)
+    except BaseException as error:
+        await stream.aclose()
+        if isinstance(error, TimeoutError):
+            raise TimedOut(f"the command did not start within {_START_S:g} s") from error
+        raise
+
+    async def whole() -> Stream:
+        async with aclosing(stream):
+            if first is not None:
+                yield first
+            async for event in stream:
+                yield event
+
+    return first, whole()
+
+
+async def give_all(handle: AsyncCommandHandle, data: str | bytes) -> None:
+    """Give a command all of its input; it may end without having read all, or anything."""
+    with suppress(Conflict, NotFound):
+        if data:
+            await handle.send_stdin(data)
+        await handle.close_stdin()
+
+
+async def send_signal(link: Link, pid: int, signal: int) -> bool:
+    """Send a signal to a command; False when it is gone."""
+    try:
+        await link.transport.send_signal(link.sandbox_id, pid, signal)
+    except NotFound:
+        return False
+    return True
