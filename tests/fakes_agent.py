@@ -51,6 +51,7 @@ from sandmartin.errors import (
     Unavailable,
 )
 from sandmartin.model import Accel, SandboxSpec, Settings
+from sandmartin.relay.line import Line, Lines
 
 Step = Callable[[str], None]
 _T = TypeVar("_T")
@@ -554,6 +555,8 @@ class Guests:
     files: dict[str, bytes] = field(default_factory=dict)
     inputs: dict[int, bytes] = field(default_factory=dict)
     signals: list[tuple[int, int]] = field(default_factory=list)
+    #: Ports inside on which something listens, and where that really is on loopback.
+    ports: dict[int, int] = field(default_factory=dict)
 
     def vm(self, address: str) -> FakeVm:
         """The VM of the guest at `address`. Raises GuestSilent when it does not run."""
@@ -585,9 +588,19 @@ class FakeGuest(Guest):
         self._guests = guests
         self._address = address
         self._token = token
+        self._lines = Lines()
 
     async def close(self) -> None:
-        pass
+        self.hang_up()
+
+    async def dial(self, port: int) -> Line:
+        self._check()
+        if port not in self._guests.ports:
+            raise NotFound(f"nothing listens on port {port}")
+        return await self._lines.dial("127.0.0.1", self._guests.ports[port])
+
+    def hang_up(self) -> None:
+        self._lines.abort()
 
     async def introduce(self, identity: Identity, deadline_s: float) -> None:
         await self._guests.introducing(identity)

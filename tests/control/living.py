@@ -21,6 +21,7 @@ from sandmartin.control.platform import Platform, open_platform
 from sandmartin.control.reconciler import Pace
 from sandmartin.control.server import listen, serving
 from sandmartin.control.settings import ControlSettings
+from sandmartin.relay.line import Line
 from tests.contract.guests import RunningAgent, identity, running
 from tests.control.conftest import (
     DEADLINE_S,
@@ -39,6 +40,17 @@ class LivingGuest(FakeGuest):
     def __init__(self, guests: Guests, address: str, token: str, inside: Guest) -> None:
         super().__init__(guests, address, token)
         self._inside = inside
+
+    @property
+    def token(self) -> str:
+        return self._inside.token
+
+    async def dial(self, port: int) -> Line:
+        self._check()
+        return await self._inside.dial(port)
+
+    def hang_up(self) -> None:
+        self._inside.hang_up()
 
     async def start(self, command: Command) -> AsyncGenerator[ProcessEvent, None]:
         self._check()

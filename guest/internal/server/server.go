@@ -32,6 +32,7 @@ import (
 	"sandmartin.dev/guest/internal/identity"
 	"sandmartin.dev/guest/internal/metrics"
 	"sandmartin.dev/guest/internal/process"
+	"sandmartin.dev/guest/internal/tunnel"
 	"sandmartin.dev/guest/internal/users"
 )
 
@@ -115,6 +116,7 @@ func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystem.NewService(a.locate), limit))
 	mux.Handle("/files", files.Handler(a.locateNamed))
 	mux.Handle("GET /metrics", &metrics.Meter{})
+	mux.Handle("GET /tunnel", tunnel.Handler(gateway))
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		files.Refuse(w, http.StatusNotFound, "there is no such route")

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import pyqwest
 from protobuf import Message, Oneof
 
+from sandmartin.agent.passage import Passage
 from sandmartin.errors import (
     AlreadyExists,
     Conflict,
@@ -37,10 +38,12 @@ from sandmartin.errors import (
     TimedOut,
     ToolFailed,
 )
+from sandmartin.relay.line import Line
+from sandmartin.relay.target import GUEST_PORT
 from sandmartin.rpc.envd.filesystem import filesystem_pb as fs
 from sandmartin.rpc.envd.process import process_pb as pb
 
-PORT = 49983
+PORT = GUEST_PORT
 
 _CONNECT_S = 5.0
 _INTRODUCE_TRY_S = 10.0
@@ -177,6 +180,7 @@ class Guest:
         self._url = f"http://{address}:{port}"
         self._token = token
         self._deadlines = deadlines or Deadlines()
+        self._passage = Passage(address, port)
         self._transport = pyqwest.HTTPTransport(
             connect_timeout=_CONNECT_S,
             follow_redirects=False,
@@ -190,7 +194,23 @@ class Guest:
         self._http = pyqwest.Client(self._transport)
 
     async def close(self) -> None:
+        self.hang_up()
         await self._transport.aclose()
+
+    @property
+    def token(self) -> str:
+        """What its agent asks for."""
+        return self._token
+
+    async def dial(self, port: int) -> Line:
+        """A connection to a port inside. Raises NotFound, GuestSilent, Exhausted."""
+        if port == PORT:
+            return await self._passage.dial_agent()
+        return await self._passage.dial(port, self._token)
+
+    def hang_up(self) -> None:
+        """End the connections that were dialled."""
+        self._passage.abort()
 
     def _headers(self, user: str | None = None) -> dict[str, str]:
         headers = {"x-access-token": self._token}

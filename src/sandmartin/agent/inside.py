@@ -17,6 +17,10 @@ from sandmartin.agent.recorded import Recorded
 from sandmartin.agent.vmm import VmStatus
 from sandmartin.errors import Conflict, GuestSilent, SandmartinError
 from sandmartin.model import State
+from sandmartin.relay.line import Line
+
+#: How exactly it is known when something last passed.
+_ACTIVITY_S = 1.0
 
 
 class Inside(Recorded):
@@ -95,8 +99,26 @@ class Inside(Recorded):
         return await self._microvm.vm.read_console()
 
     def _note_end(self) -> None:
+        if self._guest is not None:
+            # Nobody is left who could end them from the other side.
+            self._guest.hang_up()
         if self.state is State.RUNNING:
             self._fail("its VM ended by itself")
+
+    # Ports.
+
+    async def dial(self, port: int) -> tuple[Line, str]:
+        """A connection to a port inside, and the guest agent's token.
+
+        Raises Conflict, NotFound when nothing listens there, Exhausted, GuestSilent.
+        """
+        async with self._talking() as guest:
+            return await guest.dial(port), guest.token
+
+    def flows(self) -> None:
+        """Something passes: activity, of which there may be much in a moment."""
+        if self.idle_s > _ACTIVITY_S:
+            self.touch()
 
     # Commands and files.
 

@@ -31,9 +31,11 @@ from sandmartin import errors
 from sandmartin.agent.host import Host
 from sandmartin.agent.machine import Machine, open_machine
 from sandmartin.agent.membership import HEARTBEAT_S, NO_WISH, Member, Wish, forget, plan
+from sandmartin.agent.proxy import Proxy, is_proxied
 from sandmartin.agent.service import MAX_MESSAGE_BYTES, HostAgent
 from sandmartin.errors import Invalid, SandmartinError
 from sandmartin.model import Settings
+from sandmartin.relay.server import App, Message, Receive, Scope, Send, protocol_for
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.rpc.hostagent.v1.hostagent_connect import (
     HostAgentServiceASGIApplication,
@@ -44,10 +46,6 @@ _T = TypeVar("_T")
 _Req = TypeVar("_Req")
 _Res = TypeVar("_Res")
 _Context = RequestContext[Any, Any]
-_Event = dict[str, Any]
-_Receive = Callable[[], Awaitable[_Event]]
-_Send = Callable[[_Event], Awaitable[None]]
-_App = Callable[[_Event, _Receive, _Send], Awaitable[None]]
 
 CODES: dict[str, Code] = {
     errors.SandmartinError.code: Code.INTERNAL,
@@ -197,28 +195,28 @@ class EarlyAnswers:
     Many clients look at the answer only once they have sent all, or can send no more.
     """
 
-    def __init__(self, app: _App) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
 
-    async def __call__(self, scope: _Event, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         whole = False
 
-        async def receive_and_see() -> _Event:
+        async def receive_and_see() -> Message:
             nonlocal whole
             event = await receive()
             whole = whole or not event.get("more_body", False)
             return event
 
-        async def send_and_end(event: _Event) -> None:
+        async def send_and_end(event: Message) -> None:
             if event["type"] == "http.response.start" and not whole:
                 # uvicorn closes the connection then, once all of the answer is sent.
-                event = event | {"headers": [*event.get("headers", ()), (b"connection", b"close")]}
+                event = {**event, "headers": [*event.get("headers", ()), (b"connection", b"close")]}
             await send(event)
 
         await self._app(scope, receive_and_see, send_and_end)
 
 
-def application(host: Host) -> _App:
+def application(host: Host) -> App:
     """The ASGI application of the agent."""
     service: Any = HostAgentServiceASGIApplication(
         HostAgent(host),
@@ -226,7 +224,7 @@ def application(host: Host) -> _App:
         read_max_bytes=MAX_MESSAGE_BYTES,
         codecs=[proto_binary_codec(), ShallowJson()],
     )
-    return EarlyAnswers(service)
+    return Proxy(host, EarlyAnswers(service))
 
 
 # The process.
@@ -406,7 +404,7 @@ async def serve_machine(
 
 @contextlib.asynccontextmanager
 async def _membership(
-    member: Member, app: _App, token: str
+    member: Member, app: App, token: str
 ) -> AsyncIterator[list[asyncio.Task[None]]]:
     """The agent is a host of a platform: it is served over TLS, and is heard of; both tasks."""
     async with contextlib.AsyncExitStack() as stack:
@@ -441,8 +439,12 @@ async def _serving(
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=protocol_for(is_proxied),
+        ws="none",
         lifespan="off",
         access_log=False,
+        # What comes from a guest has its own, or none.
+        date_header=False,
         log_config=None,
         log_level="warning",
         timeout_keep_alive=620,

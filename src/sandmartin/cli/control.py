@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sandmartin.cli.extras import extra
-from sandmartin.cli.options import add_json_flag
+from sandmartin.cli.options import CONTROL_FLAGS, add_control_flags, add_json_flag
 from sandmartin.cli.up import announce, first_end, log_to_stderr, signals
 
 _LEVELS = ("debug", "info", "warning", "error")
@@ -32,9 +32,7 @@ def configure(verbs: Any) -> None:
     add("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--data-dir", type=Path, metavar="DIR", help="secret key, first API key, and SQLite")
     add("--settings", type=Path, metavar="FILE", help="TOML file with further settings")
-    add("--host", help="address to listen on (default: 127.0.0.1)")
-    add("--port", type=int, help="0 takes a free one (default: 8000)")
-    add("--database-url", metavar="URL", help="default: SQLite in the data dir")
+    add_control_flags(parser)
     add("--log-level", choices=_LEVELS, default="info", help="default: info")
     add("--log-format", choices=("text", "json"), default="text", help="default: text")
     add_json_flag(parser)
@@ -53,8 +51,7 @@ async def _run(args: argparse.Namespace) -> None:
         from sandmartin.control.server import listen, serving  # noqa: PLC0415
         from sandmartin.control.settings import ControlSettings  # noqa: PLC0415
 
-    names = ("host", "port", "database_url", "data_dir")
-    flags = {name: getattr(args, name) for name in names}
+    flags = {name: getattr(args, name) for name in (*CONTROL_FLAGS, "data_dir")}
     settings = ControlSettings.load(flags, file=args.settings)
     async with contextlib.AsyncExitStack() as stack:
         leave = stack.enter_context(signals())

@@ -119,6 +119,21 @@ def add_accel_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+#: Settings of the control plane that have flags.
+CONTROL_FLAGS = ("host", "port", "database_url", "domain", "tls_cert", "tls_key")
+
+
+def add_control_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every verb that serves the control plane."""
+    add = parser.add_argument
+    add("--host", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, help="0 takes a free one (default: 8000)")
+    add("--database-url", metavar="URL", help="default: SQLite in the data dir")
+    add("--domain", metavar="NAME", help="sandboxes' ports are at PORT-ID.NAME")
+    add("--tls-cert", metavar="FILE", help="serve https with this certificate and its chain (PEM)")
+    add("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
+
+
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -19,7 +19,9 @@ from typing import Any
 
 from sandmartin.cli.extras import extra
 from sandmartin.cli.options import (
+    CONTROL_FLAGS,
     add_accel_flag,
+    add_control_flags,
     add_json_flag,
     add_settings_flags,
     load_settings,
@@ -43,9 +45,7 @@ def configure(verbs: Any) -> None:
     add_settings_flags(parser)
     add_accel_flag(parser)
     add_json_flag(parser)
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="0 takes a free one (default: 8000)")
-    parser.add_argument("--database-url", metavar="URL", help="default: SQLite in the data dir")
+    add_control_flags(parser)
     parser.add_argument(
         "--on-exit", choices=_AT_EXIT, default="pause", help="what becomes of running sandboxes"
     )
@@ -77,7 +77,7 @@ async def _run(args: argparse.Namespace) -> None:
         from sandmartin.control.settings import ControlSettings  # noqa: PLC0415
 
     settings = load_settings(args)
-    flags = {"host": args.host, "port": args.port, "database_url": args.database_url}
+    flags = {name: getattr(args, name) for name in CONTROL_FLAGS}
     control = ControlSettings.load({**flags, "data_dir": settings.data_dir})
     async with contextlib.AsyncExitStack() as stack:
         leave = stack.enter_context(signals())

@@ -42,6 +42,7 @@ from sandmartin.control.api import (
 )
 from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
+from sandmartin.control.proxy import Proxy
 from sandmartin.errors import SandmartinError
 from sandmartin.model import random_id
 
@@ -134,8 +135,10 @@ def create_app(platform: Platform) -> FastAPI:
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(BoundedBodies)
     app.add_middleware(metrics.Measured, telemetry=platform.telemetry)
-    # Around all others: what they refuse has an id, too.
+    # Around those: what they refuse has an id, too.
     app.add_middleware(RequestIds)
+    # Around all of the API, of which traffic of sandboxes is no part.
+    app.add_middleware(Proxy, platform=platform)
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:

@@ -31,7 +31,9 @@ from sandmartin.control.settings import ControlSettings
 from sandmartin.control.teams import Teams
 from sandmartin.control.telemetry import Telemetry
 from sandmartin.control.templates import Templates
+from sandmartin.control.tokens import Tokens
 from sandmartin.control.usage import Usage
+from sandmartin.control.waking import Waking
 from sandmartin.model import random_id
 
 _log = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class Platform:
     notifications: Notifications
     retention: Retention
     telemetry: Telemetry
+    tokens: Tokens
+    waking: Waking
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -148,6 +152,8 @@ async def open_platform(
             notifications=Notifications(db, sealer, happenings, outgoing, patience or Patience()),
             retention=Retention(db, _keep(settings)),
             telemetry=Telemetry(db, operations, reconciler),
+            tokens=Tokens(sealer),
+            waking=Waking(db, hosts, sandboxes, happenings),
         )
 
 

@@ -36,6 +36,9 @@ class NewRow:
     disk_size_mb: int | None = None
     timeout_s: int = 0
     on_timeout: str = "pause"
+    #: Whether traffic wakes it from its sleep, and whether that needs no token.
+    auto_resume: bool = False
+    public_traffic: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
     envs: Mapping[str, str] = field(default_factory=dict, repr=False)
 

@@ -130,6 +130,8 @@ def child_of(parent: Row, child_id: str, caller: Caller, timeout_s: int | None) 
         disk_size_mb=parent.disk_size_mb,
         timeout_s=parent.timeout_s if timeout_s is None else timeout_s,
         on_timeout=parent.on_timeout,
+        auto_resume=parent.auto_resume,
+        public_traffic=parent.public_traffic,
         labels=dict(parent.labels),
         parent_id=parent.sandbox_id,
         created_by=caller.actor_id,

@@ -65,10 +65,7 @@ from sandmartin.errors import (
     ToolFailed,
     Unavailable,
 )
-from sandmartin.model import (
-    State,
-    new_sandbox_id,
-)
+from sandmartin.model import State, new_sandbox_id
 from sandmartin.transport import Checkpoint, CreatedSandbox, NewSandbox
 from sandmartin.transport.agent import Agent
 
@@ -245,6 +242,8 @@ class Sandboxes:
             disk_size_mb=spec.disk_size_mb,
             timeout_s=spec.timeout_s,
             on_timeout=new.on_timeout,
+            auto_resume=new.auto_resume,
+            public_traffic=new.public_traffic,
             labels=dict(new.labels),
             created_by=caller.actor_id,
             created_at=now,

@@ -6,6 +6,7 @@ share it; without it what is sealed is lost.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from sandmartin.errors import Invalid
 
@@ -24,6 +27,7 @@ class Sealer:
     def __init__(self, key: str) -> None:
         try:
             self._fernet = Fernet(key)
+            self._key = base64.urlsafe_b64decode(key)
         except ValueError as error:
             raise Invalid(
                 "the secret key is none", hint="use 32 random bytes in URL-safe base64"
@@ -41,6 +45,11 @@ class Sealer:
                 os.fsync(made.fileno())
             beside.rename(file)
         return cls(file.read_text().strip())
+
+    def derive(self, purpose: str) -> bytes:
+        """A key of 32 bytes for another purpose; nothing leads back from it."""
+        derivation = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=purpose.encode())
+        return derivation.derive(self._key)
 
     def seal(self, content: Any) -> bytes:
         """Seal what JSON can say."""

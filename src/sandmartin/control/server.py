@@ -11,7 +11,9 @@ import uvicorn
 
 from sandmartin.control.app import create_app
 from sandmartin.control.platform import Platform
+from sandmartin.control.proxy import api_hosts, is_traffic
 from sandmartin.errors import Invalid
+from sandmartin.relay.server import protocol_for
 
 _GRACE_S = 10
 _KEEP_ALIVE_S = 75
@@ -57,8 +59,13 @@ def listen(host: str, port: int) -> socket.socket:
 @contextlib.asynccontextmanager
 async def serving(platform: Platform, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
     """Requests are served, and what need not be asked for is done; the server's task."""
+    settings = platform.settings
+    hosts = api_hosts(settings)
     config = uvicorn.Config(
         create_app(platform),
+        http=protocol_for(lambda scope: is_traffic(scope, hosts)),
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
         lifespan="off",
         access_log=False,
         log_config=None,
@@ -69,6 +76,13 @@ async def serving(platform: Platform, listener: socket.socket) -> AsyncIterator[
         # Output of a terminal comes in small pieces: compressing them costs more than it spares.
         ws_per_message_deflate=False,
     )
+    try:
+        config.load()
+    except OSError as error:
+        raise Invalid(
+            f"the certificate cannot be used: {error}",
+            hint="--tls-cert and --tls-key name a certificate with its chain, and its key, as PEM",
+        ) from error
     server = _Server(config)
     async with platform.working():
         task = asyncio.create_task(server.serve(sockets=[listener]), name="server")

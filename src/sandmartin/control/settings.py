@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sandmartin.errors import Invalid
 from sandmartin.model import load_settings
+
+_DOMAIN = re.compile(
+    r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*(:[0-9]{1,5})?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,12 @@ class ControlSettings:
     port: int = 8000
     #: How the world reaches us: for links, OAuth and cookies. Empty for what we listen on.
     public_url: str = ""
+    #: Sandboxes' ports are at names below it, `PORT-ID.DOMAIN`; clients are told. It may have a
+    #: port of its own.
+    domain: str = ""
+    #: Files of a certificate with its chain, and of its key, as PEM; empty for plain HTTP.
+    tls_cert: str = ""
+    tls_key: str = ""
     #: Who may sign up: `open`, `invited`, or `closed`.
     sign_up: str = "invited"
     github_client_id: str = ""
@@ -48,6 +60,14 @@ class ControlSettings:
     keep_operations_days: float = 7.0
     keep_deliveries_days: float = 7.0
 
+    def __post_init__(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise Invalid("one of tls_cert and tls_key is missing", hint="give both, or neither")
+        if self.domain and not _DOMAIN.fullmatch(self.domain):
+            raise Invalid(
+                f"domain is {self.domain[:80]!r}", hint="use a name, as in sandboxes.example.com"
+            )
+
     @classmethod
     def load(
         cls,
@@ -65,4 +85,5 @@ class ControlSettings:
 
     @property
     def base_url(self) -> str:
-        return self.public_url.rstrip("/") or f"http://{self.host}:{self.port}"
+        scheme = "https" if self.tls_cert else "http"
+        return self.public_url.rstrip("/") or f"{scheme}://{self.host}:{self.port}"

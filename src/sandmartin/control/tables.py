@@ -265,6 +265,9 @@ class Sandbox(Base):
     timeout_s: Mapped[int] = mapped_column(default=0)
     #: What happens at the end of its idle time: `pause` or `kill`.
     on_timeout: Mapped[str] = mapped_column(default="pause")
+    #: Whether traffic wakes it from its sleep, and whether that needs no token.
+    auto_resume: Mapped[bool] = mapped_column(default=False)
+    public_traffic: Mapped[bool] = mapped_column(default=True)
     #: Labels that its owner gave it.
     labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
     host_ip: Mapped[str] = mapped_column(default="")

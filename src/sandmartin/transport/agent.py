@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 
 from sandmartin.errors import Denied, SandmartinError, Unavailable, Unimplemented, from_code
+from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
     Checkpoint,
     Command,
@@ -111,8 +112,22 @@ class Agent(ABC):
         self._http = httpx.AsyncClient(transport=transport, base_url=base_url, trust_env=False)
         self._channel = ConnectChannel(self._http, _SERVICE)
 
+        self._lines = Lines()
+
     async def aclose(self) -> None:
+        self._lines.abort()
         await self._http.aclose()
+
+    async def dial(self) -> Line:
+        """A connection of its own, for traffic of sandboxes. Raises Unavailable, Denied."""
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                return await self._connect()
+        except OSError as error:
+            raise self._unreachable(error) from error
+
+    @abstractmethod
+    async def _connect(self) -> Line: ...
 
     @abstractmethod
     def _unreachable(self, error: OSError | None) -> SandmartinError:
@@ -368,6 +383,9 @@ class AgentSocket(Agent):
     def _unreachable(self, error: OSError | None) -> SandmartinError:
         return _refusal(self._path, error)
 
+    async def _connect(self) -> Line:
+        return await self._lines.dial_unix(self._path)
+
 
 class _NamedPeer(httpx.AsyncHTTPTransport):
     """HTTP to a peer that is known by a name of its own, not by its address."""
@@ -389,6 +407,8 @@ class RemoteAgent(Agent):
 
     def __init__(self, url: str, tls: ssl.SSLContext, name: str) -> None:
         self._url = url
+        self._tls = tls
+        self._name = name
         super().__init__(_NamedPeer(name, verify=tls, limits=_LIMITS), url)
 
     def _unreachable(self, error: OSError | None) -> SandmartinError:
@@ -396,6 +416,10 @@ class RemoteAgent(Agent):
             f"the agent at {self._url} cannot be reached: {error or 'it does not answer'}",
             hint="does it run, and do its certificate and ours fit?",
         )
+
+    async def _connect(self) -> Line:
+        at = httpx.URL(self._url)
+        return await self._lines.dial(at.host, at.port or 443, self._tls, self._name)
 
 
 def _os_error(error: BaseException) -> OSError | None:

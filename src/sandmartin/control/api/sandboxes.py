@@ -32,6 +32,8 @@ class NewSandbox(BaseModel):
     disk_size_mb: int | None = Field(None, ge=1, le=1 << 24)
     timeout_sec: int = Field(0, ge=0, le=1 << 30, description="Idle limit; 0 is never.")
     on_timeout: str = Field("pause", description="`pause` or `kill`.")
+    auto_resume: bool = Field(False, description="Traffic wakes it from its sleep.")
+    public_traffic: bool = Field(True, description="Its ports need no token.")
     metadata: dict[str, str] = Field(default_factory=dict)
     envs: dict[str, str] = Field(default_factory=dict)
 
@@ -48,6 +50,8 @@ class SandboxBody(BaseModel):
     disk_size_mb: int
     timeout_sec: int
     on_timeout: str
+    auto_resume: bool
+    public_traffic: bool
     metadata: dict[str, str]
     host_ip: str
     host_id: str | None
@@ -69,6 +73,8 @@ class SandboxBody(BaseModel):
             disk_size_mb=row.disk_size_mb,
             timeout_sec=row.timeout_s,
             on_timeout=row.on_timeout,
+            auto_resume=row.auto_resume,
+            public_traffic=row.public_traffic,
             metadata=row.labels,
             host_ip=row.host_ip,
             host_id=row.host_id,
@@ -120,6 +126,14 @@ class CheckpointBody(BaseModel):
         )
 
 
+class AccessBody(BaseModel):
+    """What traffic to a sandbox's ports needs."""
+
+    domain: str = Field(description="Ports are at PORT-ID.DOMAIN; empty where there is none.")
+    access_token: str = Field(description="`X-Access-Token`, of the guest agent's port 49983.")
+    traffic_token: str = Field(description="`E2b-Traffic-Access-Token`, of private ports.")
+
+
 class EventBody(BaseModel):
     id: int
     kind: str
@@ -143,6 +157,8 @@ async def create(
         disk_size_mb=body.disk_size_mb,
         timeout_s=body.timeout_sec,
         on_timeout=body.on_timeout,
+        auto_resume=body.auto_resume,
+        public_traffic=body.public_traffic,
         labels=body.metadata,
         envs=body.envs,
     )
@@ -266,6 +282,20 @@ async def rollback(
     """Return to a checkpoint, in memory and on disk; what came after it is gone."""
     row = await platform.sandboxes.rollback(caller, sandbox_id, checkpoint_id)
     return SandboxBody.of(row)
+
+
+@router.get("/{sandbox_id}/access")
+async def access(
+    sandbox_id: str, caller: TheCaller, platform: ThePlatform, response: Response
+) -> AccessBody:
+    """Where the sandbox's ports are, and the tokens that open them."""
+    await platform.sandboxes.get(caller, sandbox_id)
+    response.headers["cache-control"] = "no-store"
+    return AccessBody(
+        domain=platform.settings.domain,
+        access_token=platform.tokens.access(sandbox_id),
+        traffic_token=platform.tokens.traffic(sandbox_id),
+    )
 
 
 @router.get("/{sandbox_id}/timeline")

@@ -266,6 +266,8 @@ def upgrade() -> None:
         sa.Column("disk_size_mb", sa.Integer(), nullable=False),
         sa.Column("timeout_s", sa.Integer(), nullable=False),
         sa.Column("on_timeout", sa.String(), nullable=False),
+        sa.Column("auto_resume", sa.Boolean(), nullable=False),
+        sa.Column("public_traffic", sa.Boolean(), nullable=False),
         sa.Column(
             "metadata", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
         ),

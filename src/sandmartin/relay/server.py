@@ -1,0 +1,141 @@
+"""The server's side: uvicorn's HTTP/1.1, with connections that an application can take over.
+
+An application finds its connection in the scope. It can cut it off in the middle of an answer,
+which no other way tells a client of HTTP/1.1 that there is no more to come; and it can answer 101
+and have what follows, which is not HTTP any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sandmartin.relay.headers import Headers
+from sandmartin.relay.line import Line
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_EXTENSION = "sandmartin.connection"
+#: How long a server that stops waits for an answer that is being passed on.
+_STOP_S = 3.0
+#: Clients that are gone without a word are noticed after about two minutes.
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+
+
+class Connection(H11Protocol):
+    """One connection of a client."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._served = self.app
+        self.app = self._serve
+        self._relays = False
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
+        scope.setdefault("extensions", {})[_EXTENSION] = self
+        await self._served(scope, receive, send)
+
+    def wants_relay(self, scope: Scope) -> bool:
+        """Whether an upgrade is the application's to answer, and no WebSocket of our own."""
+        raise NotImplementedError
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        connected = transport.get_extra_info("socket")
+        if connected is not None and connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE.items():
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def _should_upgrade(self) -> bool:
+        if self._get_upgrade() is None or self.wants_relay(dict(self.scope)):
+            return False
+        return super()._should_upgrade()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._relays:
+            self.loop.call_later(_STOP_S, self.transport.abort)
+
+    # What applications use.
+
+    @property
+    def peer(self) -> str:
+        """Address of the client; empty on a unix socket."""
+        return self.client[0] if self.client else ""
+
+    def relays(self) -> None:
+        """The answer is somebody else's, and need not come to an end."""
+        self._relays = True
+
+    async def cut(self, receive: Receive) -> None:
+        """End the connection in the middle of an answer, so that it is not taken for whole."""
+        connected = self.transport.get_extra_info("socket")
+        if connected is not None and connected.family != socket.AF_UNIX:
+            # Reset, not closed: a client of HTTP/1.0 takes the latter for the end.
+            linger = struct.pack("ii", 1, 0)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    def take(self, headers: Headers) -> Line:
+        """Switch protocols, and have the connection from then on."""
+        answer = h11.InformationalResponse(
+            status_code=101, headers=headers, reason=b"Switching Protocols"
+        )
+        self.transport.write(self.conn.send(answer) or b"")
+        early, _ = self.conn.trailing_data
+        self.flow.resume_reading()
+        line = _Taken(self.connections)
+        line.connection_made(self.transport)
+        line.unread(early)
+        self.connections.discard(self)
+        self.connections.add(line)  # type: ignore[arg-type]
+        # There is no cycle of request and answer to complete any more.
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        self.transport.set_protocol(line)
+        return line
+
+
+class _Taken(Line):
+    """A connection that was taken over, which the server still knows."""
+
+    def __init__(self, connections: set[Any]) -> None:
+        super().__init__()
+        self._connections = connections
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(self)
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server stops."""
+        self.abort()
+
+
+def connection_of(scope: Scope) -> Connection | None:
+    """The connection by which a request came; None where there is no network between."""
+    found = scope.get("extensions", {}).get(_EXTENSION)
+    return found if isinstance(found, Connection) else None
+
+
+def protocol_for(relayed: Callable[[Scope], bool]) -> type[Connection]:
+    """The class of connections on which the application itself answers upgrades of `relayed`."""
+
+    class Relaying(Connection):
+        def wants_relay(self, scope: Scope) -> bool:
+            return relayed(scope)
+
+    return Relaying
