@@ -131,6 +131,10 @@ class FakeTransport:
     async def ping(self, sandbox_id: str) -> None:
         self._state(sandbox_id)
 
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        self._state(sandbox_id)
+        self.sandboxes[sandbox_id] = replace(self.sandboxes[sandbox_id], timeout_s=timeout_s)
+
     async def pause(self, sandbox_id: str) -> None:
         self._state(sandbox_id)
         self.paused.add(sandbox_id)

@@ -176,6 +176,10 @@ class AsyncSandbox:
         """Go on after a pause, with a new idle time in seconds (0 is none), or with its own."""
         await self._core.resume(None if timeout is None else _whole_seconds(timeout))
 
+    async def set_timeout(self, timeout: float | None) -> None:
+        """Give it another idle time, in seconds (None is none), that begins now."""
+        await self._core.set_timeout(_whole_seconds(timeout))
+
     async def fork(
         self, count: int = 1, *, timeout: float | None = None
     ) -> tuple[AsyncSandbox, ...]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 from sandmartin.client.link import Link
 from sandmartin.errors import Conflict
 
 _WAITING = 16
+_GRACE_S = 5.0
 
 
 class Feed:
@@ -38,10 +40,13 @@ class Feed:
             self._check(self._sending)
 
     def forget(self) -> None:
-        """The command has ended, and takes nothing any more."""
+        """The command has ended, and takes nothing any more: the sending soon fails by itself."""
         self._is_closed = True
-        if self._sending is not None:
-            self._sending.cancel()
+        if self._sending is None or self._sending.done():
+            return
+        with suppress(asyncio.QueueFull):
+            self._pieces.put_nowait(None)
+        asyncio.get_running_loop().call_later(_GRACE_S, self._sending.cancel)
 
     async def _put(self, piece: bytes | None) -> None:
         if self._sending is None:

@@ -35,11 +35,14 @@ class AsyncCommandHandle:
         self,
         link: Link,
         pid: int,
+        first: ExecEvent | None,
         stream: Stream,
         listeners: Listeners,
         timeout_s: float | None = None,
     ) -> None:
+        """Takes over a stream whose `first` event was already taken."""
         self._link = link
+        self._stream = stream
         self._timeout_s = timeout_s
         self._output = Output()
         self._news = asyncio.Event()
@@ -47,24 +50,25 @@ class AsyncCommandHandle:
         #: Its number in the sandbox.
         self.pid = pid
         self._listening = asyncio.create_task(
-            self._listen(stream, listeners), name=f"command {pid} of {link.sandbox_id}"
+            self._listen(first, listeners), name=f"command {pid} of {link.sandbox_id}"
         )
         self._listening.add_done_callback(self._end)
 
     def __repr__(self) -> str:
         return f"AsyncCommandHandle(sandbox_id={self._link.sandbox_id!r}, pid={self.pid})"
 
-    async def _listen(self, stream: Stream, listeners: Listeners) -> Ended:
-        async with aclosing(stream):
-            async for event in stream:
+    async def _listen(self, first: ExecEvent | None, listeners: Listeners) -> Ended:
+        async with aclosing(self._stream) as stream:
+            event = first
+            while event is not None:
                 if isinstance(event, Ended):
                     await listeners.end()
                     return event
-                if isinstance(event, Started):
-                    continue
-                self._output.add(event)
-                self._tell()
-                await listeners.take(event)
+                if not isinstance(event, Started):
+                    self._output.add(event)
+                    self._tell()
+                    await listeners.take(event)
+                event = await anext(stream, None)
         raise Unavailable("it was not said how the command ended")
 
     def _tell(self) -> None:
@@ -144,42 +148,36 @@ class AsyncCommandHandle:
         """Stop listening; the command goes on. `commands.connect` listens again."""
         self._listening.cancel()
         await asyncio.wait({self._listening})
+        # One that is cancelled before it has begun closes nothing.
+        await self._stream.aclose()
 
 
 async def start(link: Link, command: Command, listeners: Listeners) -> AsyncCommandHandle:
     """Start a command and listen to it. Raises NotStarted, NotFound, Conflict."""
     stream = link.transport.exec_stream(link.sandbox_id, command)
-    started, rest = await _begun(stream)
+    started = await _first_of(stream)
     if not isinstance(started, Started):
+        await stream.aclose()
         raise Unavailable("it was not said that the command started")
-    return AsyncCommandHandle(link, started.pid, rest, listeners, command.timeout_s)
+    return AsyncCommandHandle(link, started.pid, started, stream, listeners, command.timeout_s)
 
 
 async def listen(link: Link, pid: int, listeners: Listeners) -> AsyncCommandHandle:
     """Listen to a command that runs; what nobody heard yet comes first. Raises NotFound."""
-    _, stream = await _begun(link.transport.connect_process(link.sandbox_id, pid))
-    return AsyncCommandHandle(link, pid, stream, listeners)
+    stream = link.transport.connect_process(link.sandbox_id, pid)
+    return AsyncCommandHandle(link, pid, await _first_of(stream), stream, listeners)
 
 
-async def _begun(stream: Stream) -> tuple[ExecEvent | None, Stream]:
-    """The first event of a stream, and the whole stream, that event included."""
+async def _first_of(stream: Stream) -> ExecEvent | None:
+    """The first event of a stream; until it is there the stream may fail, and is closed then."""
     try:
         async with asyncio.timeout(_START_S):
-            first = await anext(stream, None)
+            return await anext(stream, None)
     except BaseException as error:
         await stream.aclose()
         if isinstance(error, TimeoutError):
             raise TimedOut(f"the command did not start within {_START_S:g} s") from error
         raise
-
-    async def whole() -> Stream:
-        async with aclosing(stream):
-            if first is not None:
-                yield first
-            async for event in stream:
-                yield event
-
-    return first, whole()
 
 
 async def give_all(handle: AsyncCommandHandle, data: str | bytes) -> None:

@@ -42,6 +42,18 @@ class CommandFailed(SandmartinError):
         super().__init__(f"the command ended with {ended}{': ' if said else ''}{said}")
         self.result = result
 
+    @property
+    def exit_code(self) -> int:
+        return self.result.exit_code
+
+    @property
+    def stdout(self) -> str:
+        return self.result.stdout
+
+    @property
+    def stderr(self) -> str:
+        return self.result.stderr
+
     def __reduce__(self) -> tuple[type[CommandFailed], tuple[CommandResult]]:
         return type(self), (self.result,)
 

@@ -68,6 +68,10 @@ class AsyncSandbox:
         """Go on after a pause, with a new idle limit (0 is none), or with its own for None."""
         return await self._transport.resume(self.sandbox_id, timeout_s)
 
+    async def set_timeout(self, timeout_s: int) -> None:
+        """Give it another idle limit (0 is none), and reset its idle clock."""
+        await self._transport.set_timeout(self.sandbox_id, timeout_s)
+
     async def fork(self, count: int = 1, *, timeout_s: int = 0) -> tuple[ForkedSandbox, ...]:
         """Make sandboxes that go on from where this one is, which goes on too.
 

@@ -94,7 +94,7 @@ class Server:
         """What opens the ports of a sandbox: the same for its whole life. Raises NotFound."""
         if (known := self._tokens.get(sandbox_id)) is not None:
             return known
-        answer = await self.rest.api.ask("GET", f"/v1/sandboxes/{sandbox_id}/tokens")
+        answer = await self.rest.api.ask("GET", f"/v1/sandboxes/{sandbox_id}/access")
         found = Tokens(
             access=text(answer, "access_token"),
             traffic=text(answer, "traffic_token"),

@@ -211,6 +211,7 @@ class Sandbox(Facade[AsyncSandbox]):
     kill = blocking(AsyncSandbox.kill)
     pause = blocking(AsyncSandbox.pause)
     resume = blocking(AsyncSandbox.resume)
+    set_timeout = blocking(AsyncSandbox.set_timeout)
     fork = wrapping(AsyncSandbox.fork, lambda made: tuple(map(Sandbox, made)))
     checkpoint = blocking(AsyncSandbox.checkpoint)
     checkpoints = blocking(AsyncSandbox.checkpoints)

@@ -61,18 +61,19 @@ class AsyncWatch:
         on_event: OnEach[FileEvent] | None,
     ) -> None:
         self._directory = directory
+        self._messages = messages
         self._on_event = on_event
         #: None: there is no more.
         self._events: asyncio.Queue[FileEvent | None] = asyncio.Queue(_WAITING)
         self._stopped = False
-        self._listening = asyncio.create_task(self._listen(messages), name=f"watch of {directory}")
+        self._listening = asyncio.create_task(self._listen(), name=f"watch of {directory}")
 
     def __repr__(self) -> str:
         return f"AsyncWatch({self._directory!r})"
 
-    async def _listen(self, messages: AsyncGenerator[dict[str, Any], None]) -> None:
+    async def _listen(self) -> None:
         try:
-            async with aclosing(messages):
+            async with aclosing(self._messages) as messages:
                 async for message in messages:
                     if (event := self._event(message)) is None:
                         continue
@@ -81,10 +82,13 @@ class AsyncWatch:
                     else:
                         await self._events.put(event)
         finally:
-            self._stopped = True
-            # Whoever waits for the next event is woken; the queue may be full of those before.
-            if self._events.empty():
-                self._events.put_nowait(None)
+            self._end()
+
+    def _end(self) -> None:
+        self._stopped = True
+        # Whoever waits for the next event is woken; the queue may be full of those before.
+        if self._events.empty():
+            self._events.put_nowait(None)
 
     def _event(self, message: dict[str, Any]) -> FileEvent | None:
         told = message.get("filesystem")
@@ -111,6 +115,9 @@ class AsyncWatch:
         """Watch no more. Raises what the watching or `on_event` raised."""
         self._listening.cancel()
         await asyncio.wait({self._listening})
+        # One that is cancelled before it has begun closes nothing.
+        await self._messages.aclose()
+        self._end()
         if not self._listening.cancelled():
             self._listening.result()
 

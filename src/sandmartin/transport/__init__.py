@@ -286,6 +286,12 @@ class Transport(Protocol):
     async def ping(self, sandbox_id: str) -> None:
         """Reset the idle clock of a sandbox. Raises NotFound."""
 
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        """Give a sandbox that runs or is paused another idle limit, and reset its idle clock.
+
+        0 is never. Raises NotFound, Conflict.
+        """
+
     async def pause(self, sandbox_id: str) -> None:
         """Write a sandbox to disk and free its memory. Already paused is success.
 

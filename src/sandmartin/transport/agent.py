@@ -167,6 +167,11 @@ class Agent(ABC):
     async def ping(self, sandbox_id: str) -> None:
         await self._call("PingSandbox", {"sandbox_id": sandbox_id})
 
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        message = _without_defaults(sandbox_id=sandbox_id, timeout_sec=timeout_s)
+        # What is done to it at the moment ends first, as below.
+        await self._call("SetTimeout", message, deadline_s=_DESTROY_S)
+
     async def terminate(self) -> None:
         """Destroy every sandbox and end the agent."""
         await self._call("Terminate", {}, deadline_s=_DESTROY_S)

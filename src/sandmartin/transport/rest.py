@@ -150,6 +150,10 @@ class Rest:
     async def ping(self, sandbox_id: str) -> None:
         await self._api.ask("POST", _path(sandbox_id, "ping"))
 
+    async def set_timeout(self, sandbox_id: str, timeout_s: int) -> None:
+        path, body = _path(sandbox_id, "timeout"), {"timeout_sec": timeout_s}
+        await self._api.ask("POST", path, body, deadline_s=_DESTROY_S, repeatable=True)
+
     async def pause(self, sandbox_id: str) -> None:
         await self._unless_already(sandbox_id, State.PAUSED, "pause")
 
