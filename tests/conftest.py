@@ -74,6 +74,16 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def logged_in_nowhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Verbs of a test are for what the test says, wherever its user may be logged in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        for name in ("SANDMARTIN_URL", "SANDMARTIN_API_KEY", "SANDMARTIN_DATA_DIR"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def private_host(request: pytest.FixtureRequest) -> Iterator[None]:
     """This process, and what it starts, in a network of its own: see `tests.world`.
 

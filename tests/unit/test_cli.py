@@ -139,7 +139,7 @@ def test_a_plan_holds_all_that_was_asked_for(tmp_path: Path) -> None:
     assert command.envs == {"A": "b=c", "E": ""}
     assert not new.envs
     assert plan.uploads == (Upload(local="a:b", remote="/c"),)
-    assert plan.socket == tmp_path / "agent.sock"
+    assert plan.place.socket == tmp_path / "agent.sock"
     assert plan.agent_argv[-2:] == ("--accel", Accel.TCG)
     assert "b=c" not in " ".join(plan.agent_argv)
 
@@ -153,8 +153,10 @@ def test_an_upload_must_be_a_file(tmp_path: Path, what: str) -> None:
 
 def test_help_of_every_verb_prints(capsys: pytest.CaptureFixture[str]) -> None:
     lists = "create ls ps info exec shell cp pause resume fork checkpoint rollback snapshot kill"
-    others = "run checkpoints logs metrics template agent setup doctor"
-    for verb in (*lists.split(), *others.split(), "template ls", "template rm"):
+    others = (
+        "run checkpoints logs metrics url template agent setup doctor login logout key completion"
+    )
+    for verb in (*lists.split(), *others.split(), "template ls", "template rm", "key create"):
         with pytest.raises(SystemExit) as ended:
             main([*verb.split(), "--help"])
         assert ended.value.code == 0

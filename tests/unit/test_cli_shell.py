@@ -2,69 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
 import os
 import signal
-import struct
-import sys
-import termios
-from asyncio.subprocess import Process
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import DEADLINE_S, Line, finish
+from tests.command_line import Line, finish
 from tests.fakes import LocalAgent, serving
-
-
-class Terminal:
-    """A terminal with `sandmartin shell` on it, seen from the user's side."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._data_dir = data_dir
-        self.ours, self.theirs = os.openpty()
-        self.before = termios.tcgetattr(self.theirs)
-        self._shown = b""
-
-    async def start(self, *flags: str) -> Process:
-        self.resize(100, 40)
-        argv = [sys.executable, "-m", "sandmartin", "shell", *flags, "sb1"]
-        return await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=self.theirs,
-            stdout=self.theirs,
-            stderr=self.theirs,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=os.environ | {"SANDMARTIN_DATA_DIR": os.fspath(self._data_dir), "PS1": "$ "},
-        )
-
-    def resize(self, cols: int, rows: int) -> None:
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
-
-    def type(self, text: str) -> None:
-        os.write(self.ours, text.encode())
-
-    async def shows(self, text: str) -> None:
-        """Wait until `text` is shown, and forget what came up to it."""
-        os.set_blocking(self.ours, False)
-        async with asyncio.timeout(DEADLINE_S):
-            while text.encode() not in self._shown:
-                try:
-                    self._shown += os.read(self.ours, 65536)
-                except BlockingIOError:
-                    await asyncio.sleep(0.01)
-        self._shown = self._shown.partition(text.encode())[2]
-
-    @property
-    def is_as_before(self) -> bool:
-        return termios.tcgetattr(self.theirs) == self.before
-
-    def close(self) -> None:
-        os.close(self.ours)
-        os.close(self.theirs)
+from tests.terminal import Terminal, ended
 
 
 @pytest.fixture
@@ -77,18 +24,13 @@ async def agent(tmp_path: Path) -> AsyncGenerator[LocalAgent, None]:
 
 @pytest.fixture
 async def terminal(agent: LocalAgent, tmp_path: Path) -> AsyncGenerator[Terminal, None]:
-    terminal = Terminal(tmp_path)
+    terminal = Terminal(SANDMARTIN_DATA_DIR=os.fspath(tmp_path), PS1="$ ")
     yield terminal
     terminal.close()
 
 
-async def ended(child: Process) -> int:
-    async with asyncio.timeout(DEADLINE_S):
-        return await child.wait()
-
-
 async def test_every_key_is_the_shells_until_it_exits(terminal: Terminal) -> None:
-    child = await terminal.start("-e", "WHO=me")
+    child = await terminal.start("shell", "-e", "WHO=me", "sb1")
     terminal.type("echo $((6*7))-$WHO-$TERM; stty size\n")
     await terminal.shows(f"42-me-{os.environ.get('TERM') or 'xterm'}")
     await terminal.shows("40 100")
@@ -112,7 +54,7 @@ async def test_every_key_is_the_shells_until_it_exits(terminal: Terminal) -> Non
 async def test_the_terminal_is_as_it_was_however_the_shell_is_ended(
     terminal: Terminal, agent: LocalAgent, number: signal.Signals
 ) -> None:
-    child = await terminal.start()
+    child = await terminal.start("shell", "sb1")
     terminal.type("echo re''ady\n")
     await terminal.shows("ready")
     child.send_signal(number)
@@ -126,7 +68,7 @@ async def test_the_terminal_is_as_it_was_when_the_agent_breaks_off(
     terminal: Terminal, agent: LocalAgent
 ) -> None:
     agent.break_off = True
-    child = await terminal.start()
+    child = await terminal.start("shell", "sb1")
     assert await ended(child) == 125
     await terminal.shows("sandmartin: the agent did not say how the command ended\r\n")
     assert terminal.is_as_before

@@ -18,11 +18,15 @@ from sandmartin.cli import (
     agent,
     checkpoints,
     commands,
+    completion,
     control,
     doctor,
     exitcode,
     files,
     hosts,
+    keys,
+    login,
+    ports,
     records,
     run,
     sandboxes,
@@ -69,11 +73,16 @@ def build_parser() -> argparse.ArgumentParser:
         sandboxes.configure_kill,
         records.configure_logs,
         records.configure_metrics,
+        ports.configure,
+        login.configure_login,
+        login.configure_logout,
+        keys.configure,
         control.configure,
         agent.configure,
         hosts.configure,
         setup.configure,
         doctor.configure,
+        completion.configure,
     ):
         configure(verbs)
     return parser
@@ -101,6 +110,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's by default) and return its exit code."""
     occupy_standard_streams()
+    if completion.is_asked():
+        completion.complete(build_parser())
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         code: int = args.act(args)

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from sandmartin.cli.connection import ask_sandbox
-from sandmartin.cli.options import add_json_flag, add_settings_flags, check_utf8
+from sandmartin.cli.connection import add_id, ask_sandbox
+from sandmartin.cli.options import add_json_flag, add_place_flags, check_utf8
 from sandmartin.cli.talk import moment, print_json, print_table
 from sandmartin.client.sandbox import AsyncSandbox
 from sandmartin.model import check_name
@@ -21,9 +21,9 @@ def configure_checkpoint(verbs: Any) -> None:
         description="Keep where a running sandbox is, memory and disk, and print the id of that "
         "checkpoint. The sandbox goes on.",
     )
-    parser.add_argument("id", metavar="ID")
+    add_id(parser)
     parser.add_argument("--comment", default="", metavar="TEXT", help="what it is for")
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_checkpoint)
 
@@ -34,11 +34,11 @@ def configure_checkpoints(verbs: Any) -> None:
         help="list the checkpoints of a sandbox",
         description="List the checkpoints of a sandbox, oldest first.",
     )
-    parser.add_argument("id", metavar="ID")
+    add_id(parser)
     parser.add_argument(
         "--rm", action="append", default=[], metavar="CHECKPOINT", help="delete it; repeatable"
     )
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_checkpoints)
 
@@ -50,9 +50,9 @@ def configure_rollback(verbs: Any) -> None:
         description="Return a sandbox to a checkpoint, in memory and on disk. What came after it "
         "is gone.",
     )
-    parser.add_argument("id", metavar="ID")
+    add_id(parser)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_rollback)
 

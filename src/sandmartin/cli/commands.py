@@ -11,14 +11,14 @@ from dataclasses import asdict
 from typing import Any
 
 from sandmartin.cli import exitcode
-from sandmartin.cli.connection import ask_sandbox, sandbox_of
+from sandmartin.cli.connection import add_id, ask_sandbox, sandbox_of
 from sandmartin.cli.execution import ended_with_us, exit_code_of, relay
 from sandmartin.cli.interrupts import Interrupts, carry_out
 from sandmartin.cli.options import (
     Parser,
     add_command_flags,
     add_json_flag,
-    add_settings_flags,
+    add_place_flags,
     check_utf8,
     environment,
     positive,
@@ -48,8 +48,8 @@ def configure_exec(verbs: Any) -> None:
         "--timeout", type=positive, metavar="S", help="kill the command after S seconds"
     )
     add_command_flags(parser)
-    add_settings_flags(parser)
-    parser.add_argument("id", metavar="ID")
+    add_place_flags(parser)
+    add_id(parser)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(act=_exec)
 
@@ -60,8 +60,8 @@ def configure_ps(verbs: Any) -> None:
         help="list the commands of a sandbox",
         description="List the commands that were started in a sandbox and run.",
     )
-    parser.add_argument("id", metavar="ID")
-    add_settings_flags(parser)
+    add_id(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_ps)
 

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sandmartin.cli.extras import extra
-from sandmartin.cli.options import CONTROL_FLAGS, add_control_flags, add_json_flag
+from sandmartin.cli.options import (
+    CONTROL_FLAGS,
+    add_control_flags,
+    add_debug_flag,
+    add_json_flag,
+)
 from sandmartin.cli.up import announce, first_end, log_to_stderr, signals
 
 _LEVELS = ("debug", "info", "warning", "error")
@@ -26,10 +31,9 @@ def configure(verbs: Any) -> None:
         description="Run the control plane in the foreground; hosts are added with `sandmartin "
         "host add`. SIGTERM and Ctrl-C end it, and sandboxes run on.",
     )
-    parser.set_defaults(act=_serve, parser=parser)
+    parser.set_defaults(act=_serve)
+    add_debug_flag(parser)
     add = parser.add_argument
-    # As `add_settings_flags` has it.
-    add("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--data-dir", type=Path, metavar="DIR", help="secret key, first API key, and SQLite")
     add("--settings", type=Path, metavar="FILE", help="TOML file with further settings")
     add_control_flags(parser)

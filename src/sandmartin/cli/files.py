@@ -20,7 +20,7 @@ from typing import Any
 
 from sandmartin.cli import exitcode
 from sandmartin.cli.connection import connected
-from sandmartin.cli.options import add_json_flag, add_settings_flags, check_utf8
+from sandmartin.cli.options import add_json_flag, add_place_flags, check_utf8
 from sandmartin.cli.pipes import ByteSource
 from sandmartin.cli.progress import Progress
 from sandmartin.cli.talk import print_json, say, say_error
@@ -48,7 +48,7 @@ def configure(verbs: Any) -> None:
     parser.add_argument(
         "-u", "--user", default="", metavar="USER", help="user in the sandbox (default: root)"
     )
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_copy)
 

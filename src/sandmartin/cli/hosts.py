@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
-from sandmartin.cli.options import add_json_flag
-from sandmartin.cli.rest import Rest, rest
+from sandmartin.cli.connection import ask_control_plane
+from sandmartin.cli.options import add_debug_flag, add_json_flag, add_server_flag
 from sandmartin.cli.talk import print_json, print_table, say
 from sandmartin.errors import NotFound
+from sandmartin.transport.api import Api
 
+_PATH = "/v1/hosts"
+#: Its agent ends all that is on it first.
+_REMOVE_S = 90.0
 _HEAD = ("NAME", "STATUS", "ADDRESS", "VCPUS", "MEMORY_MB", "DISK_FREE_MB", "RUNNING", "PAUSED")
 _Host = dict[str, Any]
 
@@ -20,8 +23,7 @@ def configure(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "host",
         help="list, add and remove hosts",
-        description="The hosts of the platform at SANDMARTIN_URL, with the key in "
-        "SANDMARTIN_API_KEY, which must be an administrator's.",
+        description="The hosts of the platform. That takes an administrator's key.",
     )
     nouns = parser.add_subparsers(dest="host_verb", metavar="VERB", required=True)
     _verb(nouns, "ls", _list, "list hosts")
@@ -49,18 +51,15 @@ def _verb(
     )
     if name:
         parser.add_argument("name", metavar="NAME")
-    # As `add_settings_flags` has it.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-    parser.set_defaults(act=act, parser=parser)
+    parser.set_defaults(act=act)
+    add_server_flag(parser)
+    add_debug_flag(parser)
     add_json_flag(parser)
     return parser
 
 
 def _list(args: argparse.Namespace) -> int:
-    with rest() as control:
-        hosts = control.ask("GET", "/v1/hosts")
+    hosts = ask_control_plane(args, lambda api: api.ask("GET", _PATH))
     if args.json:
         print_json(hosts)
     else:
@@ -77,34 +76,38 @@ def _row(host: _Host) -> tuple[str, ...]:
 
 
 def _add(args: argparse.Namespace) -> int:
-    with rest() as control:
-        made = control.ask("POST", "/v1/hosts", {"name": args.name})
-    return _tell_token(args, made)
+    async def add(api: Api) -> int:
+        return _tell_token(args, api, await api.ask("POST", _PATH, {"name": args.name}))
+
+    return ask_control_plane(args, add)
 
 
 def _reissue(args: argparse.Namespace) -> int:
-    with rest() as control:
-        made = control.ask("POST", f"{_path(control, args.name)}/token")
-    return _tell_token(args, made)
+    async def reissue(api: Api) -> int:
+        path = f"{await _path(api, args.name)}/token"
+        return _tell_token(args, api, await api.ask("POST", path))
+
+    return ask_control_plane(args, reissue)
 
 
-def _tell_token(args: argparse.Namespace, made: dict[str, Any]) -> int:
+def _tell_token(args: argparse.Namespace, api: Api, made: _Host) -> int:
     if args.json:
         print_json(made)
         return 0
     say("It works once, within an hour. On the machine that is to be the host, as root:")
-    say(
-        f"  SANDMARTIN_HOST_TOKEN=TOKEN sandmartin agent --control {os.environ['SANDMARTIN_URL']}"
-        " --listen ADDRESS:7443"
-    )
+    say(f"  SANDMARTIN_HOST_TOKEN=TOKEN sandmartin agent --control {api.url} --listen ADDRESS:7443")
     print(made["token"])
     return 0
 
 
 def _remove(args: argparse.Namespace) -> int:
-    with rest() as control:
-        force = "?force=true" if args.force else ""
-        control.ask("DELETE", f"{_path(control, args.name)}{force}")
+    params = {"force": "true"} if args.force else {}
+
+    async def remove(api: Api) -> None:
+        path = await _path(api, args.name)
+        await api.ask("DELETE", path, params=params, deadline_s=_REMOVE_S)
+
+    ask_control_plane(args, remove)
     if args.json:
         print_json({"removed": [args.name]})
     else:
@@ -121,8 +124,11 @@ def _revoke(args: argparse.Namespace) -> int:
 
 
 def _act(args: argparse.Namespace, verb: str) -> int:
-    with rest() as control:
-        host = control.ask("POST", f"{_path(control, args.name)}/{verb}")
+    async def ask(api: Api) -> _Host:
+        host: _Host = await api.ask("POST", f"{await _path(api, args.name)}/{verb}")
+        return host
+
+    host = ask_control_plane(args, ask)
     if args.json:
         print_json(host)
     else:
@@ -130,9 +136,9 @@ def _act(args: argparse.Namespace, verb: str) -> int:
     return 0
 
 
-def _path(control: Rest, name: str) -> str:
+async def _path(api: Api, name: str) -> str:
     """The path of the host of this name, or id. Raises NotFound."""
-    for host in control.ask("GET", "/v1/hosts"):
+    for host in await api.ask("GET", _PATH):
         if name in {host["name"], host["id"]}:
-            return f"/v1/hosts/{host['id']}"
+            return f"{_PATH}/{host['id']}"
     raise NotFound(f"there is no host {name!r}", hint="`sandmartin host ls` shows those there are")

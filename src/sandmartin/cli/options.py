@@ -11,6 +11,8 @@ from sandmartin.cli import exitcode
 from sandmartin.errors import Invalid
 from sandmartin.model import Accel, Settings
 
+_MAX_PORT = 65535
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with the exit code of wrong usage as the verb has it and `hint:` as we have it.
@@ -38,6 +40,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def port_number(text: str) -> int:
+    """1 to 65535."""
+    number = positive(text)
+    if number > _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is above {_MAX_PORT}")
     return number
 
 
@@ -90,12 +100,8 @@ def check_utf8(*words: str) -> None:
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every verb, and the verb's parser among what it parsed."""
-    # Also behind the verb; SUPPRESS, or its default would undo the flag before the verb.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-    parser.set_defaults(parser=parser)
+    """Flags of every verb that has to do with the agent of this machine."""
+    add_debug_flag(parser)
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -106,6 +112,32 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--settings", type=Path, metavar="FILE", help="TOML file with further settings"
     )
+
+
+def add_place_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every verb that is for a control plane, or else for the agent of this machine."""
+    add_server_flag(parser)
+    add_settings_flags(parser)
+
+
+def add_server_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag that says which control plane is meant; its key is never a word of ours."""
+    parser.add_argument(
+        "--server",
+        default="",
+        metavar="URL",
+        help="the control plane (SANDMARTIN_URL, with SANDMARTIN_API_KEY; default: where you are "
+        "logged in, else the agent on this machine; unix:PATH is an agent's socket)",
+    )
+
+
+def add_debug_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of every verb, and the verb's parser among what it parsed."""
+    # Also behind the verb; SUPPRESS, or its default would undo the flag before the verb.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    parser.set_defaults(parser=parser)
 
 
 def add_accel_flag(parser: argparse.ArgumentParser) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import codecs
 import sys
 from dataclasses import asdict
 from typing import Any
 
-from sandmartin.cli.connection import ask_sandbox
-from sandmartin.cli.options import add_json_flag, add_settings_flags
-from sandmartin.cli.talk import moment, plain, print_json, print_table
+from sandmartin.cli.connection import add_id, ask_sandbox
+from sandmartin.cli.options import add_json_flag, add_place_flags
+from sandmartin.cli.talk import moment, plain, print_json, print_table, say
+from sandmartin.client.sandbox import AsyncSandbox
+from sandmartin.errors import Conflict, NotFound
 
+#: How long what is said may wait to be printed.
+_LOOK_S = 0.3
 _RANGES = ("10m", "2h", "24h")
 
 
@@ -21,8 +27,11 @@ def configure_logs(verbs: Any) -> None:
         description="Print the newest that the console of a sandbox said, 64 KiB at most. What "
         "was printed once is not kept.",
     )
-    parser.add_argument("id", metavar="ID")
-    add_settings_flags(parser)
+    add_id(parser)
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the sandbox no longer runs"
+    )
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_logs)
 
@@ -34,29 +43,54 @@ def configure_metrics(verbs: Any) -> None:
         description="Show what a sandbox used, oldest first: CPU in percent of one, memory as "
         "the guest sees it, disk as allocated on the host.",
     )
-    parser.add_argument("id", metavar="ID")
+    add_id(parser)
     parser.add_argument(
         "--range",
         choices=_RANGES,
         default=_RANGES[0],
         help="10m: every 0.5 s (default); 2h: every 30 s; 24h: every 5 min",
     )
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_metrics)
 
 
 def _logs(args: argparse.Namespace) -> int:
-    content = ask_sandbox(args, lambda sandbox: sandbox.read_console())
-    text = content.decode(errors="replace")
-    if args.json:
-        print_json({"console": text})
-    elif sys.stdout is not None and sys.stdout.isatty():
-        # Lines of a console end in CR LF.
-        print(plain(text.replace("\r", "")), flush=True)
-    elif sys.stdout is not None:
-        sys.stdout.buffer.write(content)
+    async def read(sandbox: AsyncSandbox) -> None:
+        tell = _Console(as_json=args.json)
+        tell(await sandbox.read_console())
+        while args.follow:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                tell(await sandbox.read_console(), more=True)
+            except (NotFound, Conflict) as error:
+                say(f"the end: {error.message}")
+                return
+
+    ask_sandbox(args, read)
     return 0
+
+
+class _Console:
+    """Prints what a console said, piece by piece."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        # A piece may end within a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __call__(self, content: bytes, *, more: bool = False) -> None:
+        text = self._decoder.decode(content)
+        if sys.stdout is None or (more and not content):
+            return
+        if self._as_json:
+            print_json({"console": text})
+        elif sys.stdout.isatty():
+            # Lines of a console end in CR LF.
+            print(plain(text.replace("\r", "")), end="", flush=True)
+        else:
+            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.flush()
 
 
 def _metrics(args: argparse.Namespace) -> int:

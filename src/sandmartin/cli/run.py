@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from sandmartin.cli import exitcode
+from sandmartin.cli.connection import place_of
 from sandmartin.cli.execution import exit_code_of, relay
 from sandmartin.cli.interrupts import Interrupts, carry_out
 from sandmartin.cli.options import (
     Parser,
     add_accel_flag,
     add_command_flags,
-    add_settings_flags,
+    add_place_flags,
     add_shape_flags,
     check_utf8,
     environment,
-    load_settings,
     positive,
 )
 from sandmartin.cli.own_agent import own_agent, require_root
@@ -38,14 +38,16 @@ from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
 from sandmartin.errors import Invalid
 from sandmartin.model import new_sandbox_id
 from sandmartin.transport import Command, NewSandbox
-from sandmartin.transport.agent import AgentSocket, agent_answers
+from sandmartin.transport.agent import agent_answers
+from sandmartin.transport.place import Place
 
 _DESCRIPTION = """\
 Run a command in a new sandbox, with our standard input, output and error, and destroy the
 sandbox when it ends. The exit code is the command's.
 
-The agent that listens in the data directory is used. When there is none, one is started for this
-run alone, on a private data directory, which takes root.
+The control plane is used that SANDMARTIN_URL names or that you are logged in to; without one the
+agent that listens in the data directory. When there is none either, one is started for this run
+alone, on a private data directory, which takes root.
 """
 _EXAMPLES = """\
 examples:
@@ -71,7 +73,7 @@ def configure(verbs: Any) -> None:
     add_command_flags(parser)
     add("--file", action="append", default=[], metavar="LOCAL:REMOTE", help="upload; repeatable")
     add("--timeout", type=positive, metavar="S", help="kill the command after S seconds")
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_accel_flag(parser)
     add("-v", "--verbose", action="store_true", help="say what happens, and show the agent's log")
     add("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
@@ -112,8 +114,8 @@ class Plan:
     new: NewSandbox
     command: Command
     uploads: tuple[Upload, ...]
-    socket: Path
-    #: How to start an agent when none listens on `socket`.
+    place: Place
+    #: How to start an agent where one should be and none is.
     agent_argv: tuple[str, ...]
     verbose: bool
     began: float
@@ -148,7 +150,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         new=new,
         command=command,
         uploads=tuple(Upload.parse(text) for text in args.file),
-        socket=load_settings(args).socket,
+        place=place_of(args),
         agent_argv=_agent_argv(args),
         verbose=args.verbose or args.debug,
         began=time.monotonic(),
@@ -183,15 +185,16 @@ async def _run(plan: Plan, stack: AsyncExitStack, interrupts: Interrupts) -> int
         descriptor = upload.open()
         stack.callback(os.close, descriptor)
         sources.append((upload, ByteSource(descriptor)))
-    socket = plan.socket
-    if not await agent_answers(socket):
+    place = plan.place
+    if place.socket is not None and not await agent_answers(place.socket):
         require_root()
-        plan.tell(f"no agent listens on {socket}: starting one for this run")
+        plan.tell(f"no agent listens on {place.socket}: starting one for this run")
         agent = await stack.enter_async_context(own_agent(plan.agent_argv, verbose=plan.verbose))
-        socket = await agent.ready()
-    transport = await stack.enter_async_context(aclosing(AgentSocket(socket)))
-    plan.tell(f"creating {plan.new.sandbox_id} from {plan.new.template}")
+        place = Place(socket=await agent.ready())
+    transport = await stack.enter_async_context(aclosing(place.transport()))
+    plan.tell(f"creating a sandbox from {plan.new.template} at {place}")
     sandbox = await stack.enter_async_context(temporary_sandbox(transport, plan.new))
+    plan.tell(f"{sandbox.sandbox_id} runs")
     for upload, source in sources:
         plan.tell(f"uploading {upload.local} to {upload.remote}")
         await _send(sandbox, upload, source, plan.command.user)

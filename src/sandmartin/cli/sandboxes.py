@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any
 
 from sandmartin.cli import exitcode
-from sandmartin.cli.connection import ask, ask_sandbox, connected, do_each, sandbox_of
+from sandmartin.cli.connection import (
+    add_id,
+    add_ids,
+    ask,
+    ask_sandbox,
+    connected,
+    do_each,
+    sandbox_of,
+)
 from sandmartin.cli.interrupts import Interrupts, carry_out
 from sandmartin.cli.options import (
     add_env_flag,
     add_json_flag,
-    add_settings_flags,
+    add_place_flags,
     add_shape_flags,
     check_utf8,
     environment,
-    load_settings,
     positive,
     seconds,
 )
 from sandmartin.cli.talk import moment, print_fields, print_json, print_table, say_error
 from sandmartin.client.sandbox import AsyncSandbox
 from sandmartin.model import check_name, new_sandbox_id
-from sandmartin.transport import ForkedSandbox, NewSandbox, SandboxInfo
-from sandmartin.transport.agent import reach_agent
+from sandmartin.transport import ForkedSandbox, NewSandbox, SandboxInfo, Transport
+from sandmartin.transport.agent import AgentSocket
 
 _HEAD = ("ID", "STATE", "TEMPLATE", "VCPUS", "MEMORY_MB", "DISK_MB", "ADDRESS", "CREATED")
 _IDLE = "idle time after which it is paused; 0 is never"
@@ -42,16 +49,16 @@ def configure_create(verbs: Any) -> None:
     add_shape_flags(parser)
     add_env_flag(parser)
     parser.add_argument("--timeout", type=seconds, default=0, metavar="S", help=_IDLE)
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_create)
 
 
 def configure_ls(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
-        "ls", help="list sandboxes", description="List the sandboxes of the agent."
+        "ls", help="list sandboxes", description="List the sandboxes that are there."
     )
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_list)
 
@@ -60,8 +67,8 @@ def configure_info(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "info", help="show a sandbox", description="Show the state and the shape of a sandbox."
     )
-    parser.add_argument("id", metavar="ID")
-    add_settings_flags(parser)
+    add_id(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_info)
 
@@ -73,8 +80,8 @@ def configure_pause(verbs: Any) -> None:
         description="Write sandboxes to disk, memory and all, and free what they use. Prints "
         "the id of each that is paused.",
     )
-    parser.add_argument("ids", nargs="+", metavar="ID")
-    add_settings_flags(parser)
+    add_ids(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_pause)
 
@@ -85,9 +92,9 @@ def configure_resume(verbs: Any) -> None:
         help="resume paused sandboxes",
         description="Let paused sandboxes go on from where they were. Prints the id of each.",
     )
-    parser.add_argument("ids", nargs="+", metavar="ID")
+    add_ids(parser)
     parser.add_argument("--timeout", type=seconds, metavar="S", help=f"{_IDLE}; default: as before")
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_resume)
 
@@ -99,7 +106,7 @@ def configure_fork(verbs: Any) -> None:
         description="Make sandboxes that go on from where a running one is, which goes on too. "
         "Prints their ids. Exits 1 when not all could be made.",
     )
-    parser.add_argument("id", metavar="ID")
+    add_id(parser)
     parser.add_argument("-n", "--count", type=positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--timeout",
@@ -108,7 +115,7 @@ def configure_fork(verbs: Any) -> None:
         metavar="S",
         help="idle time after which they are paused; default: as the source's",
     )
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_fork)
 
@@ -119,8 +126,8 @@ def configure_kill(verbs: Any) -> None:
         help="destroy sandboxes",
         description="Destroy sandboxes and all they hold. One that is gone already is no error.",
     )
-    parser.add_argument("ids", nargs="+", metavar="ID")
-    add_settings_flags(parser)
+    add_ids(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_kill)
 
@@ -139,8 +146,9 @@ def _create(args: argparse.Namespace) -> int:
 
     async def act(stack: AsyncExitStack, _interrupts: Interrupts) -> int:
         transport = await stack.enter_async_context(connected(args))
-        # Only then is a failed create one that may have left something.
-        await reach_agent(load_settings(args).socket)
+        if isinstance(transport, AgentSocket):
+            # Only then is a failed create one that may have left something.
+            await transport.reach()
         sandbox = await AsyncSandbox.create(transport, new)
         if args.json:
             print_json({"sandbox_id": sandbox.sandbox_id})
@@ -192,22 +200,23 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ids(args: argparse.Namespace) -> list[str]:
-    return [check_name(each, "sandbox id") for each in args.ids]
+def _each(
+    args: argparse.Namespace, done_word: str, act: Callable[[Transport, str], Awaitable[object]]
+) -> int:
+    ids = [check_name(each, "sandbox id") for each in args.ids]
+    return do_each(args, connected(args), ids, done_word, act)
 
 
 def _pause(args: argparse.Namespace) -> int:
-    return do_each(args, _ids(args), "paused", lambda transport, each: transport.pause(each))
+    return _each(args, "paused", lambda transport, each: transport.pause(each))
 
 
 def _resume(args: argparse.Namespace) -> int:
-    return do_each(
-        args, _ids(args), "resumed", lambda transport, each: transport.resume(each, args.timeout)
-    )
+    return _each(args, "resumed", lambda transport, each: transport.resume(each, args.timeout))
 
 
 def _kill(args: argparse.Namespace) -> int:
-    return do_each(args, _ids(args), "killed", lambda transport, each: transport.destroy(each))
+    return _each(args, "killed", lambda transport, each: transport.destroy(each))
 
 
 def _fork(args: argparse.Namespace) -> int:

@@ -17,13 +17,13 @@ from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import Any
 
 from sandmartin.cli import exitcode
-from sandmartin.cli.connection import sandbox_of
+from sandmartin.cli.connection import add_id, sandbox_of
 from sandmartin.cli.execution import ended_with_us, exit_code_of, relay
 from sandmartin.cli.interrupts import Interrupts, carry_out
 from sandmartin.cli.options import (
     Parser,
     add_command_flags,
-    add_settings_flags,
+    add_place_flags,
     check_utf8,
     environment,
 )
@@ -48,8 +48,8 @@ def configure(verbs: Any) -> None:
     )
     parser.passes_exit_on = True
     add_command_flags(parser)
-    add_settings_flags(parser)
-    parser.add_argument("id", metavar="ID")
+    add_place_flags(parser)
+    add_id(parser)
     parser.set_defaults(act=_shell)
 
 

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from sandmartin.cli.connection import ask, ask_sandbox, do_each
-from sandmartin.cli.options import add_json_flag, add_settings_flags
+from sandmartin.cli.connection import add_id, ask, ask_sandbox, connected, do_each
+from sandmartin.cli.options import add_json_flag, add_place_flags
 from sandmartin.cli.talk import print_json, print_table
 from sandmartin.model import check_name
 from sandmartin.transport import Template
@@ -22,10 +22,10 @@ def configure_snapshot(verbs: Any) -> None:
         description="Make a template of a sandbox, memory and disk, and print its name. The "
         "sandbox is paused by it, or goes on with --live.",
     )
-    parser.add_argument("id", metavar="ID")
+    add_id(parser)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--live", action="store_true", help="leave the sandbox running")
-    add_settings_flags(parser)
+    add_place_flags(parser)
     add_json_flag(parser)
     parser.set_defaults(act=_snapshot)
 
@@ -36,7 +36,7 @@ def configure_template(verbs: Any) -> None:
     )
     nouns = parser.add_subparsers(dest="template_verb", metavar="VERB", required=True)
     listing = nouns.add_parser("ls", help="list templates", description="List the templates.")
-    add_settings_flags(listing)
+    add_place_flags(listing)
     add_json_flag(listing)
     listing.set_defaults(act=_list)
     removal = nouns.add_parser(
@@ -45,7 +45,7 @@ def configure_template(verbs: Any) -> None:
         description="Delete templates. One that something still depends on stays.",
     )
     removal.add_argument("names", nargs="+", metavar="NAME")
-    add_settings_flags(removal)
+    add_place_flags(removal)
     add_json_flag(removal)
     removal.set_defaults(act=_remove)
 
@@ -77,4 +77,10 @@ def _row(template: Template) -> tuple[str, ...]:
 
 def _remove(args: argparse.Namespace) -> int:
     names = [check_name(each, "template name") for each in args.names]
-    return do_each(args, names, "removed", lambda transport, name: transport.delete_snapshot(name))
+    return do_each(
+        args,
+        connected(args),
+        names,
+        "removed",
+        lambda transport, name: transport.delete_snapshot(name),
+    )

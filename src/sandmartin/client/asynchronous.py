@@ -11,7 +11,7 @@ from sandmartin.client.callbacks import OnEach
 from sandmartin.client.code import DEFAULT_TIMEOUT_S as CODE_TIMEOUT_S
 from sandmartin.client.code import AsyncCode, CodeContext
 from sandmartin.client.commands import AsyncCommands
-from sandmartin.client.connection import connection_to, find_place
+from sandmartin.client.connection import connection_to
 from sandmartin.client.execution import CodeOutput, Execution, ExecutionError, Result
 from sandmartin.client.files import AsyncFiles
 from sandmartin.client.git import AsyncGit
@@ -20,6 +20,7 @@ from sandmartin.client.pty import AsyncPty
 from sandmartin.errors import Unimplemented
 from sandmartin.model import State, check_name, new_sandbox_id
 from sandmartin.transport import Checkpoint, MetricPoint, NewSandbox, SandboxInfo, Snapshot
+from sandmartin.transport.place import find_place
 
 DEFAULT_TIMEOUT_S = 300.0
 _PAGE = 100

@@ -1,38 +1,19 @@
-"""Where sandboxes are served, and what each event loop has open to there.
+"""What each event loop has open to a place where sandboxes are served.
 
-A place is found from what is given, SANDMARTIN_URL and SANDMARTIN_API_KEY, the stored login, and
-then the agent of this machine, in this order. All sandboxes of a place share one connection pool
-per event loop; it is closed when the loop ends.
+All sandboxes of a place share it; it is closed when the loop ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from sandmartin.client.server import Server
-from sandmartin.errors import Invalid, Unimplemented
-from sandmartin.model import Settings
+from sandmartin.errors import Unimplemented
 from sandmartin.transport import Transport
-from sandmartin.transport.agent import AgentSocket
-
-_UNIX = "unix:"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A control plane by URL and key, or a host agent by its socket."""
-
-    url: str = ""
-    api_key: str = field(default="", repr=False)
-    socket: Path | None = None
-
-    def __str__(self) -> str:
-        return self.url or f"the agent on {self.socket}"
+from sandmartin.transport.place import Place
+from sandmartin.transport.rest import Rest
 
 
 class Connection:
@@ -42,11 +23,10 @@ class Connection:
         self._place = place
         self._server: Server | None = None
         self.keeper: AsyncGenerator[None, None] | None = None
-        if place.socket is not None:
-            self.transport: Transport = AgentSocket(place.socket)
-        else:
-            self._server = Server(place.url, place.api_key)
-            self.transport = self._server.rest
+        transport = place.transport()
+        self.transport: Transport = transport
+        if isinstance(transport, Rest):
+            self._server = Server(transport)
 
     def server(self, what: str) -> Server:
         """The control plane, which `what` needs. Raises Unimplemented when there is none."""
@@ -93,19 +73,3 @@ def _close_at_end(connection: Connection) -> None:
     connection.keeper = keep()
     with suppress(StopIteration):
         connection.keeper.__anext__().send(None)
-
-
-def find_place(url: str | None = None, api_key: str | None = None) -> Place:
-    """Where sandboxes are served. A URL `unix:/path` is an agent's socket. Raises Invalid."""
-    url = url or os.environ.get("SANDMARTIN_URL", "")
-    if url.startswith(_UNIX):
-        return Place(socket=Path(url.removeprefix(_UNIX)))
-    api_key = api_key or os.environ.get("SANDMARTIN_API_KEY", "")
-    if url and api_key:
-        return Place(url=url, api_key=api_key)
-    if url or api_key:
-        raise Invalid(
-            f"there is no {'API key' if url else 'URL'} of the control plane",
-            hint="set SANDMARTIN_URL and SANDMARTIN_API_KEY, as `sandmartin up` prints them",
-        )
-    return Place(socket=Settings.load().socket)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sandmartin.client.connection import Connection, Place, connection_to
+from sandmartin.client.connection import Connection, connection_to
 from sandmartin.transport import Transport
+from sandmartin.transport.place import Place
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,9 @@ class Tokens:
 class Server:
     """One control plane."""
 
-    def __init__(self, url: str, api_key: str) -> None:
-        """Raises Invalid."""
-        self.rest = Rest(url, api_key)
-        self._url = self.rest.api.url
+    def __init__(self, rest: Rest) -> None:
+        self._api = rest.api
+        self._url = rest.api.url
         self._ports = httpx.AsyncClient(
             base_url=self._url,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=10),
@@ -86,7 +85,7 @@ class Server:
             "limit": limit,
             "cursor": cursor,
         }
-        answer = await self.rest.api.ask("GET", "/v1/sandboxes", params=params)
+        answer = await self._api.ask("GET", "/v1/sandboxes", params=params)
         found = tuple(sandbox_info(each) for each in parts(answer, "items"))
         return found, text(answer, "next")
 
@@ -94,7 +93,7 @@ class Server:
         """What opens the ports of a sandbox: the same for its whole life. Raises NotFound."""
         if (known := self._tokens.get(sandbox_id)) is not None:
             return known
-        answer = await self.rest.api.ask("GET", f"/v1/sandboxes/{sandbox_id}/access")
+        answer = await self._api.ask("GET", f"/v1/sandboxes/{sandbox_id}/access")
         found = Tokens(
             access=text(answer, "access_token"),
             traffic=text(answer, "traffic_token"),

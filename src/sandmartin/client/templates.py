@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sandmartin.client.connection import connection_to, find_place
+from sandmartin.client.connection import connection_to
 from sandmartin.transport import Snapshot, Template
+from sandmartin.transport.place import find_place
 
 
 class AsyncTemplates:

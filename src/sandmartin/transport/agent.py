@@ -385,6 +385,10 @@ class AgentSocket(Agent):
         transport = httpx.AsyncHTTPTransport(uds=os.fspath(path), verify=False, limits=_LIMITS)
         super().__init__(transport, "http://agent")
 
+    async def reach(self) -> None:
+        """Make sure that an agent listens. Raises Denied, Unavailable."""
+        await reach_agent(self._path)
+
     def _unreachable(self, error: OSError | None) -> SandmartinError:
         return _refusal(self._path, error)
 

@@ -96,16 +96,17 @@ class Api:
         deadline_s: float = CALL_S,
         key: str = "",
         repeatable: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         """What is answered, None for nothing. Raises what is said, TimedOut, Unavailable.
 
         What is `repeatable` is asked again when its answer was lost, as is what only reads, and
         what has an idempotency `key`.
         """
-        headers = {"idempotency-key": key} if key else {}
+        sent = {**(headers or {}), **({"idempotency-key": key} if key else {})}
         # httpx's own timeouts are for each read, and a peer that trickles never reaches them.
         timeout = httpx.Timeout(None, connect=_CONNECT_S)
-        options = {"json": body, "params": params, "headers": headers, "timeout": timeout}
+        options = {"json": body, "params": params, "headers": sent, "timeout": timeout}
 
         async def attempt() -> bytes:
             async with self._request(method, path, **options) as response:

@@ -398,7 +398,7 @@ def _exec_event(kind: str, fields: Message) -> ExecEvent | None:
 
 
 def sandbox_info(body: Message) -> SandboxInfo:
-    """What the API tells of one sandbox."""
+    """A sandbox as the API shows it."""
     return SandboxInfo(
         sandbox_id=text(body, "id"),
         state=text(body, "status"),
