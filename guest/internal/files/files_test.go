@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,13 +22,22 @@ import (
 
 func serve(t *testing.T) string {
 	t.Helper()
+	return serveIdle(t, UploadIdle) + "/files?path="
+}
+
+func serveIdle(t *testing.T, idle time.Duration) string {
+	t.Helper()
 	me, err := users.Find(strconv.Itoa(os.Getuid()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httptest.NewServer(Handler(func(_, path string) (*users.User, string, error) { return me, path, nil }))
+	locate := func(_ http.Header, _, path string) (*users.User, string, error) { return me, path, nil }
+	mux := http.NewServeMux()
+	mux.Handle("/files", Handler(locate, idle))
+	mux.Handle("POST /files/compose", Composer(locate))
+	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
-	return server.URL + "/files?path="
+	return server.URL
 }
 
 func post(t *testing.T, base, path string, body io.Reader, headers ...string) (int, string) {
@@ -196,8 +206,8 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("write %s: %d %s", c.name, status, body)
 		}
 	}
-	if status, _ := post(t, base, file, strings.NewReader("x"), "Content-Type", "multipart/form-data; boundary=x"); status != http.StatusUnsupportedMediaType {
-		t.Errorf("multipart: %d", status)
+	if status, _ := post(t, base, file, strings.NewReader("x"), "Content-Type", "multipart/form-data; boundary=x"); status != http.StatusBadRequest {
+		t.Errorf("no form: %d", status)
 	}
 	if status, _ := post(t, base, file, strings.NewReader("x"), "Content-Encoding", "br"); status != http.StatusUnsupportedMediaType {
 		t.Errorf("another encoding: %d", status)

@@ -5,38 +5,30 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 
 	"connectrpc.com/connect"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	filesystempb "sandmartin.dev/guest/internal/gen/filesystem"
 	"sandmartin.dev/guest/internal/gen/filesystem/filesystemconnect"
 	"sandmartin.dev/guest/internal/users"
 )
 
-const (
-	maxEntries = 50_000
-	maxDepth   = 64
-)
-
-var errTooMany = fmt.Errorf("more than %d entries; list a smaller directory or depth", maxEntries)
-
 // Locate finds the user a request asks for and the absolute path it means.
 type Locate func(header http.Header, path string) (*users.User, string, error)
 
-// Service works on the guest's files. Watching is not implemented yet.
+// Service works on the guest's files.
 type Service struct {
-	filesystemconnect.UnimplementedFilesystemHandler
-	locate Locate
+	locate  Locate
+	watches watches
 }
+
+var _ filesystemconnect.FilesystemHandler = (*Service)(nil)
 
 // NewService returns a service that finds users and paths by locate.
 func NewService(locate Locate) *Service { return &Service{locate: locate} }
@@ -76,63 +68,6 @@ func toConnect(err error) error {
 		return connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	return connect.NewError(connect.CodeInternal, err)
-}
-
-// describe returns what is known of the file at path, called shown. For a link the type is its
-// target's. Names need not be text, but what is sent must be.
-func describe(path, shown string, names *users.Names) (*filesystempb.EntryInfo, error) {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return nil, err
-	}
-	stat := info.Sys().(*syscall.Stat_t)
-	entry := &filesystempb.EntryInfo{
-		Name: text(filepath.Base(shown)), Path: text(shown), Type: typeOf(info.Mode()), Size: info.Size(),
-		Mode: uint32(stat.Mode & 0o7777), Permissions: permissions(info.Mode()),
-		Owner: names.User(stat.Uid), Group: names.Group(stat.Gid),
-		ModifiedTime: timestamppb.New(info.ModTime()),
-	}
-	if info.Mode()&fs.ModeSymlink == 0 {
-		return entry, nil
-	}
-	entry.IsSymlink = true
-	target, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		target, err = os.Readlink(path)
-	}
-	if err == nil {
-		target = text(target)
-		entry.SymlinkTarget = &target
-	}
-	if followed, err := os.Stat(path); err == nil {
-		entry.Type = typeOf(followed.Mode())
-	}
-	return entry, nil
-}
-
-func text(name string) string { return strings.ToValidUTF8(name, "\uFFFD") }
-
-func typeOf(mode fs.FileMode) filesystempb.FileType {
-	switch {
-	case mode.IsRegular():
-		return filesystempb.FileType_FILE_TYPE_FILE
-	case mode.IsDir():
-		return filesystempb.FileType_FILE_TYPE_DIRECTORY
-	case mode&fs.ModeSymlink != 0:
-		return filesystempb.FileType_FILE_TYPE_SYMLINK
-	}
-	return filesystempb.FileType_FILE_TYPE_UNSPECIFIED
-}
-
-func permissions(mode fs.FileMode) string {
-	kind := "-"
-	switch {
-	case mode.IsDir():
-		kind = "d"
-	case mode&fs.ModeSymlink != 0:
-		kind = "l"
-	}
-	return kind + mode.Perm().String()[1:]
 }
 
 // Stat describes one file.
@@ -194,78 +129,4 @@ func (s *Service) Remove(_ context.Context, r *connect.Request[filesystempb.Remo
 		return os.RemoveAll(paths[0])
 	})
 	return connect.NewResponse(&filesystempb.RemoveResponse{}), err
-}
-
-// ListDir describes what is below a directory, down to the depth that is asked for.
-func (s *Service) ListDir(_ context.Context, r *connect.Request[filesystempb.ListDirRequest]) (*connect.Response[filesystempb.ListDirResponse], error) {
-	answer := &filesystempb.ListDirResponse{}
-	depth := max(1, int(r.Msg.GetDepth()))
-	if depth > maxDepth {
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("depth %d is above %d", depth, maxDepth))
-	}
-	err := s.at(r.Header(), []string{r.Msg.GetPath()}, func(_ *users.User, paths []string) error {
-		root, err := filepath.EvalSymlinks(paths[0])
-		if err != nil {
-			return err
-		}
-		info, err := os.Stat(root)
-		if err != nil {
-			return err
-		}
-		if !info.IsDir() {
-			return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("path is not a directory: %s", paths[0]))
-		}
-		return (&listing{names: users.NewNames(), left: maxEntries, answer: answer}).add(root, paths[0], depth)
-	})
-	return connect.NewResponse(answer), err
-}
-
-// listing collects entries; left is how many more may be answered.
-type listing struct {
-	names  *users.Names
-	left   int
-	answer *filesystempb.ListDirResponse
-}
-
-// add lists a directory but names what it finds below shown, the path that was asked for.
-func (l *listing) add(directory, shown string, depth int) error {
-	found, err := l.read(directory)
-	if err != nil {
-		return err
-	}
-	for _, child := range found {
-		path, shownPath := filepath.Join(directory, child.Name()), filepath.Join(shown, child.Name())
-		// What vanished or is closed to the user is left out, and does not spoil the rest.
-		entry, err := describe(path, shownPath, l.names)
-		if err != nil {
-			continue
-		}
-		l.answer.Entries = append(l.answer.Entries, entry)
-		if !child.IsDir() || depth <= 1 {
-			continue
-		}
-		if err := l.add(path, shownPath, depth-1); errors.Is(err, errTooMany) {
-			return err
-		}
-	}
-	return nil
-}
-
-// read returns the sorted entries of a directory, but no more than may still be answered: a
-// directory can be larger than the memory.
-func (l *listing) read(directory string) ([]fs.DirEntry, error) {
-	opened, err := os.Open(directory)
-	if err != nil {
-		return nil, err
-	}
-	defer opened.Close()
-	found, err := opened.ReadDir(l.left + 1)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
-	}
-	if l.left -= len(found); l.left < 0 {
-		return nil, connect.NewError(connect.CodeResourceExhausted, errTooMany)
-	}
-	slices.SortFunc(found, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
-	return found, nil
 }

@@ -87,7 +87,7 @@ func TestListingDepth(t *testing.T) {
 func TestListingIsBounded(t *testing.T) {
 	root := tree(t, "a/1", "a/2", "b/1", "b/2")
 	for left, expected := range map[int]error{6: nil, 5: errTooMany, 1: errTooMany} {
-		l := &listing{names: users.NewNames(), left: left, answer: &filesystempb.ListDirResponse{}}
+		l := &listing{names: users.NewNames(), left: left, leftBytes: maxBytes, answer: &filesystempb.ListDirResponse{}}
 		if err := l.add(root, root, 2); !errors.Is(err, expected) || len(l.answer.GetEntries()) > left {
 			t.Errorf("with %d left: %d entries, %v", left, len(l.answer.GetEntries()), err)
 		}

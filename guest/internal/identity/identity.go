@@ -6,6 +6,7 @@
 package identity
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base64"
@@ -24,9 +25,11 @@ import (
 	"sandmartin.dev/guest/internal/sockets"
 )
 
-// EnvdVersion tells E2B's clients what works. Directory watching (0.1.4) does not yet, so no
-// later gate may be claimed either.
-const EnvdVersion = "0.1.3"
+// EnvdVersion tells E2B's clients what works.
+const EnvdVersion = "0.6.13"
+
+// Where the host names none and the image has it, as E2B's clients expect.
+const standardUser = "user"
 
 const (
 	maxBody        = 1 << 20
@@ -88,7 +91,7 @@ type Identity struct {
 
 // New returns an identity that waits for its introduction.
 func New(recordOnly bool) *Identity {
-	return &Identity{recordOnly: recordOnly, user: "user", envs: map[string]string{}}
+	return &Identity{recordOnly: recordOnly, envs: map[string]string{}}
 }
 
 // Introduced tells whether a token has been set.
@@ -105,11 +108,21 @@ func (i *Identity) Knows(token string) bool {
 	return i.token != "" && subtle.ConstantTimeCompare([]byte(token), []byte(i.token)) == 1
 }
 
-// Defaults returns the user and the working directory that a request without them gets.
-func (i *Identity) Defaults() (user, workdir string) {
+// DefaultUser returns the user that a request without one gets, and whether the host has named it.
+func (i *Identity) DefaultUser() (name string, given bool) {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
-	return i.user, i.workdir
+	return cmp.Or(i.user, standardUser), i.user != ""
+}
+
+// WorkdirOf returns where a user's relative paths begin; nothing is its home.
+func (i *Identity) WorkdirOf(user string) string {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	if user != cmp.Or(i.user, standardUser) {
+		return ""
+	}
+	return i.workdir
 }
 
 // Envs returns a copy of the sandbox's environment.

@@ -22,13 +22,12 @@ import (
 	processpb "sandmartin.dev/guest/internal/gen/process"
 	"sandmartin.dev/guest/internal/gen/process/processconnect"
 	"sandmartin.dev/guest/internal/identity"
+	"sandmartin.dev/guest/internal/keepalive"
 	"sandmartin.dev/guest/internal/users"
 )
 
 const (
-	defaultKeepalive = 90 * time.Second
-	maxKeepalive     = 3600
-	timeoutHeader    = "Connect-Timeout-Ms"
+	timeoutHeader = "Connect-Timeout-Ms"
 	// Digits of a time limit in milliseconds, as the Connect protocol bounds them.
 	maxTimeoutDigits = 10
 )
@@ -152,7 +151,7 @@ func (s *Service) Start(ctx context.Context, request *connect.Request[processpb.
 	if err != nil {
 		return err
 	}
-	return p.relay(ctx, listener, keepalive(request.Header()), func(event *processpb.ProcessEvent) error {
+	return p.relay(ctx, listener, keepalive.Interval(request.Header()), func(event *processpb.ProcessEvent) error {
 		return stream.Send(&processpb.StartResponse{Event: event})
 	})
 }
@@ -163,17 +162,9 @@ func (s *Service) Connect(ctx context.Context, request *connect.Request[processp
 	if err != nil {
 		return err
 	}
-	return p.relay(ctx, p.subscribe(), keepalive(request.Header()), func(event *processpb.ProcessEvent) error {
+	return p.relay(ctx, p.subscribe(), keepalive.Interval(request.Header()), func(event *processpb.ProcessEvent) error {
 		return stream.Send(&processpb.ConnectResponse{Event: event})
 	})
-}
-
-func keepalive(header http.Header) time.Duration {
-	seconds, err := strconv.Atoi(header.Get("Keepalive-Ping-Interval"))
-	if err != nil || seconds <= 0 || seconds > maxKeepalive {
-		return defaultKeepalive
-	}
-	return time.Duration(seconds) * time.Second
 }
 
 // relay sends events until the end of the process or of the client.

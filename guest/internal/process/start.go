@@ -186,10 +186,7 @@ type program struct {
 // prepare describes the process to the kernel: program, directory, environment, rights.
 func (s *Service) prepare(user *users.User, request *processpb.StartRequest) (*program, error) {
 	config := request.GetProcess()
-	defaultUser, workdir := s.identity.Defaults()
-	if user.Name != defaultUser {
-		workdir = ""
-	}
+	workdir := s.identity.WorkdirOf(user.Name)
 	envs := environment(user, request.GetPty() != nil, s.identity.Envs(), config.GetEnvs())
 	directory, path, err := lookUp(user, config.GetCmd(), config.GetCwd(), workdir, envs["PATH"])
 	if err != nil {

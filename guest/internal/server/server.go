@@ -114,7 +114,9 @@ func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	limit := connect.WithReadMaxBytes(maxMessage)
 	mux.Handle(processconnect.NewProcessHandler(a.processes, limit))
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystem.NewService(a.locate), limit))
-	mux.Handle("/files", files.Handler(a.locateNamed))
+	mux.Handle("/files", files.Handler(a.locateNamed, files.UploadIdle))
+	mux.Handle("POST /files/compose", files.Composer(a.locateNamed))
+	mux.HandleFunc("GET /envs", a.tellEnvs)
 	mux.Handle("GET /metrics", &metrics.Meter{})
 	mux.Handle("GET /tunnel", tunnel.Handler(gateway))
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
@@ -205,26 +207,41 @@ func (a *agent) refuse(w http.ResponseWriter, r *http.Request, code connect.Code
 	files.Refuse(w, status, message)
 }
 
+func (a *agent) tellEnvs(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(a.identity.Envs())
+}
+
 // userOf finds the account named by basic authentication, or the default one.
 func (a *agent) userOf(header http.Header) (*users.User, error) {
-	name := ""
-	if encoded, ok := strings.CutPrefix(header.Get("Authorization"), "Basic "); ok {
-		decoded, err := base64.StdEncoding.DecodeString(encoded)
-		if err != nil {
-			return nil, errors.New("the authorization header is not base64")
-		}
-		name, _, _ = strings.Cut(string(decoded), ":")
+	name, err := nameIn(header)
+	if err != nil {
+		return nil, err
 	}
 	return a.named(name)
+}
+
+// nameIn is the account that the headers name, or nothing.
+func nameIn(header http.Header) (string, error) {
+	encoded, ok := strings.CutPrefix(header.Get("Authorization"), "Basic ")
+	if !ok {
+		return "", nil
+	}
+	decoded, err := base64.StdEncoding.DecodeString(encoded)
+	if err != nil {
+		return "", errors.New("the authorization header is not base64")
+	}
+	name, _, _ := strings.Cut(string(decoded), ":")
+	return name, nil
 }
 
 func (a *agent) named(name string) (*users.User, error) {
 	if name != "" {
 		return users.Find(name)
 	}
-	standard, _ := a.identity.Defaults()
+	standard, given := a.identity.DefaultUser()
 	user, err := users.Find(standard)
-	if errors.Is(err, users.ErrUnknown) {
+	if !given && errors.Is(err, users.ErrUnknown) {
 		// An image without the usual account has its root.
 		return users.Find("root")
 	}
@@ -239,7 +256,13 @@ func (a *agent) locate(header http.Header, path string) (*users.User, string, er
 	return user, a.resolve(user, path), nil
 }
 
-func (a *agent) locateNamed(name, path string) (*users.User, string, error) {
+func (a *agent) locateNamed(header http.Header, name, path string) (*users.User, string, error) {
+	if name == "" {
+		var err error
+		if name, err = nameIn(header); err != nil {
+			return nil, "", err
+		}
+	}
 	user, err := a.named(name)
 	if err != nil {
 		return nil, "", err
@@ -248,9 +271,5 @@ func (a *agent) locateNamed(name, path string) (*users.User, string, error) {
 }
 
 func (a *agent) resolve(user *users.User, path string) string {
-	standard, workdir := a.identity.Defaults()
-	if user.Name != standard {
-		workdir = ""
-	}
-	return user.Resolve(path, workdir)
+	return user.Resolve(path, a.identity.WorkdirOf(user.Name))
 }

@@ -26,8 +26,15 @@ import (
 // A group may have many members, all on one line.
 const maxLine = 1 << 20
 
-// ErrUnknown is wrapped by errors about an account that does not exist.
+// ErrUnknown is what errors about an account that does not exist are.
 var ErrUnknown = errors.New("unknown user")
+
+// unknown is the error about one name, in the words that E2B's clients know.
+type unknown string
+
+func (u unknown) Error() string { return "invalid username: '" + string(u) + "'" }
+
+func (u unknown) Is(target error) bool { return target == ErrUnknown }
 
 // User is one account with all its groups.
 type User struct {
@@ -56,7 +63,7 @@ func numeric(name string) (*User, error) {
 	uid, err := strconv.ParseUint(name, 10, 32)
 	// The largest number means "leave it" to the kernel: it would be our own id.
 	if (err != nil && name != "root") || uid == math.MaxUint32 {
-		return nil, fmt.Errorf("invalid username: '%s': %w", name, ErrUnknown)
+		return nil, unknown(name)
 	}
 	// An image without /etc/passwd still has its root.
 	user := &User{Name: name, UID: uint32(uid), GID: uint32(uid), Home: "/", Shell: "/bin/sh"}

@@ -1,0 +1,139 @@
+package files
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"sandmartin.dev/guest/internal/users"
+)
+
+const (
+	// Space an upload may not take, or this part of a small file system: the guest must go on
+	// working on a full disk.
+	reserve     = 16 << 20
+	reservePart = 16
+	// What st_blocks counts in, stat(2).
+	statBlock = 512
+	// How often the free space is looked at during an upload.
+	checkEvery = 8 << 20
+)
+
+// create opens the file for writing, and empties it if there will be space.
+func create(user *users.User, path string, announced int64) (*os.File, error) {
+	var file *os.File
+	existed := false
+	err := user.As(func() (err error) {
+		if err = os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		info, statErr := os.Stat(path)
+		existed = statErr == nil
+		if existed && !info.Mode().IsRegular() {
+			return fmt.Errorf("path '%s' %w", path, errNotRegular)
+		}
+		if file, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644); err == nil && !existed {
+			// It is the user's already. Who watches expects to see it told.
+			_ = file.Chown(int(user.UID), -1)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	var stat unix.Stat_t
+	if err = unix.Fstat(int(file.Fd()), &stat); err == nil && stat.Mode&unix.S_IFMT != unix.S_IFREG {
+		err = fmt.Errorf("path '%s' %w", path, errNotRegular)
+	}
+	if err == nil {
+		err = enoughSpace(file, announced-stat.Blocks*statBlock)
+	}
+	if err == nil && stat.Size > 0 {
+		err = file.Truncate(0)
+	}
+	if err == nil {
+		return file, nil
+	}
+	if existed {
+		_ = file.Close()
+	} else {
+		withdraw(user, path, file)
+	}
+	return nil, err
+}
+
+// withdraw removes what an upload has left, at the end of whatever links lead there.
+func withdraw(user *users.User, path string, file *os.File) {
+	defer file.Close()
+	_ = file.Truncate(0)
+	mine, err := file.Stat()
+	if err != nil {
+		return
+	}
+	_ = user.As(func() error {
+		target, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			return err
+		}
+		if info, err := os.Lstat(target); err != nil || !os.SameFile(info, mine) {
+			return err
+		}
+		return os.Remove(target)
+	})
+}
+
+// content marks the errors of what a client sends, to tell them from those of the disk.
+type content struct{ io.Reader }
+
+func (c content) Read(buffer []byte) (int, error) {
+	n, err := c.Reader.Read(buffer)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = fmt.Errorf("%w: %w", errCut, err)
+	}
+	return n, err
+}
+
+func copyChecked(to *os.File, from io.Reader) error {
+	block, err := newBlock()
+	if err != nil {
+		return err
+	}
+	defer block.free()
+	for unchecked := 0; ; {
+		n, err := io.ReadFull(content{from}, block.bytes)
+		// Compared as they are: content that is cut short wraps the same error.
+		if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+			return err
+		}
+		if writeErr := block.writeTo(to, n); writeErr != nil || err != nil {
+			return writeErr
+		}
+		// What comes before the next look fits into what is kept free.
+		if unchecked += n; unchecked >= checkEvery {
+			if err := enoughSpace(to, 0); err != nil {
+				return err
+			}
+			unchecked = 0
+		}
+	}
+}
+
+func enoughSpace(file *os.File, wanted int64) error {
+	var stat unix.Statfs_t
+	if err := unix.Fstatfs(int(file.Fd()), &stat); err != nil {
+		return err
+	}
+	if stat.Blocks == 0 {
+		return nil // the kernel's own files take no space
+	}
+	kept := min(reserve, int64(stat.Blocks)*stat.Bsize/reservePart)
+	if left := int64(stat.Bavail) * stat.Bsize; max(wanted, 0)+kept > left {
+		return fmt.Errorf("%d bytes are left, of which %d are kept free: %w", left, kept, syscall.ENOSPC)
+	}
+	return nil
+}
