@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sandmartin import (
     AsyncSandbox,
+    AsyncTemplates,
     CommandFailed,
     CommandTimedOut,
     CopyProgress,
+    FileEvent,
+    FileEventType,
+    Sandbox,
     Stderr,
     Stdout,
+    Templates,
 )
 from sandmartin.errors import (
     Conflict,
@@ -25,6 +32,8 @@ from sandmartin.errors import (
     Invalid,
     NotFound,
     NotStarted,
+    Unauthenticated,
+    Unimplemented,
 )
 from tests.contract.guests import alive, wait_until
 from tests.control.living import Place
@@ -348,3 +357,175 @@ async def test_git(sandbox: AsyncSandbox, tmp_path: Path) -> None:
         await git.clone(f"{tmp_path}/none", f"{tmp_path}/x")
     with pytest.raises(Invalid):
         await git.checkout(work, "--orphan")
+
+
+# What goes over the sandbox's ports.
+
+
+async def test_a_watch(sandbox: AsyncSandbox, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    async with await sandbox.files.watch(str(tmp_path), recursive=True) as watch:
+        (tmp_path / "a").write_text("1")
+        (tmp_path / "sub" / "b").write_text("2")
+        (tmp_path / "a").unlink()
+        seen: list[tuple[str, str]] = []
+        async with asyncio.timeout(DEADLINE_S):
+            async for event in watch:
+                assert event.path == f"{tmp_path}/{event.name}"
+                seen.append((event.type, event.name))
+                if event.type is FileEventType.REMOVE:
+                    break
+    assert {("create", "a"), ("write", "a"), ("create", "sub/b"), ("remove", "a")} <= set(seen)
+    async with asyncio.timeout(DEADLINE_S):
+        assert [each async for each in watch] == []
+    with pytest.raises(NotFound):
+        await sandbox.files.watch(f"{tmp_path}/none")
+
+
+async def test_a_watch_calls(sandbox: AsyncSandbox, tmp_path: Path) -> None:
+    heard: asyncio.Queue[FileEvent] = asyncio.Queue()
+    watch = await sandbox.files.watch(str(tmp_path), on_event=heard.put)
+    (tmp_path / "a").mkdir()
+    async with asyncio.timeout(DEADLINE_S):
+        event = await heard.get()
+    assert (event.type, event.name) == (FileEventType.CREATE, "a")
+    await watch.stop()
+    # One that is stopped before it has begun leaves nothing open.
+    await (await sandbox.files.watch(str(tmp_path))).stop()
+
+
+async def test_where_a_port_is(sandbox: AsyncSandbox, place: Place) -> None:
+    port = place.url.rpartition(":")[2]
+    assert await sandbox.get_host(3000) == f"3000-{sandbox.sandbox_id}.localhost:{port}"
+    assert await sandbox.url(3000) == f"http://3000-{sandbox.sandbox_id}.localhost:{port}"
+    assert len(await sandbox.traffic_token()) == 64
+
+
+# Life, on hosts with fake VMs.
+
+
+async def test_what_is_listed(place: Place) -> None:
+    at: dict[str, Any] = {"url": place.url, "api_key": place.key}
+    made = [
+        await AsyncSandbox.create(
+            metadata={"for": "list", "n": str(number)}, memory_mb=128, disk_size_mb=8, **at
+        )
+        for number in range(3)
+    ]
+    listed = AsyncSandbox.list(metadata={"for": "list"}, page_size=2, **at)
+    ids = [each.sandbox_id async for each in listed]
+    assert ids == [each.sandbox_id for each in reversed(made)]
+    await made[0].pause()
+    paused = [each async for each in AsyncSandbox.list(states=["paused"], **at)]
+    assert [each.metadata["n"] for each in paused] == ["0"]
+    for each in made:
+        await each.kill()
+        await each.kill()
+    assert [each async for each in AsyncSandbox.list(metadata={"for": "list"}, **at)] == []
+    with pytest.raises(NotFound):
+        await AsyncSandbox.connect("sbnone", **at)
+    with pytest.raises(Unauthenticated):
+        await AsyncSandbox.connect(made[0].sandbox_id, url=place.url, api_key="e2b_" + "0" * 40)
+
+
+async def test_life(place: Place) -> None:
+    at: dict[str, Any] = {"url": place.url, "api_key": place.key}
+    async with await AsyncSandbox.create(
+        timeout=900, on_timeout="kill", memory_mb=128, disk_size_mb=8, **at
+    ) as sandbox:
+        info = await sandbox.info()
+        assert (info.state, info.timeout_s, info.memory_mb) == ("running", 900, 128)
+        kept = await sandbox.checkpoint("before")
+        assert [each.comment for each in await sandbox.checkpoints()] == ["before"]
+        await sandbox.rollback(kept)
+        await sandbox.delete_checkpoint(kept)
+        assert await sandbox.checkpoints() == ()
+        await sandbox.pause()
+        again = await AsyncSandbox.connect(sandbox.sandbox_id, timeout=60, **at)
+        assert (await again.info()).timeout_s == 60
+        first, second = await sandbox.fork(2, timeout=30)
+        assert (await first.info()).timeout_s == 30
+        await first.kill()
+        await second.kill()
+        name = f"sdk-{sandbox.sandbox_id[-6:]}"
+        await sandbox.snapshot(name)
+        assert (await sandbox.info()).state == "running"
+        templates = AsyncTemplates(**at)
+        assert name in [each.name for each in await templates.list()]
+        with pytest.raises(Conflict, match="is needed by"):
+            await templates.delete(name)
+        assert isinstance(await sandbox.metrics(), tuple)
+    await templates.delete(name)
+    assert name not in [each.name for each in await templates.list()]
+    with pytest.raises((NotFound, Conflict)):
+        await AsyncSandbox.connect(sandbox.sandbox_id, **at)
+    with pytest.raises(ZeroDivisionError):
+        async with await AsyncSandbox.create(memory_mb=128, disk_size_mb=8, **at) as lost:
+            _ = 1 / 0
+    assert lost.sandbox_id not in [each.sandbox_id async for each in AsyncSandbox.list(**at)]
+
+
+async def test_what_needs_a_control_plane_says_so(place: Place) -> None:
+    url = place.host.address
+    async with await AsyncSandbox.create(memory_mb=128, disk_size_mb=8, url=url) as sandbox:
+        assert (await sandbox.commands.run("echo hi")).stdout == "hi\n"
+        assert sandbox.sandbox_id in [each.sandbox_id async for each in AsyncSandbox.list(url=url)]
+        for asked in (
+            sandbox.url(80),
+            sandbox.run_code("1"),
+            sandbox.files.watch("/tmp"),
+            AsyncSandbox.create(metadata={"a": "b"}, url=url),
+        ):
+            with pytest.raises(Unimplemented) as refused:
+                await asked
+            assert "SANDMARTIN_URL" in refused.value.hint
+        with pytest.raises(Unimplemented):
+            await anext(AsyncSandbox.list(metadata={"a": "b"}, url=url))
+
+
+def blockingly(place: Place, directory: Path) -> list[str]:
+    """All kinds of methods, without an event loop; in which threads callbacks came."""
+    threads: list[str] = []
+
+    def heard(_: object) -> None:
+        threads.append(threading.current_thread().name)
+
+    at: dict[str, Any] = {"url": place.url, "api_key": place.key}
+    with Sandbox.create(memory_mb=128, disk_size_mb=8, metadata={"for": "sync"}, **at) as sandbox:
+        (listed,) = Sandbox.list(metadata={"for": "sync"}, **at)
+        assert listed.sandbox_id == sandbox.sandbox_id
+        assert sandbox.commands.run("echo hi", on_stdout=heard).stdout == "hi\n"
+        with pytest.raises(CommandFailed):
+            sandbox.commands.run("exit 1")
+        handle = sandbox.commands.run("cat", background=True, stdin=True)
+        handle.send_stdin("x")
+        handle.close_stdin()
+        assert list(handle) == [Stdout(b"x")]
+        assert handle.wait().exit_code == handle.exit_code == 0
+        sandbox.files.write(f"{directory}/f", iter([b"a", b"b"]))
+        assert sandbox.files.read(f"{directory}/f") == "ab"
+        assert b"".join(sandbox.files.stream(f"{directory}/f")) == b"ab"
+        with sandbox.files.watch(str(directory)) as watch:
+            sandbox.files.write(f"{directory}/g", "g")
+            assert next(iter(watch)).name == "g"
+        sandbox.files.download(str(directory), directory / "back", on_progress=heard)
+        assert (directory / "back" / "f").read_text() == "ab"
+        terminal = sandbox.pty.create(cmd=["sh", "-c", "stty size"], cols=91, rows=17)
+        assert b"17 91" in terminal.wait().stdout_bytes
+        (child,) = sandbox.fork()
+        child.kill()
+        assert Templates(**at).list() is not None
+        with pytest.raises(NotFound):
+            sandbox.files.read(f"{directory}/none")
+    assert not list(Sandbox.list(metadata={"for": "sync"}, **at))
+    return threads
+
+
+async def test_the_same_for_those_who_wait(place: Place, tmp_path: Path) -> None:
+    # The server is on the loop of this thread, so whoever waits is in another.
+    def act() -> list[str]:
+        threading.current_thread().name = "waiting"
+        return blockingly(place, tmp_path)
+
+    async with asyncio.timeout(60):
+        assert set(await asyncio.to_thread(act)) == {"waiting"}

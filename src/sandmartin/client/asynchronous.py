@@ -13,6 +13,7 @@ from sandmartin.client.code import AsyncCode, CodeContext
 from sandmartin.client.commands import AsyncCommands
 from sandmartin.client.connection import connection_to
 from sandmartin.client.execution import CodeOutput, Execution, ExecutionError, Result
+from sandmartin.client.feed import Feeds
 from sandmartin.client.files import AsyncFiles
 from sandmartin.client.git import AsyncGit
 from sandmartin.client.link import Link
@@ -40,8 +41,9 @@ class AsyncSandbox:
     def __init__(self, link: Link) -> None:
         """For one that exists, `connect` and `create` make this."""
         self._link = link
-        self.commands = AsyncCommands(link)
-        self.pty = AsyncPty(link)
+        feeds = Feeds(link)
+        self.commands = AsyncCommands(feeds)
+        self.pty = AsyncPty(feeds)
         self.files = AsyncFiles(link)
         self.git = AsyncGit(self.commands)
         self._code = AsyncCode(link)
@@ -237,16 +239,18 @@ class AsyncSandbox:
         """The newest that its console said; what is read is forgotten."""
         return await self._core.read_console()
 
-    async def get_host(self, port: int) -> str:
-        """The name (with a port where it is not the usual one) under which a port is served."""
-        server = self._link.connection.server("the address of a port")
-        tokens = await server.tokens(self.sandbox_id)
-        return server.host_of(self.sandbox_id, port, tokens.domain)
-
     async def url(self, port: int) -> str:
-        """The URL under which a port is served. Of a private one it needs the traffic token."""
+        """The URL under which a port is served. Of a private one it needs the traffic token.
+
+        Raises Invalid where the control plane is known by a bare address, below which there can
+        be no names.
+        """
         server = self._link.connection.server("the address of a port")
-        return f"{server.scheme}://{await self.get_host(port)}"
+        return await server.url_of(self.sandbox_id, port)
+
+    async def get_host(self, port: int) -> str:
+        """The same without `http://` or `https://`."""
+        return (await self.url(port)).partition("://")[2]
 
     async def traffic_token(self) -> str:
         """What requests to the ports of a private sandbox carry in `X-Traffic-Token`."""

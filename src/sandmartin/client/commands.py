@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal, overload
 
 from sandmartin.client.callbacks import Listeners, OnEach
-from sandmartin.client.feed import Feed
+from sandmartin.client.feed import Feeds
 from sandmartin.client.handle import (
     SIGKILL,
     AsyncCommandHandle,
@@ -19,7 +19,6 @@ from sandmartin.client.handle import (
     send_signal,
     start,
 )
-from sandmartin.client.link import Link
 from sandmartin.client.results import CommandFailed, CommandResult, CommandTimedOut
 from sandmartin.errors import (
     Invalid,
@@ -40,9 +39,9 @@ _BASH, _SH = "/bin/bash", "/bin/sh"
 class AsyncCommands:
     """Commands of a sandbox: `sandbox.commands`."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._feeds: dict[int, Feed] = {}
+    def __init__(self, feeds: Feeds) -> None:
+        self._link = feeds.link
+        self._feeds = feeds
         self._shell = _BASH
 
     @overload
@@ -129,14 +128,14 @@ class AsyncCommands:
         if not cmd:
             raise Invalid("the command is empty")
         if not isinstance(cmd, str):
-            return await start(self._link, _of_words(command, *cmd), listeners)
+            return await start(self._feeds, _of_words(command, *cmd), listeners)
         try:
             words = (self._shell, "-l", "-c", cmd)
-            return await start(self._link, _of_words(command, *words), listeners)
+            return await start(self._feeds, _of_words(command, *words), listeners)
         except NotStarted:
             if self._shell == _SH:
                 raise
-        handle = await start(self._link, _of_words(command, _SH, "-l", "-c", cmd), listeners)
+        handle = await start(self._feeds, _of_words(command, _SH, "-l", "-c", cmd), listeners)
         self._shell = _SH
         return handle
 
@@ -156,15 +155,15 @@ class AsyncCommands:
         on_stderr: OnEach[str] | None = None,
     ) -> AsyncCommandHandle:
         """Listen to a command that runs; what nobody heard yet comes first. Raises NotFound."""
-        return await listen(self._link, pid, Listeners(on_stdout, on_stderr))
+        return await listen(self._feeds, pid, Listeners(on_stdout, on_stderr))
 
     async def send_stdin(self, pid: int, data: str | bytes) -> None:
         """Give input to a command that was started with `stdin`, or on a terminal."""
-        await self._feeds.setdefault(pid, Feed(self._link, pid)).send(data)
+        await self._feeds.of(pid).send(data)
 
     async def close_stdin(self, pid: int) -> None:
         """Let a command read the end of its input, after all that was sent to it."""
-        await (self._feeds.pop(pid, None) or Feed(self._link, pid)).close()
+        await self._feeds.of(pid).close()
 
 
 def _of_words(command: Command, cmd: str, *args: str) -> Command:

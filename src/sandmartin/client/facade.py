@@ -71,7 +71,7 @@ def iterating(
 
     @functools.wraps(method)
     def iterate(self: Facade[_Inner], /, *args: _P.args, **kwargs: _P.kwargs) -> Iterator[_R]:
-        return portal().iterate(method(self._inner, *args, **kwargs))
+        return portal().iterate(lambda: method(self._inner, *args, **kwargs))
 
     return iterate
 
@@ -83,7 +83,7 @@ def iterating_all(
 
     @functools.wraps(method)
     def iterate(*args: _P.args, **kwargs: _P.kwargs) -> Iterator[_R]:
-        return portal().iterate(method(*args, **kwargs))
+        return portal().iterate(lambda: method(*args, **kwargs))
 
     return iterate
 

@@ -1,4 +1,4 @@
-"""The standard input of a command, open for as long as somebody may write to it."""
+"""The standard input of commands, open for as long as somebody may write to it."""
 
 from __future__ import annotations
 
@@ -77,3 +77,19 @@ def _heed(sending: asyncio.Task[None]) -> None:
     """Its failure is told to whoever sends next; that nobody does is no bug."""
     if not sending.cancelled():
         sending.exception()
+
+
+class Feeds:
+    """The inputs of a sandbox's commands, each one and the same for all who write to it."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self._feeds: dict[int, Feed] = {}
+
+    def of(self, pid: int) -> Feed:
+        return self._feeds.setdefault(pid, Feed(self.link, pid))
+
+    def forget(self, pid: int) -> None:
+        """The command has ended; its number may become another's."""
+        if (feed := self._feeds.pop(pid, None)) is not None:
+            feed.forget()

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from sandmartin.client.callbacks import Listeners
-from sandmartin.client.feed import Feed
+from sandmartin.client.feed import Feed, Feeds
 from sandmartin.client.link import Link
 from sandmartin.client.results import CommandFailed, CommandResult, CommandTimedOut, Output
 from sandmartin.errors import Conflict, NotFound, TimedOut, Unavailable
@@ -33,7 +33,7 @@ class AsyncCommandHandle:
 
     def __init__(
         self,
-        link: Link,
+        feeds: Feeds,
         pid: int,
         first: ExecEvent | None,
         stream: Stream,
@@ -41,16 +41,16 @@ class AsyncCommandHandle:
         timeout_s: float | None = None,
     ) -> None:
         """Takes over a stream whose `first` event was already taken."""
-        self._link = link
+        self._link = feeds.link
+        self._feeds = feeds
         self._stream = stream
         self._timeout_s = timeout_s
         self._output = Output()
         self._news = asyncio.Event()
-        self._feed = Feed(link, pid)
         #: Its number in the sandbox.
         self.pid = pid
         self._listening = asyncio.create_task(
-            self._listen(first, listeners), name=f"command {pid} of {link.sandbox_id}"
+            self._listen(first, listeners), name=f"command {pid} of {self._link.sandbox_id}"
         )
         self._listening.add_done_callback(self._end)
 
@@ -77,8 +77,8 @@ class AsyncCommandHandle:
 
     def _end(self, listening: asyncio.Task[Ended]) -> None:
         self._tell()
-        self._feed.forget()
         if not listening.cancelled():
+            self._feeds.forget(self.pid)
             # Whoever waits or iterates is told; that nobody does is no bug.
             listening.exception()
 
@@ -127,13 +127,18 @@ class AsyncCommandHandle:
             return None
         return listening.result().exit_code
 
+    def _feed(self) -> Feed:
+        if self.exit_code is not None:
+            raise Conflict(f"command {self.pid} has ended, and takes no input")
+        return self._feeds.of(self.pid)
+
     async def send_stdin(self, data: str | bytes) -> None:
         """Give it input; it was started with `stdin`, or on a terminal. Raises Conflict."""
-        await self._feed.send(data)
+        await self._feed().send(data)
 
     async def close_stdin(self) -> None:
         """Let it read the end of its input, after all that was sent. Raises Conflict."""
-        await self._feed.close()
+        await self._feed().close()
 
     async def kill(self, signal: int = SIGKILL) -> bool:
         """Send a signal; SIGKILL ends all that it started, too. False when it is gone."""
@@ -152,20 +157,23 @@ class AsyncCommandHandle:
         await self._stream.aclose()
 
 
-async def start(link: Link, command: Command, listeners: Listeners) -> AsyncCommandHandle:
+async def start(feeds: Feeds, command: Command, listeners: Listeners) -> AsyncCommandHandle:
     """Start a command and listen to it. Raises NotStarted, NotFound, Conflict."""
+    link = feeds.link
     stream = link.transport.exec_stream(link.sandbox_id, command)
     started = await _first_of(stream)
     if not isinstance(started, Started):
         await stream.aclose()
         raise Unavailable("it was not said that the command started")
-    return AsyncCommandHandle(link, started.pid, started, stream, listeners, command.timeout_s)
+    feeds.forget(started.pid)
+    return AsyncCommandHandle(feeds, started.pid, started, stream, listeners, command.timeout_s)
 
 
-async def listen(link: Link, pid: int, listeners: Listeners) -> AsyncCommandHandle:
+async def listen(feeds: Feeds, pid: int, listeners: Listeners) -> AsyncCommandHandle:
     """Listen to a command that runs; what nobody heard yet comes first. Raises NotFound."""
+    link = feeds.link
     stream = link.transport.connect_process(link.sandbox_id, pid)
-    return AsyncCommandHandle(link, pid, await _first_of(stream), stream, listeners)
+    return AsyncCommandHandle(feeds, pid, await _first_of(stream), stream, listeners)
 
 
 async def _first_of(stream: Stream) -> ExecEvent | None:

@@ -76,10 +76,16 @@ class Portal:
             raise Conflict("this was begun before the process was forked, or it is about to exit")
         return _Call(self._loop, work).wait()
 
-    def iterate(self, items: AsyncIterator[_T]) -> Iterator[_T]:
-        """The same items for whoever blocks. Closing the iterator closes theirs."""
+    def iterate(self, make: Callable[[], AsyncIterator[_T]]) -> Iterator[_T]:
+        """The same items for whoever blocks; closing the iterator closes theirs.
+
+        `make` is called on the loop when the first item is asked for.
+        """
+        items: AsyncIterator[_T] | None = None
 
         async def following(_: Callback) -> _T:
+            nonlocal items
+            items = items or make()
             return await anext(items, _END)
 
         async def close(_: Callback) -> None:

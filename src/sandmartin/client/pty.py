@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sandmartin.client.callbacks import Listeners, OnEach
-from sandmartin.client.feed import Feed
+from sandmartin.client.feed import Feeds
 from sandmartin.client.handle import AsyncCommandHandle, listen, send_signal, start
-from sandmartin.client.link import Link
 from sandmartin.errors import Invalid
 from sandmartin.transport import Command, PtySize
 
@@ -19,9 +18,9 @@ _ENVS = {"TERM": "xterm-256color", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
 class AsyncPty:
     """Terminals of a sandbox: `sandbox.pty`."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._feeds: dict[int, Feed] = {}
+    def __init__(self, feeds: Feeds) -> None:
+        self._link = feeds.link
+        self._feeds = feeds
 
     async def create(
         self,
@@ -57,17 +56,17 @@ class AsyncPty:
             timeout_s=max(1, math.ceil(timeout)) if timeout else None,
             pty=PtySize(cols, rows),
         )
-        return await start(self._link, command, Listeners(on_data=on_data))
+        return await start(self._feeds, command, Listeners(on_data=on_data))
 
     async def connect(
         self, pid: int, *, on_data: OnEach[bytes] | None = None
     ) -> AsyncCommandHandle:
         """Listen to a terminal; what nobody heard yet comes first. Raises NotFound."""
-        return await listen(self._link, pid, Listeners(on_data=on_data))
+        return await listen(self._feeds, pid, Listeners(on_data=on_data))
 
     async def send(self, pid: int, data: str | bytes) -> None:
         """Type on a terminal. Raises NotFound, Conflict."""
-        await self._feeds.setdefault(pid, Feed(self._link, pid)).send(data)
+        await self._feeds.of(pid).send(data)
 
     async def resize(self, pid: int, cols: int, rows: int) -> None:
         """Resize a terminal, in characters. Raises NotFound, Conflict when it is none."""

@@ -10,10 +10,10 @@ import json
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 import httpx
 
+from sandmartin.client.ports import name_of
 from sandmartin.errors import (
     Conflict,
     Denied,
@@ -102,20 +102,10 @@ class Server:
         self._tokens[sandbox_id] = found
         return found
 
-    def host_of(self, sandbox_id: str, port: int, domain: str) -> str:
-        """Name, and port where it is not the usual one, under which a sandbox's port is served."""
-        return f"{port}-{sandbox_id}.{domain or self._own_domain()}"
-
-    def _own_domain(self) -> str:
-        address = urlsplit(self._url)
-        # An address can have no name below it, `localhost` can.
-        host = address.hostname or ""
-        name = "localhost" if host.replace(".", "").isdigit() or ":" in host else host
-        return f"{name}:{address.port}" if address.port else name
-
-    @property
-    def scheme(self) -> str:
-        return urlsplit(self._url).scheme
+    async def url_of(self, sandbox_id: str, port: int) -> str:
+        """Where a port of a sandbox is served. Raises NotFound, Invalid."""
+        tokens = await self.tokens(sandbox_id)
+        return name_of(self._url, tokens.domain, sandbox_id, port)
 
     @asynccontextmanager
     async def open(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from sandmartin.client.callbacks import Listeners
+from sandmartin.client.feed import Feeds
 from sandmartin.client.handle import give_all, start
 from sandmartin.client.link import Link
 from sandmartin.errors import NotStarted, SandmartinError
@@ -48,6 +49,6 @@ async def _run(link: Link, words: tuple[str, ...], names: Sequence[str], user: s
     if not names:
         return b""
     command = Command(cmd="xargs", args=("-0", *words), user=user, stdin=True, timeout_s=_LIMIT_S)
-    handle = await start(link, command, Listeners())
+    handle = await start(Feeds(link), command, Listeners())
     await give_all(handle, "".join(f"{name}\0" for name in names))
     return (await handle.wait()).stdout_bytes

@@ -41,7 +41,7 @@ class CommandHandle(Facade[AsyncCommandHandle]):
         return self._inner.exit_code
 
     def __iter__(self) -> Iterator[Stdout | Stderr]:
-        return portal().iterate(aiter(self._inner))
+        return portal().iterate(lambda: aiter(self._inner))
 
     wait = blocking(AsyncCommandHandle.wait)
     send_stdin = blocking(AsyncCommandHandle.send_stdin)
@@ -114,7 +114,7 @@ class Watch(Facade[AsyncWatch]):
     __doc__ = AsyncWatch.__doc__
 
     def __iter__(self) -> Iterator[FileEvent]:
-        return portal().iterate(aiter(self._inner))
+        return portal().iterate(lambda: aiter(self._inner))
 
     def __enter__(self) -> Self:
         return self
