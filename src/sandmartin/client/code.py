@@ -162,7 +162,8 @@ class _Listeners:
 
 
 def _seconds(timestamp: object) -> float:
-    return float(timestamp) if isinstance(timestamp, int | float) else 0.0
+    """What is told in nanoseconds."""
+    return timestamp / 1e9 if isinstance(timestamp, int | float) else 0.0
 
 
 def _id_of(context: CodeContext | str) -> str:

@@ -161,23 +161,19 @@ class _Call(Generic[_T]):
     def _run_errand(
         self, done: asyncio.Future[Any], function: Callable[..., Any], args: tuple[Any, ...]
     ) -> None:
+        # An interrupt passes, and cancels the work as a whole.
         try:
             result = function(*args)
         except Exception as error:  # noqa: BLE001 it is the work's to raise
             self._tell(done, error, None)
-        except BaseException:
-            self._tell(done, asyncio.CancelledError(), None)
-            raise
         else:
             self._tell(done, None, result)
 
-    def _tell(self, done: asyncio.Future[Any], error: BaseException | None, result: Any) -> None:
+    def _tell(self, done: asyncio.Future[Any], error: Exception | None, result: Any) -> None:
         def tell() -> None:
             if done.done():
                 return
-            if isinstance(error, asyncio.CancelledError):
-                done.cancel()
-            elif error is not None:
+            if error is not None:
                 done.set_exception(error)
             else:
                 done.set_result(result)
