@@ -8,7 +8,7 @@ import pytest
 
 from sandmartin.cli import parse
 from sandmartin.cli.connection import place_of
-from sandmartin.cli.ports import name_of
+from sandmartin.client.ports import name_of
 from sandmartin.errors import Invalid
 from sandmartin.transport.agent import AgentSocket
 from sandmartin.transport.login import (

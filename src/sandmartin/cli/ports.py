@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 from contextlib import aclosing
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 from sandmartin.cli.connection import add_id, connected, place_of
 from sandmartin.cli.options import add_json_flag, add_place_flags, port_number
 from sandmartin.cli.talk import print_json
-from sandmartin.errors import Conflict, Invalid
+from sandmartin.client.ports import name_of
+from sandmartin.errors import Conflict
 from sandmartin.model import check_name
 from sandmartin.transport.api import Api
 from sandmartin.transport.fields import text
@@ -53,31 +52,3 @@ async def _find(args: argparse.Namespace, sandbox_id: str) -> str:
     if not info.address:
         raise Conflict(f"sandbox {sandbox_id} is {info.state} and has no address")
     return f"http://{info.address}:{args.port}"
-
-
-def name_of(server: str, domain: str, sandbox_id: str, port: int) -> str:
-    """The URL of a port of a sandbox: below `domain`, or else below the server's own name.
-
-    Raises Invalid where there is no such name.
-    """
-    parsed = urlsplit(server)
-    own = f":{parsed.port}" if parsed.port else ""
-    if not domain:
-        domain = _name_below(parsed.hostname or "") + own
-    elif ":" not in domain:
-        domain += own
-    return f"{parsed.scheme}://{port}-{sandbox_id}.{domain}"
-
-
-def _name_below(host: str) -> str:
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return host
-    if address.is_loopback:
-        # An address has no names below it; this one has.
-        return "localhost"
-    raise Invalid(
-        f"the control plane is at {host}, an address, which can have no names below it",
-        hint="reach it by its name, or have its operator set a domain",
-    )

@@ -68,6 +68,10 @@ class AsyncSandbox:
         """Go on after a pause, with a new idle limit (0 is none), or with its own for None."""
         return await self._transport.resume(self.sandbox_id, timeout_s)
 
+    async def set_timeout(self, timeout_s: int) -> None:
+        """Give it another idle limit (0 is none), and reset its idle clock."""
+        await self._transport.set_timeout(self.sandbox_id, timeout_s)
+
     async def fork(self, count: int = 1, *, timeout_s: int = 0) -> tuple[ForkedSandbox, ...]:
         """Make sandboxes that go on from where this one is, which goes on too.
 
@@ -217,10 +221,18 @@ async def temporary_sandbox(
     try:
         yield sandbox
     except BaseException as error:
-        await _undo_after(error, sandbox.destroy(), sandbox.sandbox_id)
+        await destroy_after(sandbox, error)
         raise
     else:
+        await destroy_after(sandbox, None)
+
+
+async def destroy_after(sandbox: AsyncSandbox, error: BaseException | None) -> None:
+    """Destroy a sandbox behind what used it, which ended with `error`."""
+    if error is None:
         await _undo(sandbox.destroy(), sandbox.sandbox_id)
+    else:
+        await _undo_after(error, sandbox.destroy(), sandbox.sandbox_id)
 
 
 async def _undo_after(error: BaseException, undoing: Coroutine[Any, Any, None], what: str) -> None:

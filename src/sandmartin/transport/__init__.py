@@ -33,6 +33,14 @@ class NewSandbox:
     #: Environment of every command run in the sandbox.
     envs: Mapping[str, str] = field(default_factory=dict)
     network: NetworkPolicy | None = None
+    #: What a control plane alone knows; a host agent refuses it. By metadata it is found again.
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    #: What becomes of it then: `pause` or `kill`; empty is the other side's default.
+    on_timeout: str = ""
+    #: A request to one of its ports wakes it when it is paused.
+    auto_resume: bool = False
+    #: Its ports are open only to who has its token.
+    private: bool = False
 
     def __post_init__(self) -> None:
         shape = {
@@ -80,6 +88,7 @@ class SandboxInfo:
     #: Why the state is `error`; empty otherwise.
     reason: str
     network: NetworkPolicy = INTERNET
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

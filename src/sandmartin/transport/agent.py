@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from sandmartin.errors import Denied, SandmartinError, Unavailable, from_code
+from sandmartin.errors import Denied, SandmartinError, Unavailable, Unimplemented, from_code
 from sandmartin.model import INTERNET, NetworkPolicy
 from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
@@ -136,6 +136,11 @@ class Agent(ABC):
         """Why no connection could be made."""
 
     async def create(self, new: NewSandbox) -> CreatedSandbox:
+        if new.metadata or new.on_timeout or new.auto_resume or new.private:
+            raise Unimplemented(
+                "a host agent knows no metadata, on_timeout, auto_resume or private",
+                hint="they need a control plane: run `sandmartin up`, and set SANDMARTIN_URL",
+            )
         message = _without_defaults(
             sandbox_id=new.sandbox_id,
             template=new.template,

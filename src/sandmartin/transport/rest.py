@@ -43,7 +43,16 @@ from sandmartin.transport import (
     Template,
 )
 from sandmartin.transport.api import CALL_S, Api, Unreached
-from sandmartin.transport.fields import Message, integer, number, octets, part, parts, text, texts
+from sandmartin.transport.fields import (
+    Message,
+    integer,
+    number,
+    octets,
+    part,
+    parts,
+    text,
+    texts,
+)
 
 #: What a host is given for it, and something for the way.
 _CREATE_S = 120.0
@@ -82,6 +91,11 @@ class Rest:
             timeout_sec=new.timeout_s,
             network=None if new.network is None else new.network.to_dict(),
             envs=dict(new.envs),
+            # What is as it would be anyway is left out, for servers that do not know it yet.
+            on_timeout=new.on_timeout or None,
+            metadata=dict(new.metadata) or None,
+            auto_resume=new.auto_resume or None,
+            public_traffic=False if new.private else None,
         )
         answer = await self._api.ask(
             "POST", "/v1/sandboxes", body, deadline_s=_CREATE_S, key=new.sandbox_id
@@ -402,6 +416,7 @@ def sandbox_info(body: Message) -> SandboxInfo:
         created_at=integer(body, "created_at"),
         last_active_at=integer(body, "last_active_at") or integer(body, "created_at"),
         reason=text(body, "reason"),
+        metadata={name: str(value) for name, value in (part(body, "metadata") or {}).items()},
         network=_network(part(body, "network")),
     )
 
