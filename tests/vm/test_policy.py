@@ -289,6 +289,20 @@ async def test_rules_that_cannot_be_loaded_leave_all_as_it_was(
     assert not await place.reaches(PUBLIC) and await place.reaches(OTHER)
 
 
+async def test_an_address_that_could_not_be_added_is_added_when_it_is_told_again(
+    place: Place, internet: world.Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    internet.names["api.example."] = OTHER
+    await place.apply(NetworkPolicy(deny_out=(ALL,), allow_out=("api.example",)))
+    with monkeypatch.context() as patched:
+        patched.setattr(rules, "named_elements", lambda *_: "no rule\n")
+        # The guest is answered all the same.
+        assert await place.resolve("api.example") == [OTHER]
+        assert not await place.reaches(OTHER)
+    await place.resolve("api.example")
+    assert await place.reaches(OTHER)
+
+
 async def test_the_next_agent_keeps_the_rules_and_what_flows(
     own_settings: Settings, network: Network, place: Place, internet: world.Internet
 ) -> None:
@@ -303,6 +317,10 @@ async def test_the_next_agent_keeps_the_rules_and_what_flows(
         second = Network(own_settings, claims, Tasks())
         await second._listen(place.slot)
         try:
+            # Before it knows of the policy, it is asked for a name.
+            nft(place.slot, "flush", "set", "inet", "sandmartin", "named")
+            await place.resolve("api.example")
+            assert not await place.reaches(OTHER)
             await second.keep(place.slot, policy)
             assert await place.reaches(OTHER) and await echoes(flow)
             # What the journal says counts, also where the rules were not changed in time.
