@@ -6,6 +6,7 @@ from typing import Annotated
 from urllib.parse import unquote
 
 from fastapi import Depends, Path
+
 from sandmartin.control.api.access import TheCaller, ThePlatform
 from sandmartin.control.caller import Caller
 from sandmartin.control.platform import Platform
