@@ -33,7 +33,7 @@ from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.vmm import VmSpec
 from sandmartin.errors import NotFound, TimedOut, ToolFailed
-from sandmartin.model import SandboxSpec, State
+from sandmartin.model import NetworkPolicy, SandboxSpec, State
 from tests import fakes_agent
 from tests.fakes_agent import (
     IMAGE,
@@ -56,6 +56,7 @@ CHILDREN = ("sbchild1", "sbchild2")
 TEMPLATE = "frozen"
 #: What a test leaves in a sandbox's memory, before a checkpoint and after it.
 THEN, NOW = b"as it was then", b"as it is today"
+POLICY = NetworkPolicy(deny_out=("0.0.0.0/0",))
 _DEADLINE_S = 60
 _AT_ONCE = 6
 
@@ -117,6 +118,8 @@ async def _operate(operation: str, directory: Path, killer: Killer) -> None:
                 await host.create_snapshot(ONE, TEMPLATE, live=operation == "snapshot")
             case "flatten":
                 await host.flatten(ONE, TEMPLATE)
+            case "network":
+                await host.update_network(ONE, POLICY)
 
 
 async def _prepare(operation: str, host: Host, fakes: Fakes) -> None:
@@ -301,7 +304,7 @@ def _named_in(*modules: object) -> set[str]:
 @pytest.mark.root
 async def test_every_step_is_reached() -> None:
     reached = set()
-    for operation in ("create", "taken", "claimed", "terminate", "flatten", *_SNAPSHOTS):
+    for operation in ("create", "taken", "claimed", "terminate", "flatten", "network", *_SNAPSHOTS):
         reached |= set(await _steps(operation))
     for name in _named_in(host_module, sandbox_module, microvm_module, fakes_agent):
         # One without its operation comes with that of who asked for the VM.
@@ -392,6 +395,21 @@ async def test_killed_between_sleep_and_waking(
             # An image has a disk alone.
             lost = sandbox_id == BORN and operation == "flatten"
             assert found == (bytes(len(THEN)) if lost else content), f"{sandbox_id} after {step}"
+
+
+async def test_what_a_policy_says_is_what_the_next_agent_holds_to(
+    directories: Callable[[], Path],
+) -> None:
+    cases = [("network", step, directories()) for step in await _steps("network")]
+    assert [step for _, step, _ in cases] == ["network:recorded", "network:changed"]
+    _kill_agents(cases)
+    for _, step, directory in cases:
+        assert await _survivors(directory) == {ONE: State.RUNNING}, f"after {step}"
+        fakes = make_machine(directory)
+        async with fakes.host() as host:
+            slot = host.get(ONE).entry.slot
+            assert slot is not None
+            assert fakes.network.policy(fakes.network._slot(slot)) == POLICY, f"after {step}"
 
 
 @pytest.mark.parametrize(

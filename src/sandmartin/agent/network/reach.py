@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
@@ -94,10 +94,12 @@ class Reach:
     async def keep(self, policy: NetworkPolicy) -> None:
         """The same for what an earlier agent left: its rules stay, if they are of this policy."""
         async with self._lock:
-            if await rules.are_of(self._slot, policy):
-                self._patterns = Patterns.of(policy)
-            else:
+            if not await rules.are_of(self._slot, policy):
                 await self._apply(policy)
+                return
+            self._patterns, now = Patterns.of(policy), time.monotonic()
+            # What the guest was told since this agent listens.
+            await self._load(self._named(lambda until: until - now), ())
 
     async def reset(self) -> None:
         """The default, for another guest: nothing is known of this one. Raises ToolFailed."""
@@ -107,14 +109,26 @@ class Reach:
             await self._apply(INTERNET)
 
     async def _apply(self, policy: NetworkPolicy) -> None:
-        patterns, now = Patterns.of(policy), time.monotonic()
-        named = {
-            told.address: max(until - now, _KNOWN_S)
+        before, self._patterns = self._patterns, Patterns.of(policy)
+        now = time.monotonic()
+        named = self._named(lambda until: max(until - now, _KNOWN_S))
+        try:
+            await rules.load(rules.slot_rules(self._slot, policy, named), self._slot.netns_path)
+        except BaseException:
+            self._patterns = before
+            raise
+
+    def _named(self, rest_s: Callable[[float], float]) -> dict[IPv4Address, float]:
+        """Addresses that were told for allowed names, and for how long they are to count."""
+        return {
+            told.address: rest_s(until)
             for told, until in self._told.items()
-            if told.name in patterns
+            if told.name in self._patterns
         }
-        await rules.load(rules.slot_rules(self._slot, policy, named), self._slot.netns_path)
-        self._patterns = patterns
+
+    async def _load(self, new: Mapping[IPv4Address, float], gone: Collection[IPv4Address]) -> None:
+        if new or gone:
+            await rules.load(rules.named_elements(new, gone), self._slot.netns_path)
 
     # What the guest is told.
 
@@ -130,13 +144,13 @@ class Reach:
             gone: set[IPv4Address] = set()
             for each in heard:
                 self._note(each, new, gone)
-            if not new and not gone:
-                return
             try:
-                await rules.load(rules.named_elements(new, gone), self._slot.netns_path)
+                await self._load(new, gone)
             except SandmartinError as error:
-                # It is refused then, as if nobody had told of it.
+                # It is refused then, as if nobody had told of it, until it is told again.
                 _log.warning("network slot %d: %s", self._slot.number, error)
+                for told in [told for told in self._told if told.address in new]:
+                    del self._told[told]
 
     def _note(self, answer: _Answer, new: dict[IPv4Address, float], gone: set[IPv4Address]) -> None:
         """Note an answer; what is `new` to the rules, and what is `gone` from them."""
