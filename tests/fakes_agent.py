@@ -592,6 +592,7 @@ class FakeGuest(Guest):
 
     async def close(self) -> None:
         self.hang_up()
+        await self._lines.closed()
 
     async def dial(self, port: int) -> Line:
         self._check()

@@ -25,6 +25,7 @@ class Inside:
     heads: list[bytes] = field(default_factory=list)
     #: Connections that broke off or ended.
     ended: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    _open: dict[asyncio.StreamWriter, asyncio.Task[None]] = field(default_factory=dict)
 
     @property
     def head(self) -> bytes:
@@ -37,6 +38,9 @@ class Inside:
         return [value.strip() for each, _, value in pairs if each.lower() == name]
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[writer] = task
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             self.heads.append(head)
@@ -49,6 +53,14 @@ class Inside:
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
+            del self._open[writer]
+
+    async def close(self) -> None:
+        """End what is still open."""
+        for writer in self._open:
+            writer.transport.abort()
+        if tasks := set(self._open.values()):
+            await asyncio.wait(tasks, timeout=DEADLINE_S)
 
 
 @contextlib.asynccontextmanager
@@ -56,8 +68,12 @@ async def listening(serve: Serve = greet) -> AsyncIterator[Inside]:
     inside = Inside(serve=serve)
     server = await asyncio.start_server(inside._connected, "127.0.0.1", 0)
     inside.port = server.sockets[0].getsockname()[1]
-    async with server:
+    try:
         yield inside
+    finally:
+        server.close()
+        await inside.close()
+        await server.wait_closed()
 
 
 @dataclass
@@ -91,6 +107,8 @@ async def connected(port: int, data: bytes = b"") -> AsyncIterator[Raw]:
         yield Raw(reader, writer)
     finally:
         writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 def request(

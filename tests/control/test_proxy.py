@@ -534,3 +534,38 @@ async def test_others_sleep_on(site: Site) -> None:
     assert (await site.api.post(f"{path}/pause")).status_code == 200
     assert await site.refused("GET", "/") == (502, "The sandbox was not found")
     assert (await site.api.get(path)).json()["status"] == "paused"
+
+
+async def test_a_stream_keeps_a_sandbox_awake_while_something_passes(site: Site) -> None:
+    site.sandbox_id = await site.create(timeout_sec=1)
+    stop = asyncio.Event()
+
+    async def serve(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not stop.is_set():
+            writer.write(b"x")
+            await asyncio.sleep(0.1)
+        await reader.read()
+
+    site.inside.serve = serve
+    async with site.line(request("GET", "/", site.name())) as raw:
+        for _ in range(20):
+            # Each comes after what came before it, so two seconds and more pass.
+            assert b"x" in await asyncio.wait_for(raw.reader.readuntil(b"x"), DEADLINE_S)
+        agent = await site.platform.hosts.agent(await _host_of(site))
+        states = {each.sandbox_id: each.state for each in await agent.list_sandboxes()}
+        assert states[site.sandbox_id] == "running"
+        stop.set()
+        # Then it idles, is put to sleep, and the connection with it.
+        with contextlib.suppress(ConnectionResetError):
+            await raw.rest()
+
+
+async def test_a_vm_that_ends_by_itself_cuts_its_connections(site: Site) -> None:
+    site.inside.serve = _endless
+    async with site.line(request("GET", "/", site.name())) as raw:
+        await asyncio.wait_for(raw.reader.readuntil(b"first"), DEADLINE_S)
+        for vm in site.host.fakes.machine.vmm.vms.values():  # type: ignore[attr-defined]
+            await vm.kill()
+        with contextlib.suppress(ConnectionResetError):
+            await raw.rest()

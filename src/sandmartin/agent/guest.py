@@ -195,6 +195,7 @@ class Guest:
 
     async def close(self) -> None:
         self.hang_up()
+        await self._passage.closed()
         await self._transport.aclose()
 
     @property

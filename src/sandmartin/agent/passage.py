@@ -76,6 +76,10 @@ class Passage:
         """End all connections at once."""
         self._lines.abort()
 
+    async def closed(self) -> None:
+        """Wait until no connection is open any more."""
+        await self._lines.closed()
+
 
 async def _ask_for_tunnel(line: Line, port: int, token: str) -> tuple[bool, bytes]:
     """Whether the line leads to the port from now on, and what came from there already."""

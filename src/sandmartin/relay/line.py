@@ -81,9 +81,16 @@ class Line(asyncio.Protocol):
 
     def abort(self) -> None:
         """End it at once; whoever reads learns that it broke off."""
-        if self._transport is not None and not self._lost.is_set():
-            self._error = self._error or ConnectionAbortedError("it was ended here")
+        if self._lost.is_set():
+            return
+        self._error = self._error or ConnectionAbortedError("it was ended here")
+        if self._transport is not None:
             self._transport.abort()
+
+    @property
+    def made(self) -> bool:
+        """Whether it ever was a connection."""
+        return self._transport is not None
 
     async def wait_closed(self) -> None:
         await self._lost.wait()
@@ -138,6 +145,9 @@ class Line(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if self._error is not None:
+            # It was ended while it was being made.
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._flows()
@@ -223,9 +233,15 @@ class Lines:
         try:
             await connecting(lambda: line)
         except BaseException:
-            self._open.discard(line)
+            line.connection_lost(None)
             raise
         return line
+
+    async def closed(self) -> None:
+        """Wait until none is open any more; those that are being made are not waited for."""
+        for line in list(self._open):
+            if line.made:
+                await line.wait_closed()
 
     def abort(self) -> None:
         """End all of them."""

@@ -108,6 +108,7 @@ class Agent(ABC):
 
     async def aclose(self) -> None:
         self._lines.abort()
+        await self._lines.closed()
         await self._http.aclose()
 
     async def dial(self) -> Line:
