@@ -53,6 +53,7 @@ ENTRY = Entry(
     introduced=False,
     moved=True,
     flattens_to=Path("/d/images/new/rootfs.ext4"),
+    envd_version="0.6.13",
 )
 
 
@@ -79,10 +80,10 @@ def test_entry_survives_the_disk() -> None:
 
 def test_entry_of_the_first_release_is_read() -> None:
     raw = json.loads(ENTRY.to_json())
-    for later in ("introduced", "moved", "flattens_to"):
+    for later in ("introduced", "moved", "flattens_to", "envd_version"):
         del raw[later]
     old = Entry.from_json(json.dumps(raw).encode())
-    assert old == replace(ENTRY, introduced=True, moved=False, flattens_to=None)
+    assert old == replace(ENTRY, introduced=True, moved=False, flattens_to=None, envd_version="")
 
 
 def test_token_is_never_told(data: DataDir) -> None:

@@ -56,6 +56,8 @@ class CreatedSandbox:
     state: str
     #: Address at which the host itself reaches the guest; empty when there is none.
     address: str = ""
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class SandboxInfo:
     last_active_at: int
     #: Why the state is `error`; empty otherwise.
     reason: str
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ class ForkedSandbox:
     state: str
     address: str
     error: SandmartinError | None = None
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

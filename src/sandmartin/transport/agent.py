@@ -515,6 +515,7 @@ def _sandbox_info(message: Message) -> SandboxInfo:
         created_at=_int(message, "createdAtUnix"),
         last_active_at=_int(message, "lastActiveAtUnix"),
         reason=_text(message, "statusReason"),
+        envd_version=_text(message, "envdVersion"),
     )
 
 
@@ -523,6 +524,7 @@ def _placed(message: Message, sandbox_id: str) -> CreatedSandbox:
         sandbox_id=sandbox_id,
         state=_text(message, "status"),
         address=_text(message, "hostIp"),
+        envd_version=_text(message, "envdVersion"),
     )
 
 
@@ -536,6 +538,7 @@ def _forked(message: Message) -> ForkedSandbox:
         state=_text(message, "status"),
         address=_text(message, "hostIp"),
         error=error,
+        envd_version=_text(message, "envdVersion"),
     )
 
 
