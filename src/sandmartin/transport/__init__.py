@@ -58,6 +58,8 @@ class CreatedSandbox:
     state: str
     #: Address at which the host itself reaches the guest; empty when there is none.
     address: str = ""
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ class SandboxInfo:
     #: Why the state is `error`; empty otherwise.
     reason: str
     network: NetworkPolicy = INTERNET
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,8 @@ class ForkedSandbox:
     state: str
     address: str
     error: SandmartinError | None = None
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
