@@ -566,6 +566,8 @@ class Guests:
     silent: set[str] = field(default_factory=set)
     #: How often a guest was asked whether it is there.
     checks: int = 0
+    #: The version of the protocol that they say they speak.
+    envd_version: str = "0.6.13"
     #: What each address was told last.
     identities: dict[str, Identity] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -619,12 +621,13 @@ class FakeGuest(Guest):
     def hang_up(self) -> None:
         self._lines.abort()
 
-    async def introduce(self, identity: Identity, deadline_s: float) -> None:
+    async def introduce(self, identity: Identity, deadline_s: float) -> str:
         await self._guests.introducing(identity)
         if self._guests.memory(self._address).get("token", self._token) != self._token:
             raise ToolFailed("the guest did not take its identity: the token is another's")
         self._guests.tell(self._address, identity)
         self._token = identity.token
+        return self._guests.envd_version
 
     async def awake(self, deadline_s: float) -> None:
         self._guests.vm(self._address)

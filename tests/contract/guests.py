@@ -7,15 +7,29 @@ import json
 import os
 import pwd
 import signal
+import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sandmartin.agent.guest import Deadlines, Guest, Identity
+import httpx
+
+from sandmartin.agent.guest import (
+    Command,
+    Deadlines,
+    Ended,
+    Guest,
+    Identity,
+    Output,
+    ProcessEvent,
+    Started,
+)
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
+MIB = 1 << 20
 TOKEN = "token-of-the-first-introduction"
 
 
@@ -88,3 +102,71 @@ def alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in {"Z", "X"}
+
+
+# Commands.
+
+
+def shell(script: str, **options: Any) -> Command:
+    return Command(cmd="sh", args=("-c", script), **({"user": ME} | options))
+
+
+async def collect(events: AsyncIterator[ProcessEvent]) -> tuple[bytes, bytes, Ended]:
+    out, err = b"", b""
+    async for event in events:
+        match event:
+            case Output(data, stdout=True):
+                out += data
+            case Output(data):
+                err += data
+            case Ended():
+                return out, err, event
+    raise AssertionError("the stream had no end event")
+
+
+async def started(events: AsyncIterator[ProcessEvent]) -> int:
+    first = await anext(events)
+    assert isinstance(first, Started)
+    return first.pid
+
+
+async def pattern(size: int, digest: Any = None) -> AsyncIterator[bytes]:
+    block = os.urandom(MIB)
+    for n in range(size // MIB):
+        chunk = struct.pack(">Q", n) + block[8:]
+        if digest is not None:
+            digest.update(chunk)
+        yield chunk
+
+
+# What the stock SDKs send and get.
+
+
+STREAM = "application/connect+json"
+
+
+def framed(message: dict[str, Any]) -> bytes:
+    body = json.dumps(message).encode()
+    return struct.pack(">BI", 0, len(body)) + body
+
+
+def frames(content: bytes) -> list[dict[str, Any]]:
+    found = []
+    while content:
+        flags, size = struct.unpack_from(">BI", content)
+        found.append(json.loads(content[5 : 5 + size]))
+        content = content[5 + size :]
+        assert (flags == 2) == (not content)
+    return found
+
+
+def stream(sdk: httpx.Client, method: str, message: dict[str, Any], **headers: str) -> list[Any]:
+    """The messages of a stream that `service.Service/Method` answers with."""
+    answer = sdk.post(
+        f"/{method}",
+        content=framed(message),
+        headers={"content-type": STREAM} | {k.replace("_", "-"): v for k, v in headers.items()},
+    )
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == STREAM
+    return frames(answer.content)

@@ -99,7 +99,8 @@ async def test_create_use_destroy(fakes: Fakes, host: Host, directory: Path) -> 
     identity = fakes.guests.identities[sandbox.host_ip]
     assert (identity.sandbox_id, identity.envs) == ("sb1", {"A": "1"})
     assert identity.root_bytes == (IMAGE_MB + 8) << 20
-    assert entry_of(directory, "sb1").token == identity.token
+    entry = entry_of(directory, "sb1")
+    assert (entry.token, entry.envd_version) == (identity.token, fakes.guests.envd_version)
     spec = fakes.vmm.specs["sb1"]
     assert (spec.vcpus, spec.memory_mb, spec.uid) == (1, 128, os.geteuid())
     assert identity.token not in repr((sandbox.entry, identity, spec))

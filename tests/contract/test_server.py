@@ -154,21 +154,26 @@ async def agent(directory: Path) -> AsyncIterator[Agent]:
 async def test_life_of_a_sandbox(agent: Agent) -> None:
     made = await agent.create(timeoutSec=60, envs={"A": "1"})
     address = str(made["hostIp"])
-    assert made == {"sandboxId": "sb1", "status": "running", "hostIp": address}
+    version = {"envdVersion": agent.fakes.guests.envd_version}
+    assert made == {"sandboxId": "sb1", "status": "running", "hostIp": address} | version
     assert agent.fakes.guests.identities[address].envs == {"A": "1"}
     (info,) = (await agent.call("ListSandboxes"))["sandboxes"]
     created, active = int(info.pop("createdAtUnix")), int(info.pop("lastActiveAtUnix"))
     assert 1_700_000_000 < created <= active
-    assert info == {
-        "sandboxId": "sb1",
-        "status": "running",
-        "template": "base",
-        "vcpus": 1,
-        "memoryMb": 128,
-        "diskSizeMb": IMAGE_MB,
-        "timeoutSec": 60,
-        "hostIp": address,
-    }
+    assert (
+        info
+        == {
+            "sandboxId": "sb1",
+            "status": "running",
+            "template": "base",
+            "vcpus": 1,
+            "memoryMb": 128,
+            "diskSizeMb": IMAGE_MB,
+            "timeoutSec": 60,
+            "hostIp": address,
+        }
+        | version
+    )
     assert await agent.call("PingSandbox", sandboxId="sb1") == {}
     assert await agent.call("DestroySandbox", sandboxId="sb1") == {}
     assert await agent.call("DestroySandbox", sandboxId="sb1") == {}

@@ -90,6 +90,19 @@ async def test_what_a_create_answers(team: Team, platform: Platform) -> None:
     assert (native["status"], native["metadata"]) == ("running", {"a": "b"})
 
 
+async def test_the_guest_protocol_is_as_its_host_says(team: Team, host: RunningHost) -> None:
+    host.fakes.guests.envd_version = "0.5.9"
+    made = await make(team)
+    assert made["envdVersion"] == "0.5.9"
+    path = f"/sandboxes/{made['sandboxID']}"
+    (child,) = (await team.http.post(f"{path}/fork")).json()
+    assert child["sandbox"]["envdVersion"] == "0.5.9"
+    await team.http.post(f"{path}/pause")
+    host.fakes.guests.envd_version = "0.6.0"
+    assert (await team.http.post(f"{path}/connect")).json()["envdVersion"] == "0.6.0"
+    assert (await look(team, made["sandboxID"]))["envdVersion"] == "0.6.0"
+
+
 async def test_private_traffic_and_waking(team: Team, platform: Platform) -> None:
     made = await make(
         team,

@@ -50,6 +50,13 @@ async def test_health_and_calls_by_name_and_by_headers(place: Place, token: str)
         api = await client.get("/v1/sandboxes", headers={"e2b-sandbox-id": ""})
         assert api.status_code == 400
     assert (await place.http.get("/v1/sandboxes")).status_code == 200
+    # Clients that forget to name it are known by its token.
+    async with httpx.AsyncClient(base_url=place.url, trust_env=False) as client:
+        for given, health, listed in ((token, 204, 200), ("0" * 64, 502, 502), ("x", 404, 404)):
+            lone = {"x-access-token": given}
+            assert (await client.get("/health", headers=lone)).status_code == health
+            answer = await client.post("/process.Process/List", json={}, headers=lone)
+            assert answer.status_code == listed, answer.text
 
 
 @pytest.mark.parametrize(

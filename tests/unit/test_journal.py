@@ -59,6 +59,7 @@ ENTRY = Entry(
     introduced=False,
     moved=True,
     flattens_to=Path("/d/images/new/rootfs.ext4"),
+    envd_version="0.6.13",
 )
 
 
@@ -85,12 +86,13 @@ def test_entry_survives_the_disk() -> None:
 
 def test_entry_of_the_first_release_is_read() -> None:
     raw = json.loads(ENTRY.to_json())
-    for later in ("introduced", "moved", "flattens_to"):
+    for later in ("introduced", "moved", "flattens_to", "envd_version"):
         del raw[later]
     del raw["spec"]["network"]
     old = Entry.from_json(json.dumps(raw).encode())
     spec = replace(ENTRY.spec, network=None)
-    assert old == replace(ENTRY, spec=spec, introduced=True, moved=False, flattens_to=None)
+    before = {"introduced": True, "moved": False, "flattens_to": None, "envd_version": ""}
+    assert old == replace(ENTRY, spec=spec, **before)  # type: ignore[arg-type]
 
 
 def test_token_is_never_told(data: DataDir) -> None:

@@ -73,7 +73,7 @@ func compose(at places, order composition) (written, error) {
 }
 
 func concatenate(user *users.User, path string, sources []string, size int64) error {
-	to, err := create(user, path, size)
+	to, err := create(user, path, nil, size)
 	if err != nil {
 		return err
 	}

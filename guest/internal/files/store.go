@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sandmartin.dev/guest/internal/metadata"
 	"sandmartin.dev/guest/internal/users"
 )
 
@@ -24,8 +25,8 @@ const (
 	checkEvery = 8 << 20
 )
 
-// create opens the file for writing, and empties it if there will be space.
-func create(user *users.User, path string, announced int64) (*os.File, error) {
+// create opens the file for writing, keeps the metadata, and empties it if there will be space.
+func create(user *users.User, path string, kept map[string]string, announced int64) (*os.File, error) {
 	var file *os.File
 	existed := false
 	err := user.As(func() (err error) {
@@ -52,6 +53,9 @@ func create(user *users.User, path string, announced int64) (*os.File, error) {
 	}
 	if err == nil {
 		err = enoughSpace(file, announced-stat.Blocks*statBlock)
+	}
+	if err == nil {
+		err = metadata.Replace(file, kept)
 	}
 	if err == nil && stat.Size > 0 {
 		err = file.Truncate(0)

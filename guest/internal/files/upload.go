@@ -140,17 +140,14 @@ func fileName(part *multipart.Part) string {
 }
 
 // store writes the content; on failure nothing of it is left. What was there before is given up
-// only once the announced content has space.
+// only once the announced content has space and what is to be kept with it is.
 func store(user *users.User, path string, body io.Reader, kept map[string]string, announced int64) (written, error) {
 	one := written{Path: path, Name: filepath.Base(path), Type: "file", Metadata: kept}
-	file, err := create(user, path, announced)
+	file, err := create(user, path, kept, announced)
 	if err != nil {
 		return one, err
 	}
-	if err = metadata.Replace(file, kept); err == nil {
-		err = copyChecked(file, body)
-	}
-	if err == nil {
+	if err = copyChecked(file, body); err == nil {
 		return one, file.Close()
 	}
 	withdraw(user, path, file)

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sandmartin.dev/guest/internal/metadata"
 )
 
@@ -124,6 +126,31 @@ func TestMetadataIsReplacedWithEachUpload(t *testing.T) {
 	}
 	if status, _ := send(); status != http.StatusOK || metadata.Read(path) != nil {
 		t.Errorf("kept %v", metadata.Read(path))
+	}
+}
+
+func TestWhatCannotKeepMetadataKeepsItsContent(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	disk := t.TempDir()
+	if err := unix.Mount("none", disk, "ramfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(disk, 0) })
+	base, path := serve(t), filepath.Join(disk, "file")
+	if status, answer := post(t, base, path, strings.NewReader("old")); status != http.StatusOK {
+		t.Fatalf("%d %s", status, answer)
+	}
+	for _, name := range []string{"file", "new"} {
+		status, answer := post(t, base, filepath.Join(disk, name), strings.NewReader("x"), "X-Metadata-A", "1")
+		if status != http.StatusBadRequest || !strings.Contains(answer, "keeps none") {
+			t.Errorf("%s: %d %s", name, status, answer)
+		}
+	}
+	holds(t, path, "old")
+	if entries, _ := os.ReadDir(disk); len(entries) != 1 {
+		t.Errorf("left: %v", entries)
 	}
 }
 

@@ -131,15 +131,14 @@ func (w *watcher) enter(parent *directory, name string, tell bool) {
 	if unix.Lstat(path, &stat) != nil || stat.Dev != parent.device && !w.crosses(path) {
 		return
 	}
-	number, err := unix.InotifyAddWatch(w.fd, path, watchedEvents|unix.IN_DONT_FOLLOW)
+	// It may be watched already, since its parent was searched. To watch it again would, for a
+	// moment, have the kernel tell nothing of it.
+	number, err := unix.InotifyAddWatch(w.fd, path, watchedEvents|unix.IN_DONT_FOLLOW|unix.IN_MASK_CREATE)
 	if errors.Is(err, unix.ENOSPC) {
 		w.finish(errTooLarge)
 	}
 	if err != nil {
 		return
-	}
-	if _, known := w.directories[int32(number)]; known {
-		return // from when its parent was searched; or it is mounted in two places
 	}
 	if !w.budget.take() {
 		w.finish(errTooLarge)

@@ -160,7 +160,8 @@ func (s *Service) GetWatcherEvents(_ context.Context, r *connect.Request[filesys
 	if err != nil {
 		return nil, err
 	}
-	w.catchUp()
+	// What has happened until now is to be among what is taken.
+	w.drain()
 	events, _, failed := w.take()
 	if len(events) == 0 && failed != nil {
 		return nil, failed

@@ -157,9 +157,6 @@ func (w *watcher) run() {
 	}
 }
 
-// catchUp has what has happened until now among what is taken next.
-func (w *watcher) catchUp() { w.drain() }
-
 // progress is why reading has stopped.
 type progress int
 
@@ -169,6 +166,7 @@ const (
 	ended
 )
 
+// drain turns all that the kernel has to tell into events, or as much as the client can take.
 func (w *watcher) drain() progress {
 	w.mu.Lock()
 	defer w.mu.Unlock()

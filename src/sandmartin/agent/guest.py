@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import re
 import secrets
 import struct
 import time
@@ -55,6 +56,7 @@ _MAX_REPLY_BYTES = 1 << 20
 #: Output comes in chunks of 32 KiB at most.
 _MAX_MESSAGE_BYTES = 1 << 20
 _ENTROPY_BYTES = 64
+_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}")
 
 #: The Connect protocol's envelope: flags and size, then the message.
 _ENVELOPE = struct.Struct(">BI")
@@ -222,11 +224,12 @@ class Guest:
 
     # Introduction and health.
 
-    async def introduce(self, identity: Identity, deadline_s: float) -> None:
+    async def introduce(self, identity: Identity, deadline_s: float) -> str:
         """Tell a guest who it is, waiting for it to boot, and have it confirmed.
 
-        Raises TimedOut when it does not answer in time, ToolFailed when it confirms something
-        else or cannot take on what it was told.
+        Returns the version of the protocol that it speaks, as E2B counts it; empty when it does
+        not say. Raises TimedOut when it does not answer in time, ToolFailed when it confirms
+        something else or cannot take on what it was told.
         """
         until = time.monotonic() + deadline_s
         reply = await self._confirmed(identity, deadline_s, until)
@@ -236,6 +239,8 @@ class Guest:
                 break
             # Told, and the host so busy that much time passed until it was heard.
             reply = await self._confirmed(identity, deadline_s, until)
+        version = str(reply.get("envdVersion", ""))
+        return version if _VERSION.fullmatch(version) else ""
 
     async def _confirmed(
         self, identity: Identity, deadline_s: float, until: float

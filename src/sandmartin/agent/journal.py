@@ -142,6 +142,8 @@ class Entry:
     moved: bool = False
     #: The image that its disk is being made; once that is there, the sandbox is to be removed.
     flattens_to: Path | None = None
+    #: Version of the protocol that its guest agent speaks; empty until that has said so.
+    envd_version: str = ""
     #: Access token of the guest agent.
     token: str = field(default="", repr=False)
 
@@ -173,6 +175,7 @@ class Entry:
                 "introduced": self.introduced,
                 "moved": self.moved,
                 "flattens_to": self.flattens_to and os.fspath(self.flattens_to),
+                "envd_version": self.envd_version,
                 "token": self.token,
                 "ram": ram and {"base": ram.base, "file": [ram.file.device, ram.file.inode]},
                 "vm": vm
@@ -220,6 +223,7 @@ class Entry:
                 introduced=raw.get("introduced", True),
                 moved=raw.get("moved", False),
                 flattens_to=Path(raw["flattens_to"]) if raw.get("flattens_to") else None,
+                envd_version=raw.get("envd_version", ""),
                 token=raw["token"],
                 ram=RamRecord(ram["base"], FileId(*ram["file"])) if ram else None,
                 vm=vm

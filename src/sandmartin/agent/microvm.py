@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sandmartin.agent.guest import Guest, Identity
 from sandmartin.agent.journal import RamRecord
@@ -38,6 +38,7 @@ from sandmartin.errors import SandmartinError, TimedOut, ToolFailed
 from sandmartin.model import INTERNET, NetworkPolicy
 from sandmartin.model import Shape as Shape
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 _CONSOLE_TAIL = 600
@@ -234,22 +235,25 @@ class MicroVm:
 
     # The guest.
 
-    async def introduce(self, guest: Guest, identity: Identity, deadline_s: float) -> None:
-        """Tell the guest who it is, and have it confirmed. Raises TimedOut, ToolFailed."""
-        await self._while_it_lives(guest.introduce(identity, deadline_s))
+    async def introduce(self, guest: Guest, identity: Identity, deadline_s: float) -> str:
+        """Tell the guest who it is, and have it confirmed; the version of its protocol.
+
+        Raises TimedOut, ToolFailed.
+        """
+        return await self._while_it_lives(guest.introduce(identity, deadline_s))
 
     async def awake(self, guest: Guest, deadline_s: float) -> None:
         """Wait until the guest agent answers anything. Raises TimedOut, ToolFailed."""
         await self._while_it_lives(guest.awake(deadline_s))
 
-    async def _while_it_lives(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _while_it_lives(self, work: Coroutine[Any, Any, _T]) -> _T:
         ended = asyncio.ensure_future(self.running.wait_gone())
         working = asyncio.ensure_future(work)
         try:
             await asyncio.wait({ended, working}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
                 raise ToolFailed(f"the VM ended while it started{await self._last_words()}")
-            await working
+            return await working
         except TimedOut as error:
             raise TimedOut(f"{error.message}{await self._last_words()}", hint=error.hint) from error
         finally:

@@ -195,10 +195,12 @@ class Sandbox(Inside):
         )
         deadline_s = self._machine.settings.boot_timeout_s
         try:
-            await self._microvm.introduce(guest, identity, deadline_s)
+            version = await self._microvm.introduce(guest, identity, deadline_s)
         except BaseException:
             await guest.close()
             raise
+        # Written with what every introduction is followed by.
+        self._entry = replace(self._entry, envd_version=version)
         self._guest = guest
 
     def _run(self) -> None:

@@ -199,7 +199,10 @@ class HostAgent(HostAgentService):
     ) -> pb.CreateSandboxResponse:
         sandbox = await self._host.create(spec_of(request), envs_of(request))
         return pb.CreateSandboxResponse(
-            sandbox_id=sandbox.sandbox_id, status=sandbox.state, host_ip=sandbox.host_ip
+            sandbox_id=sandbox.sandbox_id,
+            status=sandbox.state,
+            host_ip=sandbox.host_ip,
+            envd_version=sandbox.entry.envd_version,
         )
 
     async def destroy_sandbox(
@@ -337,7 +340,10 @@ class HostAgent(HostAgentService):
         timeout_s = None if request.keep_timeout else _timeout_of(request)
         sandbox = await self._host.resume(request.sandbox_id, timeout_s)
         return pb.ResumeSandboxResponse(
-            sandbox_id=sandbox.sandbox_id, status=sandbox.state, host_ip=sandbox.host_ip
+            sandbox_id=sandbox.sandbox_id,
+            status=sandbox.state,
+            host_ip=sandbox.host_ip,
+            envd_version=sandbox.entry.envd_version,
         )
 
     async def set_timeout(
@@ -518,6 +524,7 @@ def _info(sandbox: Sandbox) -> pb.SandboxInfo:
         disk_size_mb=entry.spec.disk_size_mb,
         status_reason=sandbox.reason,
         network=_policy(entry.network),
+        envd_version=entry.envd_version,
     )
 
 
@@ -535,7 +542,12 @@ def _forked(sandbox_id: str, child: Sandbox | SandmartinError) -> pb.ForkedSandb
     if isinstance(child, SandmartinError):
         error = pb.ErrorInfo(code=child.code, hint=child.hint)
         return pb.ForkedSandbox(sandbox_id=sandbox_id, error=error, error_message=child.message)
-    return pb.ForkedSandbox(sandbox_id=sandbox_id, status=child.state, host_ip=child.host_ip)
+    return pb.ForkedSandbox(
+        sandbox_id=sandbox_id,
+        status=child.state,
+        host_ip=child.host_ip,
+        envd_version=child.entry.envd_version,
+    )
 
 
 def _checkpoint(snapshot: Snapshot) -> pb.CheckpointInfo:

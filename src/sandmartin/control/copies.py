@@ -20,7 +20,16 @@ from sandmartin.control.operations import Held, Kind, Operations
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.repeats import Repeats
 from sandmartin.control.requests import NewChildren, keys_of_children
-from sandmartin.control.rows import Row, child_of, find, settle_child, shape_of, state_of, tell
+from sandmartin.control.rows import (
+    Row,
+    child_of,
+    find,
+    placed,
+    settle_child,
+    shape_of,
+    state_of,
+    tell,
+)
 from sandmartin.control.scheduler import check_takes_new
 from sandmartin.control.states import TRANSITIONAL
 from sandmartin.control.templates import Templates
@@ -231,7 +240,7 @@ class Copies(Terms):
             if held.state_before == State.PAUSED:
                 await self._hold_asleep(agent, row)
             woken = await agent.rollback(row.sandbox_id, held.arguments["checkpoint_id"])
-            return {"host_ip": woken.address}
+            return placed(woken)
 
         await self._perform(held, act, State.RUNNING, "sandbox.rolled_back")
 

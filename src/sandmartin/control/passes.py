@@ -23,6 +23,9 @@ from sandmartin.relay.target import GUEST_PORT, INTERPRETER_PORT
 
 _ACCESS = b"x-access-token"
 _TRAFFIC = (b"e2b-traffic-access-token", b"x-traffic-token")
+#: What clients ask of the guest agent.
+_OF_GUEST = re.compile(rb"/(?:process\.Process/|filesystem\.Filesystem/|files(?:/|$)|health$)")
+_TOKEN = re.compile(rb"[0-9a-f]{64}")
 _TAKEN_OUT = frozenset(
     {
         _ACCESS,
@@ -98,6 +101,17 @@ def signed_of(asked: Asked) -> Signed | None:
     if operation is None or not _SIGNATURE.fullmatch(signed.field(_SIGNED)):
         return None
     return signed
+
+
+def lone_token_of(asked: Asked) -> bytes | None:
+    """The access token that alone says which sandbox a call of its guest agent is for.
+
+    Some older clients, connected to a sandbox that somebody else has made, do not name it.
+    """
+    if not _OF_GUEST.match(asked.raw_path):
+        return None
+    tokens = values_of(asked.headers, _ACCESS)
+    return tokens[0] if len(tokens) == 1 and _TOKEN.fullmatch(tokens[0]) else None
 
 
 def check(asked: Asked, to: Address, tokens: Tokens, *, public: bool) -> Asked:

@@ -92,6 +92,8 @@ class Proxy:
             to = address_of(asked.headers, asked.raw_path.decode("latin-1"), self._hosts)
             if to is None and (signed := passes.signed_of(asked)) is not None:
                 return await self._signer(signed)
+            if to is None and (token := passes.lone_token_of(asked)) is not None:
+                return await self._holder(token)
         except Invalid as error:
             raise Refused(status=400, message=_sentence(error)) from error
         return to
@@ -103,6 +105,13 @@ class Proxy:
             if signed.fits(tokens, sandbox_id):
                 return Address(sandbox_id, GUEST_PORT)
         raise Refused(status=401, message="invalid signature")
+
+    async def _holder(self, token: bytes) -> Address:
+        """The running sandbox that has an access token."""
+        for sandbox_id in await list_running(self._platform.db):
+            if self._platform.tokens.is_access(sandbox_id, token):
+                return Address(sandbox_id, GUEST_PORT)
+        raise Refused.by(Refusal.NOT_FOUND, "", GUEST_PORT)
 
     async def _pass_on(
         self, asked: Asked, to: Address, scope: Scope, receive: Receive, send: Send

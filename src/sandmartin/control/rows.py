@@ -21,7 +21,7 @@ from sandmartin.control.operations import Overtaken
 from sandmartin.control.states import sources_of
 from sandmartin.errors import Conflict, Invalid, NotFound, SandmartinError
 from sandmartin.model import SandboxSpec, State
-from sandmartin.transport import SandboxInfo
+from sandmartin.transport import CreatedSandbox, SandboxInfo
 
 Row = tables.Sandbox
 
@@ -115,6 +115,11 @@ def shape_of(row: Row) -> SandboxSpec:
     )
 
 
+def placed(made: CreatedSandbox) -> dict[str, Any]:
+    """Values of one that runs now, as its host says."""
+    return {"host_ip": made.address, "envd_version": made.envd_version}
+
+
 def ends_at(lifetime_s: int | None) -> float | None:
     """When one that begins to run now has run for its lifetime."""
     return None if lifetime_s is None else time.time() + lifetime_s
@@ -149,6 +154,7 @@ def child_of(
         auto_resume=parent.auto_resume,
         public_traffic=parent.public_traffic,
         network=parent.network,
+        envd_version=parent.envd_version,
         labels=dict(parent.labels),
         parent_id=parent.sandbox_id,
         created_by=caller.actor_id,

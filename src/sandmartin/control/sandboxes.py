@@ -37,6 +37,7 @@ from sandmartin.control.rows import (
     find,
     moment,
     observe,
+    placed,
     read_cursor,
     tell,
     unfit,
@@ -262,7 +263,7 @@ class Sandboxes(Copies):
                 network=policy_of(row),
             )
             made = await self._create_somewhere(agent, row, new, held)
-            return {"host_ip": made.address, "started_at": time.time()}
+            return {**placed(made), "started_at": time.time()}
 
         await self._perform(held, act, State.RUNNING, "sandbox.running")
 
@@ -281,7 +282,10 @@ class Sandboxes(Copies):
                 if info is None or info.state != State.RUNNING:
                     raise
                 return CreatedSandbox(
-                    sandbox_id=info.sandbox_id, state=info.state, address=info.address
+                    sandbox_id=info.sandbox_id,
+                    state=info.state,
+                    address=info.address,
+                    envd_version=info.envd_version,
                 )
             except Exhausted as error:
                 assert row.host_id is not None
@@ -353,7 +357,7 @@ class Sandboxes(Copies):
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
             await self._hold_asleep(agent, row)
             woken = await agent.resume(row.sandbox_id, row.timeout_s)
-            return {"host_ip": woken.address}
+            return placed(woken)
 
         await self._perform(held, act, State.RUNNING, "sandbox.resumed")
 

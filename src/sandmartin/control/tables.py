@@ -281,6 +281,8 @@ class Sandbox(Base):
     #: Labels that its owner gave it.
     labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
     host_ip: Mapped[str] = mapped_column(default="")
+    #: The guest protocol that it speaks, as E2B counts it; empty when it is not known.
+    envd_version: Mapped[str] = mapped_column(default="")
     #: The sandbox it was forked from.
     parent_id: Mapped[str | None]
     created_by: Mapped[str] = mapped_column(default="")

@@ -67,6 +67,8 @@ class CreatedSandbox:
     state: str
     #: Address at which the host itself reaches the guest; empty when there is none.
     address: str = ""
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,8 @@ class SandboxInfo:
     reason: str
     network: NetworkPolicy = INTERNET
     metadata: Mapping[str, str] = field(default_factory=dict)
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,8 @@ class ForkedSandbox:
     state: str
     address: str
     error: SandmartinError | None = None
+    #: Version of the guest protocol, as E2B counts it; empty when it is not known.
+    envd_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -532,6 +532,7 @@ def _sandbox_info(message: Message) -> SandboxInfo:
         last_active_at=_int(message, "lastActiveAtUnix"),
         reason=_text(message, "statusReason"),
         network=_network(_part(message, "network")),
+        envd_version=_text(message, "envdVersion"),
     )
 
 
@@ -550,6 +551,7 @@ def _placed(message: Message, sandbox_id: str) -> CreatedSandbox:
         sandbox_id=sandbox_id,
         state=_text(message, "status"),
         address=_text(message, "hostIp"),
+        envd_version=_text(message, "envdVersion"),
     )
 
 
@@ -563,6 +565,7 @@ def _forked(message: Message) -> ForkedSandbox:
         state=_text(message, "status"),
         address=_text(message, "hostIp"),
         error=error,
+        envd_version=_text(message, "envdVersion"),
     )
 
 

@@ -89,6 +89,7 @@ class SandboxBody(BaseModel):
     parent_id: str | None
     created_at: float
     started_at: float | None
+    ends_at: float | None = Field(description="When it ends, however much it is used.")
     last_active_at: float | None
     last_updated: float
 
@@ -113,6 +114,7 @@ class SandboxBody(BaseModel):
             parent_id=row.parent_id,
             created_at=row.created_at,
             started_at=row.started_at,
+            ends_at=row.ends_at,
             last_active_at=row.last_active_at,
             last_updated=row.state_at,
         )

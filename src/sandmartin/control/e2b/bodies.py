@@ -134,7 +134,7 @@ class Sandbox(Body):
     template_id: str
     sandbox_id: str
     client_id: str = CLIENT_ID
-    envd_version: str = ENVD_VERSION
+    envd_version: str
     alias: str
     envd_access_token: str
     traffic_access_token: str | None
@@ -146,6 +146,7 @@ class Sandbox(Body):
         return cls(
             template_id=row.template,
             sandbox_id=row.sandbox_id,
+            envd_version=row.envd_version or ENVD_VERSION,
             alias=row.template,
             envd_access_token=tokens.access(row.sandbox_id),
             traffic_access_token=None if row.public_traffic else tokens.traffic(row.sandbox_id),
@@ -157,7 +158,7 @@ class ListedSandbox(Body):
     template_id: str
     sandbox_id: str
     client_id: str = CLIENT_ID
-    envd_version: str = ENVD_VERSION
+    envd_version: str
     alias: str
     started_at: datetime
     end_at: datetime
@@ -209,6 +210,7 @@ def _facts(row: tables.Sandbox) -> dict[str, Any]:
     return {
         "template_id": row.template,
         "sandbox_id": row.sandbox_id,
+        "envd_version": row.envd_version or ENVD_VERSION,
         "alias": row.template,
         "started_at": moment_of(row.started_at or row.created_at),
         "end_at": _NEVER if row.ends_at is None else moment_of(row.ends_at),

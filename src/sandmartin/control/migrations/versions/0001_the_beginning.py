@@ -277,6 +277,7 @@ def upgrade() -> None:
             "metadata", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
         ),
         sa.Column("host_ip", sa.String(), nullable=False),
+        sa.Column("envd_version", sa.String(), nullable=False),
         sa.Column("parent_id", sa.String(), nullable=True),
         sa.Column("created_by", sa.String(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
