@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,11 +71,23 @@ def test_the_package_alone_is_light() -> None:
     assert subprocess.run(words, capture_output=True, check=True, text=True).stdout == "[]\n"
 
 
-def test_types_as_a_user_sees_them() -> None:
-    words = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(ROOT / ".mypy_cache")]
+def test_types_as_a_user_sees_them(tmp_path: Path) -> None:
+    # None of our own settings, which a user does not have.
+    settings = tmp_path / "mypy.ini"
+    settings.write_text("[mypy]\nstrict = true\n")
+    cache = ROOT / ".mypy_cache" / "program"
+    words = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(settings),
+        "--cache-dir",
+        str(cache),
+    ]
     checked = subprocess.run(
         [*words, "--no-error-summary", "-c", _PROGRAM],
-        cwd=ROOT / "src",
+        env=os.environ | {"MYPYPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         timeout=110,
