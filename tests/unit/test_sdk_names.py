@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,18 +72,28 @@ def test_the_package_alone_is_light() -> None:
 
 
 def test_types_as_a_user_sees_them(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(_PROGRAM)
-    words = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(ROOT / ".mypy_cache")]
+    # None of our own settings, which a user does not have.
+    settings = tmp_path / "mypy.ini"
+    settings.write_text("[mypy]\nstrict = true\n")
+    cache = ROOT / ".mypy_cache" / "program"
+    words = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(settings),
+        "--cache-dir",
+        str(cache),
+    ]
     checked = subprocess.run(
-        [*words, "--no-error-summary", str(program)],
-        cwd=ROOT / "src",
+        [*words, "--no-error-summary", "-c", _PROGRAM],
+        env=os.environ | {"MYPYPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         timeout=110,
         check=False,
     )
-    found = [each.removeprefix(f"{program}:") for each in checked.stdout.splitlines()]
+    found = [each.removeprefix("<string>:") for each in checked.stdout.splitlines()]
     wrong = [number for number, line in enumerate(_PROGRAM.splitlines(), 1) if "# wrong" in line]
     errors = {int(each.partition(":")[0]) for each in found if " error: " in each}
     assert errors == set(wrong), (found, checked.stderr)

@@ -39,7 +39,7 @@ class AsyncSandbox:
     """
 
     def __init__(self, link: Link) -> None:
-        """For one that exists, `connect` and `create` make this."""
+        """`create` and `connect` make it."""
         self._link = link
         feeds = Feeds(link)
         self.commands = AsyncCommands(feeds)

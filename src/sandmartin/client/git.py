@@ -224,8 +224,7 @@ class AsyncGit:
         check: bool = True,
     ) -> CommandResult:
         return await self._commands.run(
-            ["git", *words],
-            cwd=path,
+            ["git", *(["-C", path] if path else []), *words],
             user=user,
             envs={**_QUIET, **_environment(credentials)},
             stdin=stdin,

@@ -68,6 +68,8 @@ class Server:
         self._url = rest.api.url
         self._ports = httpx.AsyncClient(
             base_url=self._url,
+            # Loading certificates takes long: not where there is no TLS.
+            verify=self._url.startswith("https:"),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=10),
         )
         self._tokens: dict[str, Tokens] = {}

@@ -188,7 +188,7 @@ class Sandbox(Facade[AsyncSandbox]):
     """
 
     def __init__(self, inner: AsyncSandbox) -> None:
-        """For one that exists, `connect` and `create` make this."""
+        """`create` and `connect` make it."""
         super().__init__(inner)
         self.commands = Commands(inner.commands)
         self.pty = Pty(inner.pty)
