@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shutil
 from collections import Counter
@@ -9,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from sandmartin.agent.assets import Assets
+from sandmartin.errors import NotFound
+from sandmartin.model import Settings
 
 _HERE = Path(__file__).parent
 #: Folders whose tests boot VMs.
@@ -51,9 +57,19 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
         return "need qemu-img"
     if _takes_postgresql(item) and not any(_POSTGRESQL.glob("*/bin/initdb")):
         return "need PostgreSQL (Debian: postgresql)"
+    if (template := item.get_closest_marker("template")) and template.args[0] not in _templates():
+        return f"need the template {template.args[0]} (scripts/setup --template {template.args[0]})"
     if item.get_closest_marker("full") and tier != "full":
         return "run in tier full alone"
     return ""
+
+
+@functools.cache
+def _templates() -> frozenset[str]:
+    """Names of the built-in templates that are built."""
+    with contextlib.suppress(NotFound):
+        return frozenset(Assets.find(Settings.load()).images)
+    return frozenset()
 
 
 def _takes_postgresql(item: pytest.Item) -> bool:

@@ -570,6 +570,8 @@ class Guests:
     envd_version: str = "0.6.13"
     #: What each address was told last.
     identities: dict[str, Identity] = field(default_factory=dict)
+    #: Status that what serves HTTP on a port answers with.
+    answers: dict[int, int] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     inputs: dict[int, bytes] = field(default_factory=dict)
     signals: list[tuple[int, int]] = field(default_factory=list)
@@ -635,6 +637,10 @@ class FakeGuest(Guest):
     async def healthy(self, deadline_s: float) -> bool:
         self._guests.checks += 1
         return self._address not in self._guests.silent
+
+    async def ask(self, port: int, path: str, deadline_s: float) -> int | None:
+        self._guests.vm(self._address)
+        return self._guests.answers.get(port)
 
     def _check(self) -> None:
         if self._guests.memory(self._address)["token"] != self._token:

@@ -85,7 +85,8 @@ class WarmAhead:
     """A template whose warm snapshot is made before anyone asks for it."""
 
     template: str
-    shape: Shape = Shape()
+    #: None is what the template recommends.
+    shape: Shape | None = None
 
     @classmethod
     def parse(cls, text: str) -> WarmAhead:
@@ -93,7 +94,7 @@ class WarmAhead:
         template, equals, shape = text.partition("=")
         if not _NAME.fullmatch(template):
             raise ValueError(f"{text[:80]!r} names no template; write base or base=2x1024")
-        return cls(template=template, shape=Shape.parse(shape) if equals else Shape())
+        return cls(template=template, shape=Shape.parse(shape) if equals else None)
 
 
 class State(StrEnum):

@@ -65,6 +65,26 @@ def test_what_is_not_built_is_not_found(store: Path) -> None:
     assert "setup" in caught.value.hint
 
 
+def test_other_images_than_base_are_found_once_they_are_built(store: Path) -> None:
+    built = [assets._kernel(), assets._initramfs(), assets._image("base")]
+    for name in built:
+        (store / name).mkdir(parents=True)
+    settings = replace(Settings(), assets_dir=store)
+    assert "code-interpreter-v1" not in Assets.find(settings).images
+    image = store / assets._image("code-interpreter-v1") / "rootfs.ext4"
+    image.parent.mkdir()
+    image.touch()
+    assert Assets.find(settings).images["code-interpreter-v1"] == image
+
+
+async def test_only_what_there_is_a_recipe_of_can_be_built(store: Path) -> None:
+    settings = replace(Settings(), assets_dir=store)
+    with pytest.raises(NotFound, match="'absent'") as caught:
+        await assets.setup(settings, _silent, ["base", "absent"])
+    assert "code-interpreter-v1" in caught.value.hint
+    assert not store.exists()
+
+
 async def test_an_entry_is_whole_or_not_there(store: Path) -> None:
     store.mkdir()
     lines: list[str] = []

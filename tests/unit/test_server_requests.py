@@ -29,7 +29,7 @@ def test_every_error_has_a_code_on_the_wire() -> None:
 
 
 def test_defaults_of_a_sandbox() -> None:
-    spec = spec_of(pb.CreateSandboxRequest(template="base"))
+    spec = spec_of(pb.CreateSandboxRequest(template="base"), _usual)
     assert spec.sandbox_id.startswith("sb")
     assert (spec.vcpus, spec.memory_mb, spec.disk_size_mb, spec.timeout_s) == (
         model.DEFAULT_VCPUS,
@@ -37,8 +37,21 @@ def test_defaults_of_a_sandbox() -> None:
         model.DEFAULT_DISK_SIZE_MB,
         0,
     )
-    other = spec_of(pb.CreateSandboxRequest(template="base"))
+    other = spec_of(pb.CreateSandboxRequest(template="base"), _usual)
     assert other.sandbox_id != spec.sandbox_id
+
+
+def test_a_template_recommends_a_shape() -> None:
+    large = model.Shape(vcpus=2, memory_mb=2048)
+    shapes = {"large": large, "base": model.Shape()}
+    spec = spec_of(pb.CreateSandboxRequest(template="large"), shapes.__getitem__)
+    assert (spec.vcpus, spec.memory_mb) == (2, 2048)
+    spec = spec_of(pb.CreateSandboxRequest(template="large", memory_mb=256), shapes.__getitem__)
+    assert (spec.vcpus, spec.memory_mb) == (2, 256)
+
+
+def _usual(_template: str) -> model.Shape:
+    return model.Shape()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +74,7 @@ def test_defaults_of_a_sandbox() -> None:
 )
 def test_sandboxes_that_can_never_be(fields: dict[str, object]) -> None:
     with pytest.raises(Invalid):
-        spec_of(pb.CreateSandboxRequest(**fields))  # type: ignore[arg-type]
+        spec_of(pb.CreateSandboxRequest(**fields), _usual)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("envs", [{"": "b"}, {"B=C": "d"}, {"B": "\0"}, {"B\0": ""}])

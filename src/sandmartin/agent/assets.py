@@ -17,20 +17,32 @@ import shlex
 import shutil
 import stat
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-from sandmartin.agent import packages, proc
+from sandmartin.agent import packages, proc, traits, wheels
 from sandmartin.agent.journal import check_reachable
 from sandmartin.errors import NotFound, ToolFailed
 from sandmartin.model import DEFAULT_DISK_SIZE_MB, Settings, random_id
 
 Report = Callable[[str], None]
 
+#: The built-in image that all others stand on, and that is always there.
+BASE = "base"
 #: Suite of the kernel and the base image: one on every host, so that all hosts run the same.
 SUITE = "bookworm"
 _KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -42,6 +54,8 @@ _MODULES = (
     # By these a guest that was moved ends its connections.
     *("inet_diag", "tcp_diag", "udp_diag"),
 )
+#: What tools leave among the sources.
+_MADE = {"bin", "__pycache__"}
 _ROOT = Path(__file__).resolve().parents[3]
 _GUEST_SOURCES = _ROOT / "guest"
 _IMAGE_SOURCES = _ROOT / "images"
@@ -59,9 +73,12 @@ class Assets:
 
     @classmethod
     def find(cls, settings: Settings) -> Assets:
-        """The assets that fit this version. Raises NotFound when setup has to be run."""
+        """The assets that fit this version: of the built-in images `base`, and what else is built.
+
+        Raises NotFound when setup has to be run.
+        """
         store = settings.assets_dir.absolute()
-        kernel, initramfs, base = (store / entry for entry in (_kernel(), _initramfs(), _base()))
+        kernel, initramfs, base = (store / e for e in (_kernel(), _initramfs(), _image(BASE)))
         for path in (kernel, initramfs, base):
             if not path.is_dir():
                 raise NotFound(
@@ -70,7 +87,11 @@ class Assets:
         return cls(
             kernel=kernel / "vmlinuz",
             initramfs=initramfs / "initramfs.cpio",
-            images={"base": base / "rootfs.ext4"},
+            images={
+                name: path
+                for name in built_in_images()
+                if (path := store / _image(name) / "rootfs.ext4").exists()
+            },
         )
 
 
@@ -88,7 +109,7 @@ def _tree(root: Path) -> Iterator[bytes]:
     for path in sorted(root.rglob("*")):
         if path.name.endswith("_test.go"):
             continue  # goes into no asset
-        if path.is_file() and "bin" not in path.relative_to(root).parts:
+        if path.is_file() and not _MADE & set(path.relative_to(root).parts):
             yield os.fsencode(path.relative_to(root))
             yield path.read_bytes()
 
@@ -108,20 +129,35 @@ def _initramfs() -> str:
     return _name("initramfs", _kernel().encode(), _guest().encode())
 
 
-def _base() -> str:
-    sources = _PACKED / "images" if (_PACKED / "images").exists() else _IMAGE_SOURCES
-    return _name("base", SUITE.encode(), *_tree(sources / "base"))
+def _recipes() -> Path:
+    return _PACKED / "images" if (_PACKED / "images").exists() else _IMAGE_SOURCES
+
+
+def built_in_images() -> list[str]:
+    """Names of the images that there are recipes of."""
+    return sorted(path.parent.name for path in _recipes().glob("*/customize"))
+
+
+def _image(name: str) -> str:
+    below = [] if name == BASE else [_image(BASE).encode()]
+    return _name(name, *below, SUITE.encode(), *_tree(_recipes() / name))
 
 
 # Setup.
 
 
-async def setup(settings: Settings, report: Report) -> None:
+async def setup(settings: Settings, report: Report, images: Collection[str] = ()) -> None:
     """Make this host ready: packages, kernel, guest agent, initramfs, base image. Idempotent.
 
+    Further built-in `images` are built as well; they take longer.
     Raises ToolFailed with what to do when a step fails, Invalid when the VMs' users could not
-    reach the store.
+    reach the store, NotFound for an image that there is no recipe of.
     """
+    if unknown := set(images) - set(built_in_images()):
+        raise NotFound(
+            f"there is no built-in template {sorted(unknown)[0]!r}",
+            hint=f"there are: {', '.join(built_in_images())}",
+        )
     if missing := packages.find_missing():
         report(f"installing {', '.join(missing)}")
         await packages.install(missing)
@@ -131,7 +167,8 @@ async def setup(settings: Settings, report: Report) -> None:
         await _ensure(store, _kernel(), _build_kernel, report)
         await _ensure(store, _guest(), _build_guest, report)
         await _ensure(store, _initramfs(), lambda into: _build_initramfs(store, into), report)
-        await _ensure(store, _base(), _build_base, report)
+        for name in dict.fromkeys([BASE, *images]):
+            await _ensure(store, _image(name), partial(_build_image, name), report)
 
 
 @asynccontextmanager
@@ -339,13 +376,40 @@ def _padded(block: bytes) -> bytes:
     return block + b"\0" * (-len(block) % 4)
 
 
-async def _build_base(into: Path) -> None:
-    sources = (_PACKED / "images" if (_PACKED / "images").exists() else _IMAGE_SOURCES) / "base"
-    root, image = into / "root", into / "rootfs.ext4"
-    include = ",".join((sources / "packages").read_text().split())
-    hook = shlex.quote(os.fspath(sources / "customize"))
-    customize = f'--customize-hook={hook} "$1"'
-    await _bootstrap("--variant=minbase", f"--include={include}", customize, SUITE, root)
+async def _build_image(name: str, into: Path) -> None:
+    root, recipe = into / "root", _recipes() / name
+    image = into / "rootfs.ext4"
+    include = [word for each in _chain(name) for word in _words(each / "packages")]
+    options = ["--variant=minbase", f"--include={','.join(include)}"]
+    with tempfile.TemporaryDirectory(dir=into) as fetched:
+        if (locked := recipe / "requirements.txt").exists():
+            await wheels.fetch(locked, Path(fetched))
+            # The image's own pip reads them.
+            Path(fetched).chmod(0o755)  # noqa: ASYNC240
+            options.append(f"--customize-hook=copy-in {shlex.quote(fetched)} /")
+            options.append(f'--customize-hook=mv "$1/{Path(fetched).name}" "$1/wheels"')
+        for each in _chain(name):
+            hook = shlex.quote(os.fspath(each / "customize"))
+            options.append(f'--customize-hook={hook} "$1"')
+        await _bootstrap(*options, SUITE, root)
+    await _make_file_system(root, image)
+    image.chmod(0o444)
+    manifest = {"suite": SUITE, "packages": _installed(root), "built_at": int(time.time())}
+    (into / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    traits.install(recipe, into)
+    shutil.rmtree(root)
+
+
+def _chain(name: str) -> list[Path]:
+    """The recipes of an image, the lowest first."""
+    return [_recipes() / each for each in dict.fromkeys([BASE, name])]
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []
+
+
+async def _make_file_system(root: Path, image: Path) -> None:
     with image.open("wb") as sparse:
         sparse.truncate(DEFAULT_DISK_SIZE_MB * 2**20)
     # The guest would otherwise zero the inode tables in the background, at its own cost.
@@ -353,10 +417,6 @@ async def _build_base(into: Path) -> None:
     options += ["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"]
     await proc.run(["mke2fs", *options, "-d", root, image], deadline_s=600)
     await proc.run(["e2fsck", "-fn", image], deadline_s=300)
-    image.chmod(0o444)
-    manifest = {"suite": SUITE, "packages": _installed(root), "built_at": int(time.time())}
-    (into / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(root)
 
 
 def _installed(root: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sandmartin.agent import files
 from sandmartin.agent.proc import run, unprivileged
+from sandmartin.agent.traits import Traits
 from sandmartin.errors import DiskFull, Exhausted, Invalid, NotFound, ToolFailed
 from sandmartin.model import random_id
 
@@ -38,6 +39,11 @@ class Image:
     @property
     def size_mb(self) -> int:
         return -(-self.path.stat().st_size // _MB)
+
+    @property
+    def traits(self) -> Traits:
+        """What it says of its sandboxes. Raises Invalid."""
+        return Traits.of(self.path)
 
 
 class ImageStore:

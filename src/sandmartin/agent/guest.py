@@ -179,6 +179,7 @@ class Guest:
     def __init__(
         self, address: str, token: str, port: int = PORT, deadlines: Deadlines | None = None
     ) -> None:
+        self._address = address
         self._url = f"http://{address}:{port}"
         self._token = token
         self._deadlines = deadlines or Deadlines()
@@ -302,6 +303,15 @@ class Guest:
                 return response.status == 204
         except _SILENT:
             return False
+
+    async def ask(self, port: int, path: str, deadline_s: float) -> int | None:
+        """Status of what serves HTTP on a port of the sandbox; None when nothing answers."""
+        # No header of ours: it is the guest's own program, and may not know the token.
+        url = f"http://{self._address}:{port}{path}"
+        with contextlib.suppress(*_SILENT):
+            async with asyncio.timeout(deadline_s), self._http.stream("GET", url) as response:
+                return response.status
+        return None
 
     # Processes.
 

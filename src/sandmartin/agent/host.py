@@ -28,6 +28,7 @@ from sandmartin.agent.metrics import Point
 from sandmartin.agent.pools import ReadySandboxes, WaitingVms
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
+from sandmartin.agent.startup import NotReady
 from sandmartin.agent.storage import names_in
 from sandmartin.agent.templates import Templates
 from sandmartin.agent.warm import WarmSnapshots
@@ -38,7 +39,7 @@ from sandmartin.errors import (
     SandmartinError,
     Unavailable,
 )
-from sandmartin.model import NetworkPolicy, SandboxSpec, Shape, State, random_id
+from sandmartin.model import NetworkPolicy, SandboxSpec, Shape, State, check_name, random_id
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -210,6 +211,11 @@ class Host:
             )
         return sandbox
 
+    def default_shape(self, template: str) -> Shape:
+        """Of a sandbox for which none is asked for. Raises Invalid, NotFound."""
+        found = self._templates.find(check_name(template, "template name"))
+        return found.traits.shape if isinstance(found, Image) else Shape()
+
     # Operations.
 
     async def create(self, spec: SandboxSpec, envs: Mapping[str, str]) -> Sandbox:
@@ -236,8 +242,14 @@ class Host:
 
     async def _make_ready(self, template: str) -> Sandbox:
         """A sandbox that is ready to be claimed; it is not in the table."""
-        found = self._templates.find(template)
-        spec = _fitting(SandboxSpec(sandbox_id=f"ready-{random_id(8)}", template=template), found)
+        found, shape = self._templates.find(template), self.default_shape(template)
+        spec = SandboxSpec(
+            sandbox_id=f"ready-{random_id(8)}",
+            template=template,
+            vcpus=shape.vcpus,
+            memory_mb=shape.memory_mb,
+        )
+        spec = _fitting(spec, found)
         ready = (each.entry.spec for each in self._ready.all())
         check_room(self._machine, spec, [*self._taken(), *ready])
         sandbox = self._record_new(spec)
@@ -299,6 +311,9 @@ class Host:
             if isinstance(origin, Image) and self._warm.covers(shape):
                 try:
                     origin = await stack.enter_async_context(self._warm.use(origin, shape))
+                except NotReady:
+                    # After another boot it would not be either.
+                    raise
                 except SandmartinError as error:
                     _log.warning("template %s boots cold: %s", spec.template, error)
             yield origin

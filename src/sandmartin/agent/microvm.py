@@ -33,6 +33,8 @@ from sandmartin.agent.memory import (
 )
 from sandmartin.agent.network import Slot
 from sandmartin.agent.snapshots import Snapshot
+from sandmartin.agent.startup import start_up
+from sandmartin.agent.traits import Traits
 from sandmartin.agent.vmm import Disk, Vm, VmRecord, VmSpec
 from sandmartin.errors import SandmartinError, TimedOut, ToolFailed
 from sandmartin.model import INTERNET, NetworkPolicy
@@ -245,6 +247,11 @@ class MicroVm:
     async def awake(self, guest: Guest, deadline_s: float) -> None:
         """Wait until the guest agent answers anything. Raises TimedOut, ToolFailed."""
         await self._while_it_lives(guest.awake(deadline_s))
+
+    async def start_up(self, guest: Guest, traits: Traits) -> None:
+        """Have what its image starts run and be ready. Raises NotReady, GuestSilent, ToolFailed."""
+        if traits.starts:
+            await self._while_it_lives(start_up(guest, traits))
 
     async def _while_it_lives(self, work: Coroutine[Any, Any, _T]) -> _T:
         ended = asyncio.ensure_future(self.running.wait_gone())

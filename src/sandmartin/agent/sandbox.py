@@ -34,6 +34,7 @@ from sandmartin.agent.microvm import Frozen, Shape, Take, new_token
 from sandmartin.agent.recorded import boot_id
 from sandmartin.agent.snapshots import Draft, Manifest, Snapshot, remove_snapshot, state_digest
 from sandmartin.agent.storage import names_in, remove
+from sandmartin.agent.traits import Traits
 from sandmartin.agent.vmm import VmStatus
 from sandmartin.errors import (
     Conflict,
@@ -154,6 +155,13 @@ class Sandbox(Inside):
             await self._microvm.boot(shape, self._disk)
             old_token = ""
         await self._introduce(old_token, new_token(), envs=envs, moved=True)
+        if not isinstance(origin, Snapshot):
+            await self._start_up()
+
+    async def _start_up(self) -> None:
+        """After a boot: have what its image starts run and be ready."""
+        assert self._guest is not None and self._entry.image is not None
+        await self._microvm.start_up(self._guest, Traits.of(self._entry.image))
 
     def _begin(self) -> None:
         """It knows who it is and can be used."""
@@ -255,6 +263,9 @@ class Sandbox(Inside):
                 await self._put_to_sleep(seal=True)
                 entry = self._entry
                 assert entry.image is not None
+                # Before the image, which is there once it is whole.
+                if (traits := Traits.of(entry.image)) != Traits():
+                    traits.write(target)
                 await self._machine.storage.layers.flatten(entry.image, entry.layers, target)
             except BaseException:
                 with self._disk_may_be_full():
@@ -468,7 +479,7 @@ class Sandbox(Inside):
         try:
             if not self._entry.top:
                 await self._new_top(self._entry.spec.disk_size_mb)
-            await self._restore_or_boot(operation)
+            booted = await self._restore_or_boot(operation)
             # From here on the VM runs, and what it slept in is void.
             with self._all_or_nothing():
                 self._become(State.RUNNING, sync=True, sleeps_in="", introduced=False)
@@ -479,6 +490,8 @@ class Sandbox(Inside):
         self.touch()
         await self._go_on_as_itself()
         self._machine.step(f"{operation}:confirmed")
+        if booted:
+            await self._start_up_again()
         self._run()
         await asyncio.to_thread(remove_snapshot, self._paths.paused)
         self._machine.step(f"{operation}:running")
@@ -496,20 +509,32 @@ class Sandbox(Inside):
         with self._disk_may_be_full():
             self._record(introduced=True, moved=False)
 
-    async def _restore_or_boot(self, operation: str) -> None:
-        """Memory and disk as they were; where the memory does not fit any more, the disk."""
+    async def _start_up_again(self) -> None:
+        """What its image starts is started anew; where that fails its files are there at least."""
+        try:
+            await self._start_up()
+        except SandmartinError as error:
+            _log.warning("sandbox %s does not start all it should: %s", self.sandbox_id, error)
+
+    async def _restore_or_boot(self, operation: str) -> bool:
+        """Memory and disk as they were; where the memory does not fit any more, the disk.
+
+        Whether it booted.
+        """
         entry = self._entry
         try:
             if not entry.sleeps_in:
                 raise NotFound("its memory was lost")
             snapshot = self._machine.storage.snapshots.read(self._paths.path / entry.sleeps_in)
             await self._microvm.restore(snapshot, self._disk, self._take_waiting)
+            return False
         except (NotFound, Conflict, Invalid) as error:
             _log.warning("sandbox %s starts from its disk: %s", self.sandbox_id, error)
             await self._leave_host(operation)
             self._record(token="")
             shape = Shape(vcpus=entry.spec.vcpus, memory_mb=entry.spec.memory_mb)
             await self._microvm.boot(shape, self._disk)
+            return True
 
     async def _sleep_on(self, operation: str) -> None:
         """After a failed resume: nothing has run, and it sleeps as before."""

@@ -7,7 +7,7 @@ our own types here, and what comes back becomes messages again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +22,7 @@ from sandmartin.agent.metrics import Point
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.errors import Exhausted, Invalid, SandmartinError, TimedOut
-from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec
+from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec, Shape
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.rpc.hostagent.v1.hostagent_connect import HostAgentService
 
@@ -52,15 +52,19 @@ def check_guest_path(path: str) -> str:
     return path
 
 
-def spec_of(request: pb.CreateSandboxRequest) -> SandboxSpec:
-    """The specification a request asks for, defaults filled in. Raises Invalid."""
+def spec_of(request: pb.CreateSandboxRequest, shape_of: Callable[[str], Shape]) -> SandboxSpec:
+    """The specification a request asks for, defaults filled in. Raises Invalid.
+
+    `shape_of` gives the shape that a template recommends.
+    """
     if not request.template:
         raise Invalid("no template is named", hint="`base` is there after setup")
+    usual = shape_of(request.template)
     return SandboxSpec(
         sandbox_id=request.sandbox_id or model.new_sandbox_id(),
         template=request.template,
-        vcpus=request.vcpus or model.DEFAULT_VCPUS,
-        memory_mb=request.memory_mb or model.DEFAULT_MEMORY_MB,
+        vcpus=request.vcpus or usual.vcpus,
+        memory_mb=request.memory_mb or usual.memory_mb,
         disk_size_mb=request.disk_size_mb or model.DEFAULT_DISK_SIZE_MB,
         timeout_s=request.timeout_sec,
         network=None if request.network is None else policy_of(request.network),
@@ -197,7 +201,8 @@ class HostAgent(HostAgentService):
     async def create_sandbox(
         self, request: pb.CreateSandboxRequest, _ctx: _Context
     ) -> pb.CreateSandboxResponse:
-        sandbox = await self._host.create(spec_of(request), envs_of(request))
+        spec = spec_of(request, self._host.default_shape)
+        sandbox = await self._host.create(spec, envs_of(request))
         return pb.CreateSandboxResponse(
             sandbox_id=sandbox.sandbox_id,
             status=sandbox.state,
@@ -565,6 +570,8 @@ def _template(template: Image | Snapshot) -> pb.TemplateInfo:
         return pb.TemplateInfo(
             name=template.name,
             kind="image",
+            vcpus=template.traits.vcpus,
+            memory_mb=template.traits.memory_mb,
             disk_size_mb=template.size_mb,
             size_bytes=allocated_bytes(template.path),
         )

@@ -27,8 +27,9 @@ from typing import TextIO
 
 from sandmartin.agent import disk
 from sandmartin.agent.disk import Image
+from sandmartin.agent.guest import Guest, Identity
 from sandmartin.agent.machine import Machine
-from sandmartin.agent.microvm import MicroVm, Records
+from sandmartin.agent.microvm import MicroVm, Records, new_token
 from sandmartin.agent.snapshots import (
     Draft,
     Manifest,
@@ -279,7 +280,7 @@ class WarmSnapshots:
 
     def _key(self, image: Image, shape: Shape) -> str:
         machine = self._machine
-        stat = image.path.stat()
+        stat, traits = image.path.stat(), image.traits
         inputs = (
             os.fspath(image.path.resolve()),
             f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}",
@@ -290,6 +291,7 @@ class WarmSnapshots:
             machine.platform.machine,
             machine.accel,
             f"{shape.vcpus} {shape.memory_mb}",
+            *([traits.digest_words()] if traits.starts else []),
         )
         return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:20]
 
@@ -337,7 +339,7 @@ class WarmSnapshots:
         assert vm.slot is not None
         guest = machine.guest(str(vm.slot.host_ip), "")
         try:
-            await vm.awake(guest, machine.settings.boot_timeout_s)
+            token = await self._bring_up(vm, guest, image)
         finally:
             await guest.close()
         await asyncio.sleep(_SETTLE_S)
@@ -357,9 +359,30 @@ class WarmSnapshots:
             base=base.digest,
             diff=None,
             state=state_digest(frozen.state),
-            token="",
+            token=token,
             created_at=time.time(),
         ), frozen.state
+
+    async def _bring_up(self, vm: MicroVm, guest: Guest, image: Image) -> str:
+        """Wait until a VM can be used as it is to be found; the token that its guest knows then.
+
+        Where something has to be started in it, the guest has to be told first who it is.
+        """
+        deadline_s, traits = self._machine.settings.boot_timeout_s, image.traits
+        if not traits.starts:
+            await vm.awake(guest, deadline_s)
+            return ""
+        token = new_token()
+        nobody = Identity(
+            sandbox_id=vm.group,
+            template=image.name,
+            hostname="sandbox",
+            machine_id="0" * 32,
+            token=token,
+        )
+        await vm.introduce(guest, nobody, deadline_s)
+        await vm.start_up(guest, traits)
+        return token
 
     # What is done at the start.
 
@@ -375,12 +398,13 @@ class WarmSnapshots:
     async def _make_ahead(self, ahead: WarmAhead) -> None:
         settings = self._machine.settings
         try:
-            if not self.covers(ahead.shape):
-                raise Conflict("the settings `warm` and `warm_shapes` leave this shape out")
             image = self._machine.images.get(ahead.template)
+            shape = ahead.shape or image.traits.shape
+            if not self.covers(shape):
+                raise Conflict("the settings `warm` and `warm_shapes` leave this shape out")
             disk.check_free(settings.assets_dir, settings.disk_floor_mb)
-            async with self.use(image, ahead.shape):
-                _log.info("template %s is warm as %s", ahead.template, ahead.shape)
+            async with self.use(image, shape):
+                _log.info("template %s is warm as %s", ahead.template, shape)
         except (SandmartinError, OSError) as error:
             _log.warning("template %s is not made warm ahead: %s", ahead.template, error)
 

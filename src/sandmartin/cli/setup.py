@@ -19,6 +19,13 @@ def configure(verbs: Any) -> None:
         description="Install missing system packages, fetch the kernel and build the base "
         "template. What is there already is left alone, so it may be run at any time.",
     )
+    parser.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="build this template too, like code-interpreter-v1; may be given several times",
+    )
     add_settings_flags(parser)
     parser.set_defaults(act=_setup)
 
@@ -32,6 +39,6 @@ def _setup(args: argparse.Namespace) -> int:
     def report(line: str) -> None:
         say(f"[{time.monotonic() - began:6.1f} s] {line}")
 
-    asyncio.run(assets.setup(load_settings(args), report))
+    asyncio.run(assets.setup(load_settings(args), report, args.template))
     report("done")
     return 0

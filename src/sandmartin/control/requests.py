@@ -142,8 +142,10 @@ def spec_of(new: NewRow, template: tables.Template) -> SandboxSpec:
     return SandboxSpec(
         sandbox_id=new_sandbox_id(),
         template=template.agent_name,
-        vcpus=template.vcpus if snapshot else new.vcpus or DEFAULT_VCPUS,
-        memory_mb=template.memory_mb if snapshot else new.memory_mb or DEFAULT_MEMORY_MB,
+        vcpus=template.vcpus if snapshot else new.vcpus or template.vcpus or DEFAULT_VCPUS,
+        memory_mb=template.memory_mb
+        if snapshot
+        else new.memory_mb or template.memory_mb or DEFAULT_MEMORY_MB,
         disk_size_mb=max(new.disk_size_mb or DEFAULT_DISK_SIZE_MB, template.disk_size_mb),
         timeout_s=new.timeout_s,
     )

@@ -2478,7 +2478,7 @@ class TemplateInfo(Message[_TemplateInfoFields]):
             string kind = 2;
             ```
         vcpus:
-            Of a snapshot, which fixes them; 0 for an image.
+            Of a snapshot, which fixes them; of an image, what it recommends, or 0.
 
             ```proto
             int32 vcpus = 3;
