@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from sandmartin.agent.journal import INSTANCE, DataDir
+from sandmartin.agent.journal import INSTANCE, DataDir, Entry
 from sandmartin.agent.server import serve
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
 from sandmartin.model import Settings, new_sandbox_id
@@ -93,10 +93,18 @@ class RunningAgent:
 
     def host_ip(self, sandbox_id: str) -> str:
         """Address at which the host reaches a sandbox, as its journal has it."""
+        slot = self._entry(sandbox_id).slot
+        assert slot is not None
+        return str(self.settings.address_range[slot])
+
+    def token(self, sandbox_id: str) -> str:
+        """What a sandbox's guest agent asks for."""
+        return self._entry(sandbox_id).token
+
+    def _entry(self, sandbox_id: str) -> Entry:
         data = DataDir(self.settings.data_dir)
         (entry,) = (e for i, e in data.read_all() if i == sandbox_id and e is not None)
-        assert entry.slot is not None
-        return str(self.settings.address_range[entry.slot])
+        return entry
 
 
 @asynccontextmanager
