@@ -28,7 +28,7 @@ from tests.control.test_sandboxes import NEW
 
 pytestmark = [pytest.mark.qemu_img, pytest.mark.timeout(180)]
 #: For each of the databases.
-_BUDGET_S = 20.0
+_BUDGET_S = 30.0
 
 
 def not_a_server_error(ctx: Any, response: Any, case: Any) -> bool | None:
