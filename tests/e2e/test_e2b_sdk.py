@@ -82,6 +82,13 @@ def test_a_life_by_the_package_for_python(served: Up, environment: Environment, 
     assert live(served, environment, str(_STOCK / "life.py"), kind) == expected
 
 
+@pytest.mark.template("code-interpreter-v1")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_code_by_the_package_for_python(served: Up, kind: str) -> None:
+    steps = ["state", "plot", "table", "error", "streamed", "contexts", "envs", "languages"]
+    assert live(served, NEWEST, str(_STOCK / "interpret.py"), kind) == steps
+
+
 def test_a_life_by_the_package_for_javascript(served: Up, tmp_path: Path) -> None:
     # Packages are looked for beside the program.
     program = tmp_path / "life.mjs"
