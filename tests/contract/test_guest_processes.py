@@ -242,8 +242,11 @@ def test_the_stock_sdks_process_calls(sdk: httpx.Client, tmp_path: Path) -> None
     missing = stream(sdk, "process.Process/Start", {"process": {"cmd": "no-such-command"}})
     assert missing[-1]["error"]["code"] == "not_found"
     process = {"cmd": "sleep", "args": ["300"]}
+    # A deadline is told as one, and ends what it was given for.
     late = stream(sdk, "process.Process/Start", {"process": process}, connect_timeout_ms="300")
     assert late[-1]["error"]["code"] == "deadline_exceeded"
+    pid = late[0]["event"]["start"]["pid"]
+    wait_until(lambda: not alive(pid))
 
 
 def test_the_stock_sdks_terminal(sdk: httpx.Client) -> None:

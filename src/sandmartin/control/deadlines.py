@@ -56,6 +56,8 @@ class Deadlines:
         row = await self._set(caller, sandbox_id, lifetime_s)
         if lifetime_s == 0:
             await self._end(row)
+            # Whoever looks for those that are due may have been faster.
+            row = await self._sandboxes.settled(caller, sandbox_id)
         return row
 
     async def extend(self, caller: Caller, sandbox_id: str, lifetime_s: int) -> Row:
