@@ -95,6 +95,7 @@ async def test_what_is_not_the_internet_is_refused(
 async def test_a_foreign_source_address_gets_nowhere(
     sandbox: AsyncSandbox, internet: world.Internet
 ) -> None:
+    seen = len(internet.datagrams)
     script = f"""
 ip addr add 203.0.113.99/32 dev lo
 python3 -c '
@@ -109,7 +110,7 @@ ip addr del 203.0.113.99/32 dev lo
 """
     result = await execute(sandbox, "sh", "-ec", script)
     assert result.text == "169.254.0.21\n", result
-    assert [data for data, _ in internet.datagrams] == [b"169.254.0.21"]
+    assert [data for data, _ in internet.datagrams[seen:]] == [b"169.254.0.21"]
 
 
 async def test_names_are_resolved_by_way_of_the_gateway(

@@ -165,10 +165,6 @@ class Sandboxes(Copies):
             raise unfit(row, "be used")
         return await self._agent(row)
 
-    async def ping(self, caller: Caller, sandbox_id: str) -> None:
-        """Reset the idle clock. Raises NotFound, Conflict, Unavailable."""
-        await (await self.reach(caller, sandbox_id)).ping(sandbox_id)
-
     # Creating.
 
     async def create(self, caller: Caller, new: NewRow, idempotency_key: str = "") -> Row:
