@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from sandmartin.agent import namespace
 from sandmartin.agent.journal import INSTANCE, DataDir
 from sandmartin.agent.server import serve
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
@@ -92,11 +93,20 @@ class RunningAgent:
             yield sandbox
 
     def host_ip(self, sandbox_id: str) -> str:
-        """Address at which the host reaches a sandbox, as its journal has it."""
+        """Address at which the host reaches a sandbox."""
+        return str(self.settings.address_range[self._slot(sandbox_id)])
+
+    def netns(self, sandbox_id: str) -> Path:
+        """The network namespace of a sandbox."""
+        instance = json.loads((self.settings.data_dir / INSTANCE).read_text())
+        return namespace.path_of_slot(instance["id"], self._slot(sandbox_id))
+
+    def _slot(self, sandbox_id: str) -> int:
+        """Number of a sandbox's slot, as its journal has it."""
         data = DataDir(self.settings.data_dir)
         (entry,) = (e for i, e in data.read_all() if i == sandbox_id and e is not None)
         assert entry.slot is not None
-        return str(self.settings.address_range[entry.slot])
+        return entry.slot
 
 
 @asynccontextmanager
