@@ -82,6 +82,8 @@ READY_TO_TRUE = "create to exit of true, sandbox ready"
 TWENTY = "20 creates at once"
 TWENTY_READY = "20 creates at once, 20 ready"
 EXEC_EXTRA = "exec of true, the agent's share"
+PING_EXTRA = "ping, the control plane's share"
+REST_EXTRA = "exec of true, the control plane's share"
 PAUSE = "pause, 32 MB dirty"
 FULL_SAVE = "full save, 32 MB dirty"
 SLOW_SAVE = "full save, 32 MB dirty, at QEMU's default rate"
@@ -120,6 +122,8 @@ BUDGETS: tuple[Budget, ...] = (
     ratio(TWENTY, CREATE_TO_TRUE, 8),
     quantile(TWENTY_READY, 0.5, 1000),
     quantile(EXEC_EXTRA, 0.5, 5),
+    quantile(PING_EXTRA, 0.5, 5),
+    quantile(REST_EXTRA, 0.5, 5),
     ratio(PAUSE, FULL_SAVE, 0.25),
     ratio(PAUSE, SLOW_SAVE, 0.25),
     spread("pause at 256 MB, 1 GB, 4 GB", tuple(map(pause_with, MEMORIES_MB)), _SAME),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from bench import baselines, blocks, copies, density, life, steps, transfer
+from bench import baselines, blocks, control, copies, density, life, steps, transfer
 from bench.agents import Bench
 
 _log = logging.getLogger("bench")
@@ -33,6 +33,9 @@ GROUPS: tuple[Group, ...] = (
     Group("waiting", "the same with VMMs that wait for a state", life.measure_waiting),
     Group("ready", "the same from ready sandboxes", life.measure_ready),
     Group("exec", "a command over the agent and of the guest directly", life.measure_exec),
+    Group(
+        "control", "calls over the control plane and of the host directly", control.measure_control
+    ),
     Group("pause", "pause and resume, 20 times each, and a full save", copies.measure_pause),
     Group("memory", "pause at 256 MB, 1 GB and 4 GB of RAM", copies.measure_memories),
     Group("checkpoint", "how long a source stands still", copies.measure_checkpoint),

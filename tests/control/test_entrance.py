@@ -51,9 +51,11 @@ async def test_a_command_reads_once(team: Team, platform: Platform) -> None:
     with connections_used(platform) as taken:
         assert (await team.http.post(f"{path}/exec", json=RUN)).status_code == 200
         assert len(taken) == 1
-        # The same, found piece by piece.
         assert (await team.http.post(f"{path}/ping")).status_code == 204
-        assert len(taken) == 4
+        assert len(taken) == 2
+        # The same, found piece by piece.
+        assert (await team.http.get(f"{path}/checkpoints")).status_code == 200
+        assert len(taken) == 5
 
 
 async def test_who_may_not_comes_in_nowhere(

@@ -162,10 +162,6 @@ class Sandboxes:
             raise unfit(row, "be used")
         return await self._agent(row)
 
-    async def ping(self, caller: Caller, sandbox_id: str) -> None:
-        """Reset the idle clock. Raises NotFound, Conflict, Unavailable."""
-        await (await self.reach(caller, sandbox_id)).ping(sandbox_id)
-
     async def checkpoints(self, caller: Caller, sandbox_id: str) -> tuple[Checkpoint, ...]:
         """Oldest first. Raises NotFound, Unavailable."""
         row = await self.get(caller, sandbox_id)

@@ -72,6 +72,13 @@ class MetricsBody(BaseModel):
     points: list[PointBody] = Field(description="Oldest first.")
 
 
+@router.post("/{sandbox_id}/ping", status_code=204)
+async def ping(inside: TheInside) -> Response:
+    """Reset the idle clock."""
+    await inside.agent.ping(inside.sandbox_id)
+    return Response(status_code=204)
+
+
 @router.get("/{sandbox_id}/metrics")
 async def metrics(
     sandbox_id: str,

@@ -204,13 +204,6 @@ async def resume(
     return SandboxBody.of(await platform.sandboxes.resume(caller, sandbox_id, timeout_s))
 
 
-@router.post("/{sandbox_id}/ping", status_code=204)
-async def ping(sandbox_id: str, caller: TheCaller, platform: ThePlatform) -> Response:
-    """Reset the idle clock."""
-    await platform.sandboxes.ping(caller, sandbox_id)
-    return Response(status_code=204)
-
-
 @router.post("/{sandbox_id}/fork", status_code=201)
 async def fork(
     sandbox_id: str, body: ForkBody, caller: TheCaller, platform: ThePlatform
