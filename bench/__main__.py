@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
         description=__doc__,
-        epilog=f"groups:\n{groups}\n`steps` is measured only when it is named.\n\n"
+        epilog=f"groups:\n{groups}\n`steps` and `blocks` are measured only when they are named.\n\n"
         f"exit code: {_GROUP_FAILED} when a group failed, {_SPOILT} when --check found a ratio"
         " that is worse than it was",
         formatter_class=argparse.RawDescriptionHelpFormatter,

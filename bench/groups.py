@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from bench import baselines, control, copies, density, life, steps, transfer
+from bench import baselines, blocks, control, copies, density, life, steps, transfer
 from bench.agents import Bench
 
 _log = logging.getLogger("bench")
@@ -47,6 +47,7 @@ GROUPS: tuple[Group, ...] = (
     Group("ready-crowd", "20 creates at once from 20 ready ones", life.measure_ready_crowd),
     Group("density", "50 idle sandboxes and what sampling costs", density.measure_density),
     Group("steps", "where the time of create and resume goes", steps.measure_steps, extra=True),
+    Group("blocks", "what emulation translates, and its CPU", blocks.measure_blocks, extra=True),
 )
 
 

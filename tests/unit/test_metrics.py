@@ -336,7 +336,7 @@ async def test_memory_is_asked_for_slowly_and_stands_between(
     await _run_for(sampler, clock, 60)
     waits = [b - a for a, b in itertools.pairwise(vm.asked_at)]
     # More often at first, while a new VM has not told yet.
-    assert vm.asked_at[0] - begin <= 0.5
+    assert 1.0 <= vm.asked_at[0] - begin <= 1.5
     assert waits[:4] == [1, 2, 4, 8]
     assert set(waits[4:]) == {MEMORY_PERIOD_S}
     told = [p.mem_bytes for p in sampler.get("sbone", "10m")]

@@ -133,6 +133,7 @@ def test_what_snapshots_rest_on() -> None:
     (machine,) = _values(words, "-machine")
     assert {"microvm", "memory-backend=ram", "suppress-vmdesc=on"} <= set(machine.split(","))
     assert "migration.send-configuration=off" in _values(words, "-global")
+    assert "migration.announce-rounds=0" in _values(words, "-global")
     (ram,) = (each for each in _json_of(words, "-object") if each["id"] == "ram")
     assert ram["size"] == 512 << 20
     devices = {each["id"]: each for each in _json_of(words, "-device")}
@@ -157,6 +158,8 @@ def test_incoming_vm_waits() -> None:
     words = _words(replace(SPEC, incoming=True))
     assert _values(words, "-incoming") == ["defer"]
     assert "-S" in words
+    # It never boots, so nothing to boot from takes its memory.
+    assert not {"-kernel", "-initrd", "-append"} & set(words)
 
 
 def test_disk_is_its_layers_over_its_image_and_only_the_top_is_written() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from sandmartin.agent import namespace
 from sandmartin.agent.journal import INSTANCE, DataDir, Entry
 from sandmartin.agent.server import serve
 from sandmartin.client.sandbox import AsyncSandbox, temporary_sandbox
@@ -92,16 +93,25 @@ class RunningAgent:
             yield sandbox
 
     def host_ip(self, sandbox_id: str) -> str:
-        """Address at which the host reaches a sandbox, as its journal has it."""
-        slot = self._entry(sandbox_id).slot
-        assert slot is not None
-        return str(self.settings.address_range[slot])
+        """Address at which the host reaches a sandbox."""
+        return str(self.settings.address_range[self._slot(sandbox_id)])
+
+    def netns(self, sandbox_id: str) -> Path:
+        """The network namespace of a sandbox."""
+        instance = json.loads((self.settings.data_dir / INSTANCE).read_text())
+        return namespace.path_of_slot(instance["id"], self._slot(sandbox_id))
 
     def token(self, sandbox_id: str) -> str:
         """What a sandbox's guest agent asks for."""
         return self._entry(sandbox_id).token
 
+    def _slot(self, sandbox_id: str) -> int:
+        slot = self._entry(sandbox_id).slot
+        assert slot is not None
+        return slot
+
     def _entry(self, sandbox_id: str) -> Entry:
+        """What stands of a sandbox in the journal."""
         data = DataDir(self.settings.data_dir)
         (entry,) = (e for i, e in data.read_all() if i == sandbox_id and e is not None)
         return entry

@@ -197,8 +197,13 @@ async def test_every_slot_is_alike_inside(
     both = [(await execute(each, "sh", "-c", script)).text for each in (sandbox, second)]
     assert both[0].split()[:3] == both[1].split()[:3] == ["eth0", "UP", "169.254.0.21/30"]
     for text in both:
-        assert "02:fc:00:00:00:01" in text and "02:fc:00:00:00:02" in text
+        assert "02:fc:00:00:00:01 PERMANENT" in text and "02:fc:00:00:00:02" in text
     assert agent.host_ip(sandbox.sandbox_id) != agent.host_ip(second.sandbox_id)
+    for each in (sandbox, second):
+        # Whatever the guest said at its tap.
+        command = ["nsenter", f"--net={agent.netns(each.sandbox_id)}", "ip", "neigh"]
+        known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "169.254.0.21 dev tap0 lladdr 02:fc:00:00:00:02 PERMANENT" in known
 
 
 # The slots themselves, without VMs.

@@ -48,6 +48,8 @@ async def test_it_is_a_machine_of_its_own(sandbox: AsyncSandbox) -> None:
     assert hostname == sandbox.sandbox_id
     assert len(machine_id) == 32
     assert (init, cpus, uid, home) == ("guest", "1", "0", "/root")
+    root = (await execute(sandbox, "grep", " / ext4 ", "/proc/mounts")).text
+    assert {"rw", "lazytime", "noatime"} <= set(root.split()[3].split(","))
 
 
 async def test_the_clock_is_the_hosts(sandbox: AsyncSandbox) -> None:

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -143,7 +144,8 @@ func mountRoot(given map[string]string) error {
 			return fmt.Errorf("the root disk %s did not appear within %v", device, diskDeadline)
 		}
 	}
-	return mountAll([]mount{{device, newRoot, kind, unix.MS_NOATIME, ""}})
+	// A change of times alone is not worth a transaction of the file system's journal.
+	return mountAll([]mount{{device, newRoot, kind, unix.MS_NOATIME | unix.MS_LAZYTIME, ""}})
 }
 
 // enterRoot fills the new root's API file systems, puts this binary there and moves into it.
@@ -218,7 +220,7 @@ func supervise(given map[string]string) {
 	// The agent and we must survive a guest that runs out of memory.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	_ = unix.Sethostname([]byte("sandbox"))
-	if err := network(given["sandmartin.addr"], given["sandmartin.gateway"]); err != nil {
+	if err := network(given["sandmartin.addr"], given["sandmartin.gateway"], given["sandmartin.gateway-mac"]); err != nil {
 		say("network: %v", err)
 	}
 	stop := make(chan os.Signal, 1)
@@ -270,7 +272,7 @@ func runAgent(args []string) {
 	}
 }
 
-func network(address, gateway string) error {
+func network(address, gateway, gatewayMAC string) error {
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0)
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0)
 	lo, err := netlink.LinkByName("lo")
@@ -304,7 +306,23 @@ func network(address, gateway string) error {
 	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: via.IP}); err != nil {
 		return err
 	}
+	if err := know(eth, via.IP, gatewayMAC); err != nil {
+		return err
+	}
 	return resolver(gateway)
+}
+
+// know notes where the gateway is, so that it is never asked for: a VM that is restored would
+// begin with that.
+func know(link netlink.Link, ip net.IP, mac string) error {
+	if mac == "" {
+		return nil
+	}
+	address, err := net.ParseMAC(mac)
+	if err != nil {
+		return err
+	}
+	return netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, IP: ip, HardwareAddr: address, State: netlink.NUD_PERMANENT})
 }
 
 func resolver(gateway string) error {

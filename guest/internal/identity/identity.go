@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"net/http"
@@ -22,6 +23,7 @@ import (
 	"sync"
 	"time"
 
+	"sandmartin.dev/guest/internal/content"
 	"sandmartin.dev/guest/internal/sockets"
 )
 
@@ -33,42 +35,10 @@ const standardUser = "user"
 
 const (
 	maxBody        = 1 << 20
+	maxLine        = 4 << 10
 	minEntropy     = 32
 	clockTolerance = 5 * time.Millisecond
 )
-
-// Introduction is what the host says in POST /init. Empty fields change nothing.
-type Introduction struct {
-	AccessToken    string            `json:"accessToken"`
-	EnvVars        map[string]string `json:"envVars"`
-	Timestamp      string            `json:"timestamp"` // RFC 3339 with nanoseconds
-	DefaultUser    string            `json:"defaultUser"`
-	DefaultWorkdir string            `json:"defaultWorkdir"`
-	Hostname       string            `json:"hostname"`
-	MachineID      string            `json:"machineId"` // 32 hex digits
-	SandboxID      string            `json:"sandboxId"`
-	TemplateID     string            `json:"templateId"`
-	Entropy        string            `json:"entropy"` // base64
-	// RootBytes is the size of the disk that the root file system is to fill; 0 leaves it alone.
-	RootBytes int64 `json:"rootBytes"`
-	// Moved tells that the VM is in another place than it believes: it was copied or set back.
-	Moved bool `json:"moved"`
-
-	received time.Time
-	// By which it came.
-	connection sockets.Connection
-}
-
-// Confirmation is the answer: what is in force now.
-type Confirmation struct {
-	SandboxID   string `json:"sandboxId"`
-	Hostname    string `json:"hostname"`
-	MachineID   string `json:"machineId"`
-	BootID      string `json:"bootId"`
-	EnvdVersion string `json:"envdVersion"`
-	// Time is its clock when it answers, in RFC 3339 with nanoseconds.
-	Time string `json:"time"`
-}
 
 // Identity is the state in force. Its methods may be called from any goroutine.
 type Identity struct {
@@ -147,8 +117,12 @@ func (i *Identity) Signature(path, operation, user, expiry string) string {
 
 // ServeHTTP answers POST /init. That the caller may use a control route was checked before.
 func (i *Identity) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	in := Introduction{received: time.Now(), connection: connectionOf(r)}
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&in); err != nil {
+	in := Introduction{received: time.Now(), request: r}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if err == nil {
+		err = in.decode(body)
+	}
+	if err != nil {
 		refuse(w, http.StatusBadRequest, "the body is not the JSON of an introduction: "+err.Error())
 		return
 	}
@@ -167,25 +141,38 @@ func (i *Identity) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusInternalServerError, err.Error())
 		return
 	}
-	confirmed, err := i.confirm()
+	answer, err := i.answer(&in)
 	if err != nil {
 		refuse(w, http.StatusInternalServerError, err.Error())
 		return
 	}
-	confirmed.Time = time.Now().UTC().Format(time.RFC3339Nano)
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(confirmed)
+	_, _ = w.Write(answer)
+}
+
+// answer confirms an introduction, with the clock in the form in which the time was told.
+func (i *Identity) answer(in *Introduction) ([]byte, error) {
+	confirmed, err := i.confirm()
+	if err != nil {
+		return nil, err
+	}
+	if now := time.Now(); in.UnixNano != 0 {
+		confirmed.UnixNano = now.UnixNano()
+	} else {
+		confirmed.Time = now.UTC().Format(time.RFC3339Nano)
+	}
+	return confirmed.encode()
 }
 
 // bootID stays the same for as long as the kernel runs.
 var bootID = sync.OnceValues(func() (string, error) { return readLine("/proc/sys/kernel/random/boot_id") })
 
 func readLine(path string) (string, error) {
-	content, err := os.ReadFile(path)
+	text, err := content.Read(path, maxLine)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return "", err
 	}
-	return strings.TrimSpace(string(content)), nil
+	return strings.TrimSpace(string(text)), nil
 }
 
 func connectionOf(r *http.Request) sockets.Connection {

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sandmartin.dev/guest/internal/content"
 )
 
 func introduce(i *Identity, token, body string) *httptest.ResponseRecorder {
@@ -142,17 +144,17 @@ func TestAFullDiskStillTakesAnotherIdentity(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = unix.Unmount(disk, 0) })
 	path := filepath.Join(disk, "machine-id")
-	if err := replaceContent(path, "0123456789\n", 0o444); err != nil {
+	if err := content.Replace(path, "0123456789\n", 0o444); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(disk, "fill"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
 		t.Fatalf("the disk is not full: %v", err)
 	}
-	for _, content := range []string{"9876543210\n", "short\n", "9876543210\n"} {
-		if err := replaceContent(path, content, 0o444); err != nil {
+	for _, text := range []string{"9876543210\n", "short\n", "9876543210\n"} {
+		if err := content.Replace(path, text, 0o444); err != nil {
 			t.Fatal(err)
 		}
-		if got, _ := os.ReadFile(path); string(got) != content {
+		if got, _ := os.ReadFile(path); string(got) != text {
 			t.Errorf("got %q", got)
 		}
 	}

@@ -1,7 +1,7 @@
 package identity
 
 import (
-	"encoding/json"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -9,18 +9,13 @@ import (
 // Rehearse takes on an identity of the usual form, to be replaced by the introduction, and leaves
 // no token: files have their size then, and what is worked out on first use is known.
 func (i *Identity) Rehearse() error {
-	text, err := json.Marshal(&Introduction{
-		Hostname:  "sb" + strings.Repeat("0", 20),
-		MachineID: strings.Repeat("0", 32),
-		Timestamp: time.Now().UTC().Format("2006-01-02T15:04:05.999999-07:00"),
-		RootBytes: 1,
-		Moved:     true,
-	})
-	if err != nil {
+	if _, err := urandom(); err != nil {
 		return err
 	}
 	in := Introduction{received: time.Now()}
-	if err := json.Unmarshal(text, &in); err != nil {
+	body := `{"hostname":"sb` + strings.Repeat("0", 20) + `","machineId":"` + strings.Repeat("0", 32) +
+		`","unixNano":` + strconv.FormatInt(time.Now().UnixNano(), 10) + `,"rootBytes":1,"moved":true}`
+	if err := in.decode([]byte(body)); err != nil {
 		return err
 	}
 	i.introducing.Lock()
@@ -28,10 +23,6 @@ func (i *Identity) Rehearse() error {
 	if err := i.apply(&in); err != nil {
 		return err
 	}
-	confirmed, err := i.confirm()
-	if err != nil {
-		return err
-	}
-	_, err = json.Marshal(confirmed)
+	_, err := i.answer(&in)
 	return err
 }

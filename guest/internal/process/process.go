@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sandmartin.dev/guest/internal/content"
 	processpb "sandmartin.dev/guest/internal/gen/process"
 )
 
@@ -225,5 +226,5 @@ func (p *Process) closeInput(ctx context.Context) error {
 
 // resetScore makes a process an ordinary candidate when memory runs out; the agent is none.
 func resetScore(pid int) {
-	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("0"), 0)
+	_ = content.Write("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", "0")
 }

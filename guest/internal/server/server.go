@@ -82,14 +82,13 @@ func Main(args []string) error {
 }
 
 func (a *agent) serveVM(address string) error {
-	inside, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+	inside, err := listenOn(fmt.Sprintf("127.0.0.1:%d", port), nil)
 	if err != nil {
 		return err
 	}
-	bound := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+	tap, err := listenOn(fmt.Sprintf("%s:%d", address, port), func(_, _ string, raw syscall.RawConn) (err error) {
 		return errors.Join(raw.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), tapDevice) }), err)
-	}}
-	tap, err := bound.Listen(context.Background(), "tcp", fmt.Sprintf("%s:%d", address, port))
+	})
 	if err != nil {
 		return err
 	}
@@ -97,6 +96,14 @@ func (a *agent) serveVM(address string) error {
 	go func() { failed <- a.serve(inside, false) }()
 	go func() { failed <- a.serve(tap, true) }()
 	return <-failed
+}
+
+// listenOn opens a listener of plain TCP connections, without what costs at each: probes (who is idle
+// for long is closed, and streams have keepalives of their own) and several paths.
+func listenOn(address string, control func(network, address string, raw syscall.RawConn) error) (net.Listener, error) {
+	config := net.ListenConfig{Control: control, KeepAlive: -1}
+	config.SetMultipathTCP(false)
+	return config.Listen(context.Background(), "tcp", address)
 }
 
 type agent struct {
@@ -112,7 +119,7 @@ func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	a.processes = process.NewService(who, a.userOf, cgroupRoot)
 	mux := http.NewServeMux()
 	limit := connect.WithReadMaxBytes(maxMessage)
-	mux.Handle(processconnect.NewProcessHandler(a.processes, limit))
+	path, processes := processconnect.NewProcessHandler(a.processes, limit)
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystem.NewService(a.locate), limit))
 	mux.Handle("/files", files.Handler(a.locateNamed, files.UploadIdle))
 	mux.Handle("POST /files/compose", files.Composer(a.locateNamed))
@@ -123,7 +130,15 @@ func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		files.Refuse(w, http.StatusNotFound, "there is no such route")
 	})
-	a.routes = process.KeepLimit(mux)
+	processes = process.KeepLimit(processes)
+	a.routes = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// What is asked for first and most often needs no search among all patterns.
+		if strings.HasPrefix(r.URL.Path, path) {
+			processes.ServeHTTP(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
 	return a
 }
 
@@ -132,17 +147,23 @@ func (a *agent) serve(listener net.Listener, control bool) error {
 }
 
 func (a *agent) server(control bool) *http.Server {
-	return &http.Server{
-		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { a.admit(w, r, control) }),
-		MaxHeaderBytes:    maxHeader,
-		ReadHeaderTimeout: headerDeadline,
-		IdleTimeout:       idleDeadline,
-		ErrorLog:          log.New(os.Stderr, "sandmartin: agent: ", 0),
+	server := &http.Server{
+		Handler:        http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { a.admit(w, r, control) }),
+		MaxHeaderBytes: maxHeader,
+		IdleTimeout:    idleDeadline,
+		ErrorLog:       log.New(os.Stderr, "sandmartin: agent: ", 0),
 	}
+	if !control {
+		// On the tap is the host alone, which is not slow on purpose.
+		server.ReadHeaderTimeout = headerDeadline
+	}
+	return server
 }
 
 // admit decides who may go on to the routes.
 func (a *agent) admit(w http.ResponseWriter, r *http.Request, control bool) {
+	// The host has a clock of its own, and to tell it ours is work at each answer.
+	w.Header()["Date"] = nil
 	if r.URL.Path == "/init" {
 		a.introduce(w, r, control)
 		return

@@ -52,6 +52,8 @@ _INTRODUCE_PAUSE_S = 0.02
 #: A guest whose clock is later, the way of its answer included, is told the time again.
 _CLOCK_TOLERANCE_S = 0.12
 _CLOCK_TRIES = 1
+#: Until a stream closes that has told the command's end.
+_FINISH_S = 0.5
 _MAX_REPLY_BYTES = 1 << 20
 #: Output comes in chunks of 32 KiB at most.
 _MAX_MESSAGE_BYTES = 1 << 20
@@ -195,10 +197,15 @@ class Guest:
             proxy=pyqwest.Proxy("http://127.0.0.1:9", scheme="https"),
         )
         self._http = pyqwest.Client(self._transport)
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         self.hang_up()
         await self._passage.closed()
+        for task in self._ending:
+            task.cancel()
+        if self._ending:
+            await asyncio.wait(self._ending)
         await self._transport.aclose()
 
     @property
@@ -363,17 +370,28 @@ class Guest:
         content = _ENVELOPE.pack(_PLAIN, len(message)) + message
         asking = self._http.stream("POST", self._procedure(method), headers, content)
         with _translated():
-            async with _opened(asking, asyncio.timeout(self._deadlines.call_s)) as response:
+            async with contextlib.AsyncExitStack() as stack:
+                opening = _opened(asking, asyncio.timeout(self._deadlines.call_s))
+                response = await stack.enter_async_context(opening)
                 if response.status != 200:
                     raise _call_error(await self._reply(response))
                 chunks = _audible(response.content, self._deadlines.stream_s)
                 async for payload in _messages(chunks):
                     event = _process_event(payload)
+                    if isinstance(event, Ended):
+                        # Who listens leaves with this one, and its end would be cut off.
+                        self._see_off(stack.pop_all(), chunks)
+                        yield event
+                        return
                     if event is not None:
                         yield event
-                    if isinstance(event, Ended):
-                        return
         raise GuestSilent("the guest agent broke off before the command's end")
+
+    def _see_off(self, stream: contextlib.AsyncExitStack, chunks: AsyncIterator[bytes]) -> None:
+        """Read a stream to its end beside all else: only then can its connection be used again."""
+        task = asyncio.create_task(_finish(stream, chunks), name="end of a stream")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def send_input(self, pid: int, data: bytes) -> None:
         """Write to a command's standard input, or its terminal; waits while it does not read."""
@@ -517,13 +535,18 @@ def _not_booted(deadline_s: float) -> TimedOut:
 
 def _late_s(reply: Mapping[str, Any]) -> float:
     """By how much at most a guest's clock was late when it answered just now."""
+    now = time.time_ns()
+    told = reply.get("unixNano")
+    if isinstance(told, int) and 0 < told < 1 << 63:
+        return (now - told) / 1e9
     try:
-        return time.time() - datetime.fromisoformat(str(reply.get("time", ""))).timestamp()
+        return now / 1e9 - datetime.fromisoformat(str(reply.get("time", ""))).timestamp()
     except ValueError:
         return 0.0
 
 
 def _introduction(identity: Identity) -> dict[str, Any]:
+    now = time.time_ns()
     return {
         "accessToken": identity.token,
         "sandboxId": identity.sandbox_id,
@@ -531,7 +554,9 @@ def _introduction(identity: Identity) -> dict[str, Any]:
         "hostname": identity.hostname,
         "machineId": identity.machine_id,
         "envVars": None if identity.envs is None else dict(identity.envs),
-        "timestamp": datetime.now(UTC).isoformat(),
+        # A guest that was frozen by an earlier release knows the first alone.
+        "timestamp": datetime.fromtimestamp(now / 1e9, UTC).isoformat(),
+        "unixNano": now,
         "entropy": base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
         "rootBytes": identity.root_bytes,
         "moved": identity.moved,
@@ -615,6 +640,13 @@ async def _audible(
             except StopAsyncIteration:
                 return
         yield bytes(chunk)
+
+
+async def _finish(stream: contextlib.AsyncExitStack, chunks: AsyncIterator[bytes]) -> None:
+    with contextlib.suppress(*_SILENT):
+        async with stream, asyncio.timeout(_FINISH_S):
+            async for _ in chunks:
+                pass
 
 
 async def _messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -20,7 +20,7 @@ from sandmartin.agent.limits import ControlGroups
 from sandmartin.agent.memory import BaseStore
 from sandmartin.agent.metrics import Sampler
 from sandmartin.agent.network import Network
-from sandmartin.agent.network.slot import GATEWAY_IP, GUEST_IP, PREFIX_LENGTH
+from sandmartin.agent.network.slot import GATEWAY_IP, GATEWAY_MAC, GUEST_IP, PREFIX_LENGTH
 from sandmartin.agent.snapshots import Platform, Signer, Snapshots
 from sandmartin.agent.storage import Storage
 from sandmartin.agent.tasks import Tasks
@@ -86,7 +86,8 @@ class Machine:
     @property
     def command_line(self) -> str:
         """What our init finds on the kernel's command line: the same in every slot."""
-        return f"sandmartin.addr={GUEST_IP}/{PREFIX_LENGTH} sandmartin.gateway={GATEWAY_IP}"
+        guest = f"sandmartin.addr={GUEST_IP}/{PREFIX_LENGTH}"
+        return f"{guest} sandmartin.gateway={GATEWAY_IP} sandmartin.gateway-mac={GATEWAY_MAC}"
 
 
 @contextlib.asynccontextmanager

@@ -292,7 +292,8 @@ class _Probe:
             self.close()
             raise
         self._taken_at = now
-        self.ask_at = now
+        # Not at once: the guest then has its first command to run.
+        self.ask_at = now + _FIRST_MEMORY_WAIT_S
         self._wait_s = _FIRST_MEMORY_WAIT_S
         self.asking = False
 

@@ -118,6 +118,9 @@ class Slot:
             tap = _index(routes, TAP)
             routes.link("set", index=tap, address=GATEWAY_MAC, state="up")
             routes.addr("add", index=tap, address=str(GATEWAY_IP), prefixlen=PREFIX_LENGTH)
+            # Who is there is known: neither side has to ask, nor can be told something else.
+            guest = {"dst": str(GUEST_IP), "lladdr": GUEST_MAC}
+            routes.neigh("add", ifindex=tap, state="permanent", **guest)
 
     def _connect_to_host(self) -> None:
         target = os.open(self.netns_path, os.O_RDONLY | os.O_CLOEXEC)

@@ -49,6 +49,9 @@ MACHINE = "microvm"
 _EMULATED_CPU = "max,-erms,-fsrm"
 #: The same feature's older form, which the kernel derives itself.
 _NO_STRING_LOOPS = "clearcpuid=rep_good"
+#: Those that Debian switches on, without TOMOYO: each is asked at every access, and that one has
+#: no policy anywhere.
+_SECURITY_MODULES = "lsm=landlock,lockdown,yama,integrity,apparmor,bpf"
 #: The first is for events and calls, the second for freezing by a thread of its own.
 MONITORS = ("monitor", "freezer")
 LOG = "vmm.log"
@@ -658,6 +661,9 @@ def arguments(
     words += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     words += ["-machine", f"{MACHINE},memory-backend=ram,suppress-vmdesc=on,dump-guest-core=off"]
     words += ["-global", "migration.send-configuration=off"]
+    # A restored guest would tell the network five times where it is, where nobody but the host
+    # is, and the host knows.
+    words += ["-global", "migration.announce-rounds=0"]
     # The transport's default is the draft of virtio, without what came with 1.0.
     words += ["-global", "virtio-mmio.force-legacy=off"]
     words += ["-object", _ram(spec.memory_mb << 20, fds.ram, reads_bases=reads_bases)]
@@ -669,7 +675,8 @@ def arguments(
     words += ["-chardev", f"ringbuf,id=console,size={_CONSOLE_BYTES}", "-serial", "chardev:console"]
     words += _devices(spec, fds)
     if spec.incoming:
-        words += ["-S", "-incoming", "defer"]
+        # A kernel to boot from would be read into the memory of a VM that never boots.
+        return [*words, "-S", "-incoming", "defer"]
     words += ["-kernel", os.fspath(spec.kernel), "-initrd", os.fspath(spec.initramfs)]
     return [*words, "-append", _command_line(spec, tsc_khz)]
 
@@ -770,8 +777,12 @@ def _disk(disk: Disk, fds: Descriptors) -> list[str]:
 
 def _command_line(spec: VmSpec, tsc_khz: int) -> str:
     words = ["console=ttyS0", "quiet", "loglevel=3", "reboot=t", "panic=-1", "random.trust_cpu=on"]
+    words += [_SECURITY_MODULES]
     if spec.accel is Accel.TCG:
         # Without a second timer as reference the calibration fails now and then, and for good;
         # a clock source once called unstable would be frozen into every snapshot.
         words += [f"tsc_early_khz={tsc_khz}", "tsc=reliable", "no_timer_check", _NO_STRING_LOOPS]
+        # Nothing is executed speculatively that the guest's kernel could guard: its jumps are the
+        # host's code, translated.
+        words += ["mitigations=off"]
     return " ".join([*words, spec.command_line]).strip()
