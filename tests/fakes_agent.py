@@ -577,6 +577,8 @@ class Guests:
     signals: list[tuple[int, int]] = field(default_factory=list)
     #: Ports inside on which something listens, and where that really is on loopback.
     ports: dict[int, int] = field(default_factory=dict)
+    #: Connections that each may have.
+    max_lines: int = 4096
 
     def vm(self, address: str) -> FakeVm:
         """The VM of the guest at `address`. Raises GuestSilent when it does not run."""
@@ -618,6 +620,8 @@ class FakeGuest(Guest):
         self._check()
         if port not in self._guests.ports:
             raise NotFound(f"nothing listens on port {port}")
+        if len(self._lines) >= self._guests.max_lines:
+            raise Exhausted(f"the sandbox has {len(self._lines)} connections")
         return await self._lines.dial("127.0.0.1", self._guests.ports[port])
 
     def hang_up(self) -> None:

@@ -65,16 +65,16 @@ class Site:
         return connected(self.port, data)
 
 
-@pytest.fixture
-async def site(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[Site]:
+@contextlib.asynccontextmanager
+async def opened(migrated: Path, tmp_path: Path, **settings: object) -> AsyncIterator[Site]:
     path = tmp_path / "control.sqlite3"
-    shutil.copy(migrated_sqlite, path)
+    shutil.copy(migrated, path)
     async with contextlib.AsyncExitStack() as stack:
         inside = await stack.enter_async_context(listening())
         host = await stack.enter_async_context(running_host())
         host.fakes.guests.ports[OPEN] = inside.port
         platform, url = await stack.enter_async_context(
-            served_platform(f"sqlite:///{path}", tmp_path, host)
+            served_platform(f"sqlite:///{path}", tmp_path, host, **settings)
         )
         _, key = await make_team(platform)
         api = await stack.enter_async_context(
@@ -84,6 +84,12 @@ async def site(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[Site]:
         )
         site = Site(platform, host, int(url.rpartition(":")[2]), api, inside)
         site.sandbox_id = await site.create()
+        yield site
+
+
+@pytest.fixture
+async def site(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[Site]:
+    async with opened(migrated_sqlite, tmp_path) as site:
         yield site
 
 

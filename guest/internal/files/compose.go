@@ -63,13 +63,23 @@ func compose(at places, order composition) (written, error) {
 	if err != nil {
 		return written{}, err
 	}
-	err = user.As(func() error {
-		if err := os.Rename(beside, path); err != nil {
-			return errors.Join(err, os.Remove(beside))
-		}
-		return removeOthers(sources, path)
-	})
+	err = user.Within([]string{path}, func(raised bool) error { return replace(path, beside, raised) })
+	if err != nil {
+		return written{}, errors.Join(err, user.Within([]string{beside}, func(bool) error { return os.Remove(beside) }))
+	}
+	err = user.Within(sources, func(bool) error { return removeOthers(sources, path) })
 	return written{Path: path, Name: filepath.Base(path), Type: "file"}, err
+}
+
+// replace puts what was made in the place of path; with root's rights that stays whose it was.
+func replace(path, by string, raised bool) error {
+	var old unix.Stat_t
+	if raised && unix.Lstat(path, &old) == nil {
+		if err := errors.Join(os.Lchown(by, int(old.Uid), int(old.Gid)), os.Chmod(by, os.FileMode(old.Mode&0o777))); err != nil {
+			return err
+		}
+	}
+	return os.Rename(by, path)
 }
 
 func concatenate(user *users.User, path string, sources []string, size int64) error {

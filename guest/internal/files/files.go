@@ -108,7 +108,7 @@ func refuseError(w http.ResponseWriter, err error) {
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		status = http.StatusInsufficientStorage
 		err = fmt.Errorf("not enough disk space: %w", err)
-	case errors.Is(err, syscall.ETXTBSY), errors.Is(err, syscall.EROFS):
+	case errors.Is(err, syscall.ETXTBSY), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ELOOP):
 		status = http.StatusForbidden
 	}
 	Refuse(w, status, err.Error())

@@ -29,19 +29,8 @@ const (
 func create(user *users.User, path string, kept map[string]string, announced int64) (*os.File, error) {
 	var file *os.File
 	existed := false
-	err := user.As(func() (err error) {
-		if err = os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
-		info, statErr := os.Stat(path)
-		existed = statErr == nil
-		if existed && !info.Mode().IsRegular() {
-			return fmt.Errorf("path '%s' %w", path, errNotRegular)
-		}
-		if file, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644); err == nil && !existed {
-			// It is the user's already. Who watches expects to see it told.
-			_ = file.Chown(int(user.UID), -1)
-		}
+	err := user.Within([]string{path}, func(raised bool) (err error) {
+		file, existed, err = openFor(user, path, raised)
 		return err
 	})
 	if err != nil {
@@ -71,6 +60,29 @@ func create(user *users.User, path string, kept map[string]string, announced int
 	return nil, err
 }
 
+// openFor opens a file for writing, and tells whether it was there before.
+func openFor(user *users.User, path string, raised bool) (*os.File, bool, error) {
+	if err := user.MakeDirs(filepath.Dir(path), raised); err != nil {
+		return nil, false, err
+	}
+	info, err := os.Stat(path)
+	existed := err == nil
+	if existed && !info.Mode().IsRegular() {
+		return nil, existed, fmt.Errorf("path '%s' %w", path, errNotRegular)
+	}
+	flags, group := os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, -1
+	if raised {
+		// Where a link leads, others may be at home.
+		flags, group = flags|unix.O_NOFOLLOW, int(user.GID)
+	}
+	file, err := os.OpenFile(path, flags, 0o644)
+	if err == nil && !existed {
+		// Else it is the user's already, but who watches expects to see it told.
+		_ = file.Chown(int(user.UID), group)
+	}
+	return file, existed, err
+}
+
 // withdraw removes what an upload has left, at the end of whatever links lead there.
 func withdraw(user *users.User, path string, file *os.File) {
 	defer file.Close()
@@ -79,7 +91,7 @@ func withdraw(user *users.User, path string, file *os.File) {
 	if err != nil {
 		return
 	}
-	_ = user.As(func() error {
+	_ = user.Within([]string{path}, func(bool) error {
 		target, err := filepath.EvalSymlinks(path)
 		if err != nil {
 			return err

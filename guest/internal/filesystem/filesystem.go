@@ -35,18 +35,35 @@ func NewService(locate Locate) *Service { return &Service{locate: locate} }
 
 // at runs work as the user of the request, with every path made absolute.
 func (s *Service) at(header http.Header, paths []string, work func(user *users.User, paths []string) error) error {
+	user, absolute, err := s.find(header, paths)
+	if err != nil {
+		return err
+	}
+	return toConnect(user.As(func() error { return work(user, absolute) }))
+}
+
+// change is as at, for work that may be done with root's rights, where these are the request's too.
+func (s *Service) change(header http.Header, paths []string, work func(user *users.User, paths []string, raised bool) error) error {
+	user, absolute, err := s.find(header, paths)
+	if err != nil {
+		return err
+	}
+	return toConnect(user.Within(absolute, func(raised bool) error { return work(user, absolute, raised) }))
+}
+
+func (s *Service) find(header http.Header, paths []string) (*users.User, []string, error) {
 	var user *users.User
 	absolute := make([]string, len(paths))
 	for i, path := range paths {
 		if path == "" || strings.ContainsRune(path, 0) {
-			return connect.NewError(connect.CodeInvalidArgument, errors.New("the path is empty or contains a NUL character"))
+			return nil, nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the path is empty or contains a NUL character"))
 		}
 		var err error
 		if user, absolute[i], err = s.locate(header, path); err != nil {
-			return connect.NewError(connect.CodeUnauthenticated, err)
+			return nil, nil, connect.NewError(connect.CodeUnauthenticated, err)
 		}
 	}
-	return toConnect(user.As(func() error { return work(user, absolute) }))
+	return user, absolute, nil
 }
 
 func toConnect(err error) error {
@@ -83,7 +100,7 @@ func (s *Service) Stat(_ context.Context, r *connect.Request[filesystempb.StatRe
 // MakeDir makes a directory and its missing parents, all owned by the user.
 func (s *Service) MakeDir(_ context.Context, r *connect.Request[filesystempb.MakeDirRequest]) (*connect.Response[filesystempb.MakeDirResponse], error) {
 	answer := &filesystempb.MakeDirResponse{}
-	err := s.at(r.Header(), []string{r.Msg.GetPath()}, func(_ *users.User, paths []string) error {
+	err := s.change(r.Header(), []string{r.Msg.GetPath()}, func(user *users.User, paths []string, raised bool) error {
 		info, err := os.Stat(paths[0])
 		switch {
 		case err == nil && info.IsDir():
@@ -93,7 +110,7 @@ func (s *Service) MakeDir(_ context.Context, r *connect.Request[filesystempb.Mak
 		case !errors.Is(err, fs.ErrNotExist):
 			return err
 		}
-		if err := os.MkdirAll(paths[0], 0o755); err != nil {
+		if err := user.MakeDirs(paths[0], raised); err != nil {
 			return err
 		}
 		answer.Entry, err = describe(paths[0], paths[0], users.NewNames())
@@ -106,11 +123,11 @@ func (s *Service) MakeDir(_ context.Context, r *connect.Request[filesystempb.Mak
 func (s *Service) Move(_ context.Context, r *connect.Request[filesystempb.MoveRequest]) (*connect.Response[filesystempb.MoveResponse], error) {
 	answer := &filesystempb.MoveResponse{}
 	both := []string{r.Msg.GetSource(), r.Msg.GetDestination()}
-	err := s.at(r.Header(), both, func(_ *users.User, paths []string) error {
+	err := s.change(r.Header(), both, func(user *users.User, paths []string, raised bool) error {
 		if _, err := os.Lstat(paths[0]); err != nil {
 			return err
 		}
-		if err := os.MkdirAll(filepath.Dir(paths[1]), 0o755); err != nil {
+		if err := user.MakeDirs(filepath.Dir(paths[1]), raised); err != nil {
 			return err
 		}
 		if err := os.Rename(paths[0], paths[1]); err != nil {
@@ -125,7 +142,7 @@ func (s *Service) Move(_ context.Context, r *connect.Request[filesystempb.MoveRe
 
 // Remove deletes a file or a whole tree.
 func (s *Service) Remove(_ context.Context, r *connect.Request[filesystempb.RemoveRequest]) (*connect.Response[filesystempb.RemoveResponse], error) {
-	err := s.at(r.Header(), []string{r.Msg.GetPath()}, func(_ *users.User, paths []string) error {
+	err := s.change(r.Header(), []string{r.Msg.GetPath()}, func(_ *users.User, paths []string, _ bool) error {
 		return os.RemoveAll(paths[0])
 	})
 	return connect.NewResponse(&filesystempb.RemoveResponse{}), err

@@ -45,6 +45,8 @@ const (
 	headerDeadline = 30 * time.Second
 	idleDeadline   = 640 * time.Second
 	memoryLimit    = 96 << 20
+	// Said by the host of requests whose sender may ask for any user.
+	raisedHeader = "Sandmartin-Raised"
 )
 
 // Main runs the agent with its command line and returns when it can serve no more.
@@ -175,12 +177,19 @@ func (a *agent) admit(w http.ResponseWriter, r *http.Request, control bool) {
 	if r.URL.Path != "/health" && !a.identity.Knows(r.Header.Get("X-Access-Token")) && !a.signed(w, r) {
 		return
 	}
+	if !control || !a.isHost(r) {
+		r.Header.Del(raisedHeader)
+	}
 	a.routes.ServeHTTP(w, r)
 }
 
-func (a *agent) introduce(w http.ResponseWriter, r *http.Request, control bool) {
+func (a *agent) isHost(r *http.Request) bool {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if !control || err != nil || host != a.gateway {
+	return err == nil && host == a.gateway
+}
+
+func (a *agent) introduce(w http.ResponseWriter, r *http.Request, control bool) {
+	if !control || !a.isHost(r) {
 		files.Refuse(w, http.StatusForbidden, "control routes are for the host alone")
 		return
 	}
@@ -239,7 +248,7 @@ func (a *agent) userOf(header http.Header) (*users.User, error) {
 	if err != nil {
 		return nil, err
 	}
-	return a.named(name)
+	return a.named(name, header)
 }
 
 // nameIn is the account that the headers name, or nothing.
@@ -256,7 +265,15 @@ func nameIn(header http.Header) (string, error) {
 	return name, nil
 }
 
-func (a *agent) named(name string) (*users.User, error) {
+func (a *agent) named(name string, header http.Header) (*users.User, error) {
+	user, err := a.account(name)
+	if err == nil {
+		user.Raised = header.Get(raisedHeader) != ""
+	}
+	return user, err
+}
+
+func (a *agent) account(name string) (*users.User, error) {
 	if name != "" {
 		return users.Find(name)
 	}
@@ -284,7 +301,7 @@ func (a *agent) locateNamed(header http.Header, name, path string) (*users.User,
 			return nil, "", err
 		}
 	}
-	user, err := a.named(name)
+	user, err := a.named(name, header)
 	if err != nil {
 		return nil, "", err
 	}

@@ -44,6 +44,8 @@ type User struct {
 	Groups []uint32
 	Home   string
 	Shell  string
+	// Raised is set where whoever asks for this user may ask for root as well; see Within.
+	Raised bool
 }
 
 // Find returns the account called name; a number is taken as a user id, known or not.

@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 _PREFIX = b"/sandbox/"
 _PLACE = re.compile(rb"/sandbox/([a-z0-9][a-z0-9._-]{0,63})/([1-9][0-9]{0,4})(/.*)?", re.DOTALL)
 _TOKEN = b"x-access-token"
+#: Tells the guest agent that who asks may ask for any user, root too.
+_RAISED = OWN_PREFIX + b"raised"
 #: Said by the control plane where the client itself waits to be asked for its body.
 EXPECTS = OWN_PREFIX + b"expects"
 #: How long a server in a guest may take to ask for it; many never do.
@@ -132,5 +134,7 @@ def _for_guest(asked: Asked, port: int, path: bytes, token: str) -> Request:
     headers = without(without_own(end_to_end(asked.headers)), {_TOKEN})
     if port in {GUEST_PORT, INTERPRETER_PORT}:
         headers.append((_TOKEN, token.encode()))
+    if port == GUEST_PORT:
+        headers.append((_RAISED, b"1"))
     waits = asked.expects and bool(values_of(asked.headers, EXPECTS))
     return asked.sent_to(path, headers, patient=waits, patience_s=_PATIENCE_S)

@@ -35,6 +35,7 @@ from sandmartin.agent.proxy import Proxy, is_proxied
 from sandmartin.agent.service import MAX_MESSAGE_BYTES, HostAgent
 from sandmartin.errors import Invalid, SandmartinError
 from sandmartin.model import Settings
+from sandmartin.relay.buffers import keep_tls_small
 from sandmartin.relay.server import App, Message, Receive, Scope, Send, protocol_for
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.rpc.hostagent.v1.hostagent_connect import (
@@ -252,6 +253,7 @@ class _TlsServer(_Server):
     def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext) -> None:
         super().__init__(config)
         self._tls = tls
+        keep_tls_small()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])

@@ -1,4 +1,4 @@
-"""Rate limits on what can be guessed: passwords, invitations, OAuth's answers.
+"""Rate limits on what can be guessed, as passwords are, and on what strangers make us do.
 
 Kept in the database, so that all replicas count together and a restart forgets nothing. Each
 party has so many tries, and gets one back per period; what is kept of it is one moment, the one
@@ -52,6 +52,9 @@ LOGIN_BY_ACCOUNT = Rate("login-account", 10, 60.0)
 SIGN_UP = Rate("sign-up", 20, 60.0)
 INVITATION = Rate("invitation", 20, 30.0)
 OAUTH = Rate("oauth", 30, 10.0)
+#: Of sandboxes by requests that anybody can send: one, and all of a team.
+WAKE = Rate("wake", 20, 60.0)
+WAKE_OF_TEAM = Rate("wake-team", 200, 0.5)
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,19 @@ def check(asked: Asked, to: Address, tokens: Tokens, *, public: bool) -> Asked:
     raise Denied("the traffic token is not this sandbox's")
 
 
+def is_anybodys(asked: Asked, to: Address, tokens: Tokens, *, public: bool) -> bool:
+    """Whether a request that may reach a sandbox's port shows nothing that not everybody has."""
+    if _has_access(asked, to, tokens):
+        return False
+    return _asks_for_health(asked) if to.port == GUEST_PORT else public
+
+
+def _asks_for_health(asked: Asked) -> bool:
+    return (asked.method, asked.raw_path) == ("GET", b"/health")
+
+
 def _check_guest(asked: Asked, to: Address, tokens: Tokens) -> Asked:
-    if (asked.method, asked.raw_path) == ("GET", b"/health") or _has_access(asked, to, tokens):
+    if _asks_for_health(asked) or _has_access(asked, to, tokens):
         return asked
     if (signed := signed_of(asked)) is not None:
         if not signed.fits(tokens, to.sandbox_id):

@@ -163,7 +163,7 @@ async def open_platform(
             retention=Retention(db, _keep(settings)),
             telemetry=Telemetry(db, operations, reconciler),
             tokens=Tokens(sealer),
-            waking=Waking(db, hosts, sandboxes, happenings),
+            waking=Waking(db, hosts, sandboxes, happenings, limits, settings.wake_s),
             trust=Trust(db, happenings),
         )
 

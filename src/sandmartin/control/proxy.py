@@ -12,13 +12,13 @@ import time
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from sandmartin.control import passes, refusals
+from sandmartin.control import cors, passes, refusals
 from sandmartin.control.address import Address, address_of, host_name
 from sandmartin.control.entrance import Found, find, list_running
+from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
 from sandmartin.control.refusals import Refused
 from sandmartin.control.settings import ControlSettings
-from sandmartin.control.waking import DEADLINE_S
 from sandmartin.errors import (
     Denied,
     Invalid,
@@ -75,15 +75,20 @@ class Proxy:
             await self._app(scope, receive, send)
             return
         asked: Asked | None = None
+        to: Address | None = None
         try:
             asked = _asked_of(scope)
             to = await self._address(asked)
             if to is None:
                 await self._app(scope, receive, send)
                 return
+            if to.port == GUEST_PORT and cors.is_preflight(asked):
+                await cors.answer(send, asked)
+                return
             await self._pass_on(asked, to, scope, receive, send)
         except Refused as refused:
-            await refusals.answer(send, refused, asked)
+            readable = to is not None and to.port == GUEST_PORT
+            await refusals.answer(send, refused, asked, readable=readable)
         except ClientGone:
             return
 
@@ -119,11 +124,14 @@ class Proxy:
         if to.port == GUEST_PORT and is_control_route(asked.raw_path):
             raise Refused.by(Refusal.CONTROL_ROUTE, to.sandbox_id, to.port)
         found = await self._find(to)
+        by_anybody = passes.is_anybodys(
+            asked, to, self._platform.tokens, public=found.row.public_traffic
+        )
         asked = self._checked(asked, to, found)
         request = _for_agent(asked, to, scope)
-        until = time.monotonic() + DEADLINE_S
+        until = time.monotonic() + self._platform.settings.wake_s
         while True:
-            found, agent = await self._awake(to, found)
+            found, agent = await self._awake(to, found, by_anybody=by_anybody)
             refusal = await self._send(agent, request, to, scope, receive, send)
             if refusal is None:
                 return
@@ -154,15 +162,22 @@ class Proxy:
         except Invalid as error:
             raise Refused(status=400, message=_sentence(error), sandbox_id=to.sandbox_id) from error
 
-    async def _awake(self, to: Address, found: Found) -> tuple[Found, Agent]:
+    async def _awake(self, to: Address, found: Found, *, by_anybody: bool) -> tuple[Found, Agent]:
         """The sandbox as it runs, woken if it may be, and its host's agent."""
         waking = self._platform.waking
         if waking.can_wake(found.row):
             try:
-                woken = await waking.wake(found)
+                woken = await waking.wake(found, by_anybody=by_anybody)
             except TimedOut as error:
                 message = "The sandbox did not wake up in time"
                 raise Refused(status=504, message=message, sandbox_id=to.sandbox_id) from error
+            except TooMany as error:
+                raise Refused(
+                    status=429,
+                    message="The sandbox is woken up too often",
+                    sandbox_id=to.sandbox_id,
+                    retry_after_s=error.retry_after_s,
+                ) from error
             except SandmartinError as error:
                 raise Refused(
                     status=502,
@@ -200,7 +215,7 @@ class Proxy:
             async with exchange.answered() as answer:
                 if (refusal := refusal_of(answer.headers)) is not None:
                     return refusal
-                headers = _for_client(answer)
+                headers = _for_client(answer, to.port)
                 connection = connection_of(scope)
                 await pass_back(exchange, answer, headers, connection, receive, send)
         except (Unavailable, ToolFailed) as error:
@@ -230,9 +245,10 @@ def _for_agent(asked: Asked, to: Address, scope: Scope) -> Request:
     return asked.sent_to(path, headers, patient=True)
 
 
-def _for_client(answer: Answer) -> list[tuple[bytes, bytes]]:
+def _for_client(answer: Answer, port: int) -> list[tuple[bytes, bytes]]:
     # The server has a date of its own.
-    return passes.without_our_cookies(without(answer.end_to_end(), {b"date"}))
+    headers = passes.without_our_cookies(without(answer.end_to_end(), {b"date"}))
+    return cors.readable(headers) if port == GUEST_PORT else headers
 
 
 def _sentence(error: SandmartinError) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from dataclasses import dataclass
 
+from sandmartin.control import cors
 from sandmartin.relay.forwarding import Asked
 from sandmartin.relay.headers import Headers, values_of
 from sandmartin.relay.refusal import STATUS, Refusal
@@ -43,6 +45,8 @@ class Refused(Exception):
     message: str
     sandbox_id: str = ""
     port: int | None = None
+    #: After which another try makes sense; 0 when that is not known.
+    retry_after_s: float = 0.0
 
     @classmethod
     def by(cls, refusal: Refusal, sandbox_id: str, port: int, message: str = "") -> Refused:
@@ -79,8 +83,13 @@ def _is_browser(asked: Asked) -> bool:
     return any(b"text/html" in each for each in values_of(asked.headers, b"accept"))
 
 
-async def answer(send: Send, refused: Refused, asked: Asked | None) -> None:
-    """Send a refusal; without `asked` nothing that follows on the connection can be believed."""
+async def answer(
+    send: Send, refused: Refused, asked: Asked | None, *, readable: bool = False
+) -> None:
+    """Send a refusal, that pages of any site may read or not.
+
+    Without `asked` nothing that follows on the connection can be believed.
+    """
     kind, body = refused.body(asked)
     headers: Headers = [
         (b"content-type", kind),
@@ -88,6 +97,10 @@ async def answer(send: Send, refused: Refused, asked: Asked | None) -> None:
         (b"cache-control", b"no-store"),
         (b"should-retry", b"true" if refused.retryable else b"false"),
     ]
+    if refused.retry_after_s:
+        headers.append((b"retry-after", str(math.ceil(refused.retry_after_s)).encode()))
+    if readable:
+        headers = cors.readable(headers)
     if asked is None:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})

@@ -13,6 +13,7 @@ from sandmartin.control.app import create_app
 from sandmartin.control.platform import Platform
 from sandmartin.control.proxy import api_hosts, is_traffic
 from sandmartin.errors import Invalid
+from sandmartin.relay.buffers import keep_tls_small
 from sandmartin.relay.server import protocol_for
 
 _GRACE_S = 10
@@ -60,10 +61,11 @@ def listen(host: str, port: int) -> socket.socket:
 async def serving(platform: Platform, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
     """Requests are served, and what need not be asked for is done; the server's task."""
     settings = platform.settings
+    keep_tls_small()
     hosts = api_hosts(settings)
     config = uvicorn.Config(
         create_app(platform),
-        http=protocol_for(lambda scope: is_traffic(scope, hosts)),
+        http=protocol_for(lambda scope: is_traffic(scope, hosts), settings.head_s),
         ssl_certfile=settings.tls_cert or None,
         ssl_keyfile=settings.tls_key or None,
         lifespan="off",

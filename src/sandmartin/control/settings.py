@@ -48,6 +48,10 @@ class ControlSettings:
     max_memory_mb: int = 200 * 1024
     #: The longest that a sandbox may be asked to run for at a time, where its time is limited.
     max_lifetime_s: int = 24 * 3600
+    #: For how long a request waits for the sandbox that it wakes.
+    wake_s: float = 60.0
+    #: How long a client may take to say what it wants, once it is connected or has begun to.
+    head_s: float = 30.0
     #: A host that did not answer for so long is unreachable.
     unreachable_s: float = 90.0
     reconcile_s: float = 5.0

@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from functools import lru_cache
 
 from sandmartin.control.seal import Sealer
 
 _PURPOSE = "sandbox tokens"
+#: Of which the tokens are remembered: a stranger's token is compared with all that run.
+_MAX_REMEMBERED = 16 * 1024
 
 
 class Tokens:
@@ -20,6 +23,7 @@ class Tokens:
 
     def __init__(self, sealer: Sealer) -> None:
         self._key = sealer.derive(_PURPOSE)
+        self._derived = lru_cache(_MAX_REMEMBERED)(self._derive)
 
     def access(self, sandbox_id: str) -> str:
         """What the guest agent's port asks for; 64 hexadecimal digits."""
@@ -29,7 +33,7 @@ class Tokens:
         """What the ports of a private sandbox ask for; 64 hexadecimal digits."""
         return self._derived("traffic", sandbox_id)
 
-    def _derived(self, purpose: str, sandbox_id: str) -> str:
+    def _derive(self, purpose: str, sandbox_id: str) -> str:
         text = f"{purpose}:{sandbox_id}".encode()
         return hmac.digest(self._key, text, hashlib.sha256).hex()
 

@@ -16,6 +16,7 @@ from sandmartin.control.db import Database
 from sandmartin.control.entrance import Found, find
 from sandmartin.control.events import Events
 from sandmartin.control.hosts import Hosts
+from sandmartin.control.limits import WAKE, WAKE_OF_TEAM, Limits, Use
 from sandmartin.control.operations import Overtaken
 from sandmartin.control.rows import Row, observe, tell
 from sandmartin.control.sandboxes import Sandboxes
@@ -25,8 +26,6 @@ from sandmartin.relay.refusal import Refusal
 
 _log = logging.getLogger(__name__)
 
-#: For how long a request is held.
-DEADLINE_S = 60.0
 _LOOK_S = 0.1
 #: What leads to a sandbox that runs, or that can be woken.
 _WORTH_WAITING = frozenset({State.PAUSING, State.RESUMING})
@@ -41,12 +40,14 @@ class Waking:
         hosts: Hosts,
         sandboxes: Sandboxes,
         events: Events,
-        deadline_s: float = DEADLINE_S,
+        limits: Limits,
+        deadline_s: float,
     ) -> None:
         self._db = db
         self._hosts = hosts
         self._sandboxes = sandboxes
         self._events = events
+        self._limits = limits
         self._deadline_s = deadline_s
         self._resuming: dict[str, asyncio.Task[None]] = {}
 
@@ -54,17 +55,18 @@ class Waking:
         """Whether traffic wakes a sandbox, or will once it sleeps."""
         return row.auto_resume and (row.state == State.PAUSED or row.state in _WORTH_WAITING)
 
-    async def wake(self, found: Found) -> Found | None:
+    async def wake(self, found: Found, *, by_anybody: bool) -> Found | None:
         """Have a sandbox run; None when it is over.
 
-        Raises TimedOut, and whatever keeps it from being resumed.
+        What anybody can send wakes only so often. Raises TimedOut, TooMany, and whatever keeps it
+        from being resumed.
         """
         sandbox_id = found.row.sandbox_id
         try:
             async with asyncio.timeout(self._deadline_s):
                 while True:
                     if found.row.state == State.PAUSED:
-                        await self._resume(found.row)
+                        await self._resume(found.row, by_anybody)
                     else:
                         await asyncio.sleep(_LOOK_S)
                     now = await find(self._db, self._hosts, sandbox_id)
@@ -74,8 +76,10 @@ class Waking:
         except TimeoutError as error:
             raise TimedOut("the sandbox did not wake up in time") from error
 
-    async def _resume(self, row: Row) -> None:
+    async def _resume(self, row: Row, by_anybody: bool) -> None:
         """One resume, whoever else waits for it."""
+        if by_anybody and row.sandbox_id not in self._resuming:
+            await self._limits.take(Use(WAKE, row.sandbox_id), Use(WAKE_OF_TEAM, row.team_id))
         task = self._resuming.get(row.sandbox_id)
         if task is None:
             task = asyncio.create_task(self._do_resume(row), name=f"wake {row.sandbox_id}")

@@ -22,6 +22,8 @@ from sandmartin.relay.server import Connection, Receive, Send
 _MAX_HEAD_BYTES = 64 * 1024
 _CONTINUE, _SWITCHING, _NO_CONTENT, _MAX_STATUS = 100, 101, 204, 599
 _LENGTH = b"content-length"
+#: Answers before the answer; a server that goes on with them has none.
+_MAX_EARLY = 64
 
 
 class ClientGone(Exception):
@@ -118,7 +120,7 @@ class Exchange:
             await asyncio.wait({self._sending})
 
     async def _head(self) -> Answer:
-        while True:
+        for _ in range(_MAX_EARLY):
             event = await self._next()
             if isinstance(event, h11.InformationalResponse):
                 if event.status_code == _CONTINUE:
@@ -131,6 +133,7 @@ class Exchange:
                 return Answer(status=event.status_code, headers=list(event.headers))
             else:
                 raise Unavailable("the connection ended before an answer came")
+        raise ToolFailed(f"what came is no answer, but {_MAX_EARLY} of those before one")
 
     async def _next(self) -> object:
         """The next part of the answer."""

@@ -28,6 +28,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _EXTENSION = "sandmartin.connection"
 #: How long a server that stops waits for an answer that is being passed on.
 _STOP_S = 3.0
+#: How long a client may take to say what it wants, from its first byte on or its connecting.
+HEAD_S = 30.0
 #: Clients that are gone without a word are noticed after about two minutes.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
@@ -35,11 +37,14 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 class Connection(H11Protocol):
     """One connection of a client."""
 
+    head_s = HEAD_S
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._served = self.app
         self.app = self._serve
         self._relays = False
+        self._head_timer: asyncio.TimerHandle | None = None
 
     async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
         scope.setdefault("extensions", {})[_EXTENSION] = self
@@ -56,6 +61,43 @@ class Connection(H11Protocol):
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in _KEEPALIVE.items():
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:
+            # What came is no more of the request, and the answer to say so in has begun.
+            self.transport.abort()
+        self._wait_for_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # Of the next request a part may have come already.
+        if self.conn.trailing_data[0]:
+            self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        """Nobody holds a connection for nothing; between requests a longer time counts."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._stop_waiting()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_s, self._end_waiting)
+
+    def _end_waiting(self) -> None:
+        self._head_timer = None
+        if self.conn.their_state is h11.IDLE:
+            self.transport.abort()
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _should_upgrade(self) -> bool:
         if self._get_upgrade() is None or self.wants_relay(dict(self.scope)):
@@ -131,10 +173,15 @@ def connection_of(scope: Scope) -> Connection | None:
     return found if isinstance(found, Connection) else None
 
 
-def protocol_for(relayed: Callable[[Scope], bool]) -> type[Connection]:
-    """The class of connections on which the application itself answers upgrades of `relayed`."""
+def protocol_for(relayed: Callable[[Scope], bool], wait_s: float = HEAD_S) -> type[Connection]:
+    """The class of connections on which the application itself answers upgrades of `relayed`.
+
+    `wait_s` is how long a client may take to say what it wants.
+    """
 
     class Relaying(Connection):
+        head_s = wait_s
+
         def wants_relay(self, scope: Scope) -> bool:
             return relayed(scope)
 
