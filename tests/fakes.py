@@ -65,6 +65,8 @@ class FakeTransport:
         self.paused: set[str] = set()
         self.kept: dict[str, list[Checkpoint]] = {}
         self.snapshots: dict[str, Snapshot] = {}
+        #: What was brought, by name.
+        self.contents: dict[str, bytes] = {}
         #: Raised by a create or a fork once the sandboxes are there: its answer was lost.
         self.lost_answer: SandmartinError | None = None
         self.destroy_error: SandmartinError | None = None
@@ -228,6 +230,18 @@ class FakeTransport:
             )
             for each in self.snapshots.values()
         )
+
+    async def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
+        if name not in self.snapshots:
+            raise NotFound(f"there is no template {name!r}")
+        yield self.contents.get(name, f"the content of {name}".encode())
+
+    async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        content = b"".join([chunk async for chunk in chunks])
+        if name in self.snapshots:
+            raise AlreadyExists(f"template {name!r} exists already")
+        self.snapshots[name] = Snapshot(name=name, size_bytes=len(content))
+        self.contents[name] = content
 
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         self._state(sandbox_id)
