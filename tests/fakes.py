@@ -322,6 +322,8 @@ class LocalAgent(HostAgentService):
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        #: What templates are as archives, by name.
+        self.archives: dict[str, bytes] = {}
         #: Copies of sandboxes by name: templates, and checkpoints as `ID/CHECKPOINT`.
         self._saved = root.with_name("saved")
         self._comments: dict[str, str] = {}
@@ -516,6 +518,28 @@ class LocalAgent(HostAgentService):
         ]
         base = pb.TemplateInfo(name="base", kind="image", disk_size_mb=5120, size_bytes=2**40)
         return pb.ListTemplatesResponse(templates=[base, *snapshots])
+
+    async def read_template(
+        self, request: pb.ReadTemplateRequest, ctx: _Context
+    ) -> AsyncIterator[pb.ReadTemplateResponse]:
+        if request.name not in self.archives:
+            raise refusal(Code.NOT_FOUND, "not_found", f"there is no template {request.name!r}")
+        yield pb.ReadTemplateResponse(chunk=self.archives[request.name])
+
+    async def write_template(
+        self, request: AsyncIterator[pb.WriteTemplateRequest], ctx: _Context
+    ) -> pb.WriteTemplateResponse:
+        name, content = "", b""
+        async for message in request:
+            assert message.content is not None
+            if message.content.field == "meta":
+                name = message.content.value.name
+            else:
+                content += message.content.value
+        if not content.startswith(b"archive"):
+            raise refusal(Code.INVALID_ARGUMENT, "invalid", "this is no archive of a template")
+        self.archives[name] = content
+        return pb.WriteTemplateResponse()
 
     async def get_sandbox_metrics(
         self, request: pb.GetSandboxMetricsRequest, ctx: _Context

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,7 +30,10 @@ from sandmartin.errors import (
     Invalid,
     NotFound,
     SandmartinError,
+    Unavailable,
 )
+from sandmartin.transport.agent import AgentSocket
+from tests.control.agent_process import dying_agent
 from tests.fakes_agent import (
     SCRATCH,
     Fakes,
@@ -351,3 +355,29 @@ async def test_a_host_keeps_its_free_space(directory: Path, tmp_path: Path) -> N
         with pytest.raises(Exhausted, match="below the floor"):
             await host.write_template("disk", sent(content))
     assert not find_leaks(directory)
+
+
+@pytest.mark.parametrize("step", ["content:received", "content:sealed"])
+async def test_an_agent_that_is_killed_leaves_nothing(
+    host: Host, snapshot: bytes, step: str
+) -> None:
+    key = key_of(host)
+    with machine_directory() as elsewhere:
+        (elsewhere / "assets").mkdir()
+        shutil.copy(key, elsewhere / "assets")
+        async with dying_agent(elsewhere, step) as process:
+            async with aclosing(AgentSocket(elsewhere / "data/agent.sock")) as transport:
+                with pytest.raises(Unavailable):
+                    await transport.write_template("half", sent(snapshot))
+            await process.wait()
+        second = make_machine(elsewhere)
+        async with second.host() as there:
+            assert not find_leaks(elsewhere)
+            await there.write_template("whole", sent(snapshot))
+            await there.create(replace(make_spec(), template="whole"), {})
+            assert second.vmm.vms["sb1"].read(SCRATCH, len(MARK)) == MARK
+            await there.terminate()
+
+
+def key_of(host: Host) -> Path:
+    return host._machine.settings.assets_dir / "platform.key"

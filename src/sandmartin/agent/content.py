@@ -25,6 +25,7 @@ from sandmartin.agent.disk import Image
 from sandmartin.agent.images import ext4_bytes
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Base, get_base, open_diff
+from sandmartin.agent.memory.whole import opened as opened_file
 from sandmartin.agent.snapshots import IMAGE, Draft, Manifest, Snapshot, state_digest
 from sandmartin.agent.tasks import to_its_end
 from sandmartin.agent.templates import Templates
@@ -84,8 +85,7 @@ class Contents:
         contents, paths = _parts(found) if isinstance(found, Image) else self._all_parts(found)
         opened: dict[str, int] = {}
         for part, path in paths.items():
-            opened[part] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            stack.callback(os.close, opened[part])
+            opened[part] = stack.enter_context(opened_file(path))
         return contents, opened
 
     def _all_parts(self, snapshot: Snapshot) -> tuple[dict[str, bytes], dict[str, Path]]:
