@@ -65,6 +65,8 @@ class FakeTransport:
         self.paused: set[str] = set()
         self.kept: dict[str, list[Checkpoint]] = {}
         self.snapshots: dict[str, Snapshot] = {}
+        #: What was brought, by name.
+        self.contents: dict[str, bytes] = {}
         #: Raised by a create or a fork once the sandboxes are there: its answer was lost.
         self.lost_answer: SandmartinError | None = None
         self.destroy_error: SandmartinError | None = None
@@ -229,6 +231,18 @@ class FakeTransport:
             for each in self.snapshots.values()
         )
 
+    async def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
+        if name not in self.snapshots:
+            raise NotFound(f"there is no template {name!r}")
+        yield self.contents.get(name, f"the content of {name}".encode())
+
+    async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        content = b"".join([chunk async for chunk in chunks])
+        if name in self.snapshots:
+            raise AlreadyExists(f"template {name!r} exists already")
+        self.snapshots[name] = Snapshot(name=name, size_bytes=len(content))
+        self.contents[name] = content
+
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         self._state(sandbox_id)
         return ()
@@ -308,6 +322,8 @@ class LocalAgent(HostAgentService):
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        #: What templates are as archives, by name.
+        self.archives: dict[str, bytes] = {}
         #: Copies of sandboxes by name: templates, and checkpoints as `ID/CHECKPOINT`.
         self._saved = root.with_name("saved")
         self._comments: dict[str, str] = {}
@@ -502,6 +518,28 @@ class LocalAgent(HostAgentService):
         ]
         base = pb.TemplateInfo(name="base", kind="image", disk_size_mb=5120, size_bytes=2**40)
         return pb.ListTemplatesResponse(templates=[base, *snapshots])
+
+    async def read_template(
+        self, request: pb.ReadTemplateRequest, ctx: _Context
+    ) -> AsyncIterator[pb.ReadTemplateResponse]:
+        if request.name not in self.archives:
+            raise refusal(Code.NOT_FOUND, "not_found", f"there is no template {request.name!r}")
+        yield pb.ReadTemplateResponse(chunk=self.archives[request.name])
+
+    async def write_template(
+        self, request: AsyncIterator[pb.WriteTemplateRequest], ctx: _Context
+    ) -> pb.WriteTemplateResponse:
+        name, content = "", b""
+        async for message in request:
+            assert message.content is not None
+            if message.content.field == "meta":
+                name = message.content.value.name
+            else:
+                content += message.content.value
+        if not content.startswith(b"archive"):
+            raise refusal(Code.INVALID_ARGUMENT, "invalid", "this is no archive of a template")
+        self.archives[name] = content
+        return pb.WriteTemplateResponse()
 
     async def get_sandbox_metrics(
         self, request: pb.GetSandboxMetricsRequest, ctx: _Context

@@ -154,6 +154,28 @@ async def test_a_rollback_returns_to_its_checkpoint(
     assert (code, err) == (1, f"sandmartin: there is no sb1/{first}\n")
 
 
+async def test_a_template_is_fetched_and_brought(
+    verbs: Verbs, agent: LocalAgent, tmp_path: Path
+) -> None:
+    content = b"archive" + os.urandom(300_000)
+    agent.archives["mine"] = content
+    file = tmp_path / "mine.tar"
+    told = await verbs.json("template", "pull", "mine", "-o", str(file))
+    assert (file.read_bytes(), told["bytes"]) == (content, len(content))
+    code, out, _ = await verbs("template", "push", str(file), "back")
+    assert (code, out, agent.archives["back"]) == (0, "back\n", content)
+    # What cannot be fetched leaves the old file, and no other.
+    code, _, err = await verbs("template", "pull", "none", "-o", str(file))
+    assert code != 0 and "there is no template 'none'" in err
+    assert file.read_bytes() == content
+    assert [each.name for each in tmp_path.glob("*mine.tar*")] == ["mine.tar"]
+    file.write_bytes(b"something else")
+    code, _, err = await verbs("template", "push", str(file), "bad")
+    assert code != 0 and "this is no archive" in err and "bad" not in agent.archives
+    code, _, err = await verbs("template", "push", str(tmp_path / "none.tar"), "bad")
+    assert code != 0 and "cannot be read" in err
+
+
 async def test_a_snapshot_is_a_template_until_it_is_removed(
     verbs: Verbs, line: Line, agent: LocalAgent, tmp_path: Path
 ) -> None:

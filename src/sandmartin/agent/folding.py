@@ -24,7 +24,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Hashable,
     Iterator,
     Sequence,
@@ -32,18 +31,17 @@ from collections.abc import (
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 from sandmartin.agent import disk
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Base, fold, get_base, open_diff
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Manifest, Snapshot
+from sandmartin.agent.tasks import to_its_end
 from sandmartin.agent.templates import Templates
 from sandmartin.errors import Invalid, SandmartinError
 from sandmartin.model import State, random_id
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 #: Sealed layers of a sandbox's disk; more are merged.
@@ -237,7 +235,7 @@ class Folding:
                 self._drop_diff(snapshot)
 
         async with self._folded(snapshot.manifest, snapshot.diff, check) as manifest:
-            await _to_its_end(take_over(manifest))
+            await to_its_end(take_over(manifest))
 
     async def _fold_template(self, template: Snapshot) -> None:
         async def take_over(manifest: Manifest) -> None:
@@ -246,7 +244,7 @@ class Folding:
 
         check = self._check(template.path.exists)
         async with self._folded(template.manifest, template.diff, check) as manifest:
-            await _to_its_end(take_over(manifest))
+            await to_its_end(take_over(manifest))
             # Whoever has read the old manifest is an operation that runs now.
             await self._machine.tasks.outlast()
             async with self.replacing:
@@ -284,7 +282,7 @@ class Folding:
             self._machine.step("fold:began")
             if not (digests := self._known(key)):
                 new = storage.new_base(
-                    lambda target: _to_its_end(asyncio.to_thread(make, target), check.stop)
+                    lambda target: to_its_end(asyncio.to_thread(make, target), check.stop)
                 )
                 digests = [(await stack.enter_async_context(new)).digest]
                 self._made[key] = digests[0]
@@ -312,7 +310,7 @@ class Folding:
                 await self._merge(old[begin:end], size_mb, name, check)
                 self._made[key] = name
             self._machine.step("fold:merged")
-            await _to_its_end(self._take_over(sandbox, old[:begin], old[begin:end], name))
+            await to_its_end(self._take_over(sandbox, old[:begin], old[begin:end], name))
 
     async def _merge(self, names: Sequence[str], size_mb: int, merged: str, check: _Check) -> None:
         async def pause() -> None:
@@ -343,19 +341,6 @@ class Folding:
         if asleep is not None and asleep.manifest.layers != layers:
             manifest = replace(asleep.manifest, layers=layers)
             self._machine.storage.snapshots.replace(asleep, manifest)
-
-
-async def _to_its_end(work: Coroutine[Any, Any, _T], stop: Callable[[], None] = lambda: None) -> _T:
-    """Wait for `work`, which ends by itself even when the waiting is cancelled."""
-    working = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        stop()
-        await asyncio.wait({working})
-        # Looked at, so that it is not told of as unheard.
-        working.exception()
-        raise
 
 
 def _key(snapshot: Snapshot) -> Hashable:

@@ -12,13 +12,22 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from sandmartin.agent import disk
 from sandmartin.agent.admission import Description, check_room, describe, memory_left_mb
+from sandmartin.agent.content import Contents
 from sandmartin.agent.disk import Image
 from sandmartin.agent.folding import Folding
 from sandmartin.agent.images import Growth
@@ -56,6 +65,7 @@ class Host:
         self._waiting = WaitingVms(machine)
         self._ready = ReadySandboxes(machine, self._make_ready, self._crowded)
         self._folding = Folding(machine, self.sandboxes, self._templates, self._needed)
+        self._contents = Contents(machine, self._templates, self._folding.replacing)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -446,6 +456,23 @@ class Host:
             self._forget_stopped()
         await self._machine.storage.sweep(self._needed)
         return disk.allocated_bytes(target)
+
+    def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
+        """A template as an archive, in pieces. Raises NotFound, Invalid."""
+        return self._contents.read(check_name(name, "template name"))
+
+    async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        """Make a template of an archive, whole or not at all.
+
+        Raises Invalid, AlreadyExists, Conflict, Exhausted, DiskFull.
+        """
+        if self._closing:
+            raise Unavailable("this agent is ending", hint="try again once it has started anew")
+        try:
+            await self._contents.write(name, chunks)
+        finally:
+            self._folding.look()
+            await self._machine.storage.sweep(self._needed)
 
     # What is told.
 

@@ -419,6 +419,22 @@ class HostAgent(HostAgentService):
         size_bytes = await self._host.flatten(request.sandbox_id, request.name)
         return pb.FlattenRootfsResponse(size_bytes=size_bytes)
 
+    async def read_template(
+        self, request: pb.ReadTemplateRequest, _ctx: _Context
+    ) -> AsyncIterator[pb.ReadTemplateResponse]:
+        async with contextlib.aclosing(self._host.read_template(request.name)) as chunks:
+            async for chunk in chunks:
+                yield pb.ReadTemplateResponse(chunk=chunk)
+
+    async def write_template(
+        self, request: AsyncIterator[pb.WriteTemplateRequest], _ctx: _Context
+    ) -> pb.WriteTemplateResponse:
+        content = (await _first(request, "the meta data")).content
+        if content is None or content.field != "meta":
+            raise Invalid("the first message of the stream must carry meta data")
+        await self._host.write_template(content.value.name, _chunks(request))
+        return pb.WriteTemplateResponse()
+
     async def list_templates(
         self, _request: pb.ListTemplatesRequest, _ctx: _Context
     ) -> pb.ListTemplatesResponse:
@@ -583,6 +599,7 @@ def _template(template: Image | Snapshot) -> pb.TemplateInfo:
         memory_mb=manifest.memory_mb,
         disk_size_mb=manifest.disk_size_mb,
         size_bytes=manifest.size_bytes,
+        network=_policy(manifest.network),
     )
 
 

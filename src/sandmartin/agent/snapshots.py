@@ -32,6 +32,7 @@ _FORMAT = 1
 _MANIFEST = "manifest.json"
 _STATE = "state"
 _DIFF = "ram.diff"
+IMAGE = "rootfs.ext4"
 #: The guest's clock has the host's rate frozen in; a host that differs by more is another host.
 _TSC_TOLERANCE = 0.0005
 
@@ -164,6 +165,11 @@ class Snapshot:
     def diff(self) -> Path:
         return self.path / _DIFF
 
+    @property
+    def own_image(self) -> Path:
+        """Where the image below its disk is, if it brought that along."""
+        return self.path / IMAGE
+
     def read_state(self) -> bytes:
         """The device state. Raises Invalid when it is not what was saved."""
         state = (self.path / _STATE).read_bytes()
@@ -191,7 +197,7 @@ class Snapshots:
     """Writes and reads snapshots."""
 
     def __init__(self, signer: Signer) -> None:
-        self._signer = signer
+        self.signer = signer
 
     @contextlib.asynccontextmanager
     async def draft(self, path: Path) -> AsyncIterator[Draft]:
@@ -222,7 +228,7 @@ class Snapshots:
 
     def _write_manifest(self, directory: Path, manifest: Manifest) -> None:
         content = manifest.to_json()
-        signed = {"manifest": content.decode(), "signature": self._signer.sign(content)}
+        signed = {"manifest": content.decode(), "signature": self.signer.sign(content)}
         write_whole(directory / _MANIFEST, json.dumps(signed).encode(), sync=True)
 
     def replace(self, old: Snapshot, manifest: Manifest) -> bool:
@@ -251,7 +257,7 @@ class Snapshots:
         try:
             signed = json.loads((path / _MANIFEST).read_bytes())
             content = signed["manifest"].encode()
-            self._signer.check(content, signed["signature"], path)
+            self.signer.check(content, signed["signature"], path)
             return Snapshot(path, Manifest.from_json(content))
         except FileNotFoundError as error:
             raise NotFound(f"there is no snapshot at {path}") from error

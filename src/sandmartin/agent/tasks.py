@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from sandmartin.errors import SandmartinError
@@ -104,6 +104,19 @@ class Tasks:
             _, stuck = await asyncio.wait(watches, timeout=_CANCEL_DEADLINE_S)
             for task in stuck:
                 _log.error("task %s does not end", task.get_name())
+
+
+async def to_its_end(work: Coroutine[Any, Any, _T], stop: Callable[[], None] = lambda: None) -> _T:
+    """Wait for `work`, which ends by itself even when the waiting is cancelled."""
+    working = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        stop()
+        await asyncio.wait({working})
+        # Looked at, so that it is not told of as unheard.
+        working.exception()
+        raise
 
 
 def _log_unheard(task: asyncio.Task[Any]) -> None:

@@ -79,7 +79,10 @@ class Templates:
         """Where an image of a new name goes. Raises Invalid, AlreadyExists."""
         self.new(name)
         directory = self._data.images / name
-        directory.mkdir(mode=0o711)
+        try:
+            directory.mkdir(mode=0o711)
+        except FileExistsError as error:
+            raise AlreadyExists(f"template {name!r} is being made just now") from error
         return directory / "rootfs.ext4"
 
     def forget_failed(self, target: Path) -> None:
@@ -94,12 +97,18 @@ class Templates:
         if isinstance(found, Image):
             if found.path.parent.parent != self._data.images:
                 raise Denied(f"template {name!r} comes with Sandmartin and cannot be deleted")
-            users = [each.sandbox_id for each in dependents if each.image == found.path]
-            users += [s.path.name for s in self.snapshots() if s.manifest.image == found.path]
+            image, own = found.path, set[str]()
         else:
             # What lies below its topmost layer is shared with all that come from the same image.
-            own = set(found.manifest.layers[-1:])
-            users = [each.sandbox_id for each in dependents if own & each.needed()]
+            image, own = found.own_image, set(found.manifest.layers[-1:])
+        users = [
+            each.sandbox_id for each in dependents if each.image == image or own & each.needed()
+        ]
+        users += [
+            each.path.name
+            for each in self.snapshots()
+            if each.manifest.image == image and each.path.name != name
+        ]
         if users:
             more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
             raise Conflict(

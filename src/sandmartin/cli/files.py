@@ -179,7 +179,7 @@ class Copy:
                 raise
 
     async def _upload_file(self, source: Path, target: str) -> None:
-        with _local_errors(source, "read"):
+        with local_errors(source, "read"):
             fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 with self.progress.of(str(source), os.fstat(fd).st_size):
@@ -193,7 +193,7 @@ class Copy:
         rest = [(source, target)]
         while rest:
             path, directory = rest.pop()
-            with _local_errors(directory, "made"):
+            with local_errors(directory, "made"):
                 directory.mkdir(exist_ok=True)
             listed: tuple[FileInfo, ...] = ()
             with self._told(path):
@@ -212,7 +212,7 @@ class Copy:
     async def _download_file(self, source: str, info: FileInfo, target: Path) -> None:
         mode = 0o777 if info.mode & 0o111 else 0o666
         content = self._counted(self.sandbox.read_file(source, self.user))
-        with self.progress.of(source, info.size_bytes), _local_errors(target, "written"):
+        with self.progress.of(source, info.size_bytes), local_errors(target, "written"):
             async with aclosing(content) as chunks:
                 # What cannot be read does not cost the file that is here.
                 chunk = await anext(chunks, b"")
@@ -247,7 +247,7 @@ def _is_local_directory(path: Path) -> bool:
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
-    with _local_errors(directory, "read"), os.scandir(directory) as entries:
+    with local_errors(directory, "read"), os.scandir(directory) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
 
@@ -273,7 +273,8 @@ def _needs_recursion(path: str) -> Invalid:
 
 
 @contextmanager
-def _local_errors(path: Path, done: str) -> Iterator[None]:
+def local_errors(path: Path, done: str) -> Iterator[None]:
+    """What this machine's files cannot do is raised as ours; `done` is a participle."""
     try:
         yield
     except OSError as error:

@@ -1,16 +1,24 @@
-"""Templates, and the snapshots that become some: `snapshot` and `template ls|rm`."""
+"""Templates, and snapshots that become some: `snapshot` and `template ls|rm|pull|push`."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sandmartin.cli.connection import add_id, ask, ask_sandbox, connected, do_each
+from sandmartin.cli.files import local_errors
 from sandmartin.cli.options import add_json_flag, add_place_flags
+from sandmartin.cli.pipes import ByteSource
+from sandmartin.cli.progress import Progress
 from sandmartin.cli.talk import print_json, print_table
-from sandmartin.model import check_name
-from sandmartin.transport import Template
+from sandmartin.model import check_name, random_id
+from sandmartin.transport import Template, Transport
 
 _HEAD = ("NAME", "KIND", "VCPUS", "MEMORY_MB", "DISK_MB", "BYTES")
 
@@ -32,7 +40,9 @@ def configure_snapshot(verbs: Any) -> None:
 
 def configure_template(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
-        "template", help="list and delete templates", description="What sandboxes start from."
+        "template",
+        help="list, delete, fetch and bring templates",
+        description="What sandboxes start from.",
     )
     nouns = parser.add_subparsers(dest="template_verb", metavar="VERB", required=True)
     listing = nouns.add_parser("ls", help="list templates", description="List the templates.")
@@ -48,6 +58,31 @@ def configure_template(verbs: Any) -> None:
     add_place_flags(removal)
     add_json_flag(removal)
     removal.set_defaults(act=_remove)
+    _configure_content(nouns)
+
+
+def _configure_content(nouns: Any) -> None:
+    pull = nouns.add_parser(
+        "pull",
+        help="fetch a template as a file",
+        description="Write a whole template to a file: a tar archive with sparse files. That of a "
+        "snapshot holds its memory, and whatever secrets were in it.",
+    )
+    pull.add_argument("name", metavar="NAME")
+    pull.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
+    pull.set_defaults(act=_pull)
+    push = nouns.add_parser(
+        "push",
+        help="make a template of such a file",
+        description="Make a template of a file that `pull` wrote, or of a tar archive of a raw "
+        "ext4 image named rootfs.ext4. A snapshot is taken only where it was made.",
+    )
+    push.add_argument("file", metavar="FILE")
+    push.add_argument("name", metavar="NAME")
+    push.set_defaults(act=_push)
+    for parser in (pull, push):
+        add_place_flags(parser)
+        add_json_flag(parser)
 
 
 def _snapshot(args: argparse.Namespace) -> int:
@@ -84,3 +119,63 @@ def _remove(args: argparse.Namespace) -> int:
         "removed",
         lambda transport, name: transport.delete_snapshot(name),
     )
+
+
+def _pull(args: argparse.Namespace) -> int:
+    name, target = check_name(args.name, "template name"), Path(args.output)
+    # What breaks off leaves the old file, or none.
+    beside = target.with_name(f".{target.name}.{random_id(6)}")
+
+    async def act(transport: Transport) -> int:
+        count, progress = 0, Progress()
+        with local_errors(target, "written"), progress.of(name, 0):
+            async with aclosing(transport.read_template(name)) as chunks:
+                # What cannot be read makes no file.
+                chunk = await anext(chunks, b"")
+                try:
+                    with beside.open("xb") as file:
+                        while chunk:
+                            await asyncio.to_thread(file.write, chunk)
+                            progress.add(len(chunk))
+                            count += len(chunk)
+                            chunk = await anext(chunks, b"")
+                    await asyncio.to_thread(beside.replace, target)
+                finally:
+                    beside.unlink(missing_ok=True)
+        return count
+
+    count = ask(args, act)
+    if args.json:
+        print_json({"name": name, "file": args.output, "bytes": count})
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    name, source = check_name(args.name, "template name"), Path(args.file)
+
+    async def act(transport: Transport) -> int:
+        count, progress = 0, Progress()
+
+        async def counted(fd: int) -> AsyncGenerator[bytes, None]:
+            nonlocal count
+            async for chunk in ByteSource(fd):
+                yield chunk
+                count += len(chunk)
+                progress.add(len(chunk))
+
+        with local_errors(source, "read"):
+            fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                with progress.of(args.file, os.fstat(fd).st_size):
+                    async with aclosing(counted(fd)) as chunks:
+                        await transport.write_template(name, chunks)
+            finally:
+                os.close(fd)
+        return count
+
+    count = ask(args, act)
+    if args.json:
+        print_json({"name": name, "file": args.file, "bytes": count})
+    else:
+        print(name)
+    return 0

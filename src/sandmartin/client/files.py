@@ -58,7 +58,7 @@ class AsyncFiles:
         The content is a text, bytes, an open binary file, or anything that gives bytes piece by
         piece; of the latter no more is held than the piece at hand. Raises Denied, DiskFull.
         """
-        async with aclosing(_pieces(content)) as pieces:
+        async with aclosing(pieces_of(content)) as pieces:
             await self._link.transport.write_file(self._link.sandbox_id, path, pieces, user)
 
     async def write_many(self, files: Mapping[str, Content], *, user: str = "") -> None:
@@ -152,7 +152,8 @@ class AsyncFiles:
         return await download.copy(source, Path(destination))
 
 
-async def _pieces(content: Content) -> AsyncGenerator[bytes, None]:
+async def pieces_of(content: Content) -> AsyncGenerator[bytes, None]:
+    """What a user gave as content, piece by piece."""
     if isinstance(content, str):
         yield content.encode()
     elif isinstance(content, bytes | bytearray | memoryview):

@@ -175,6 +175,8 @@ class Templates(Facade[AsyncTemplates]):
     list = blocking(AsyncTemplates.list)
     from_snapshot = blocking(AsyncTemplates.from_snapshot)
     delete = blocking(AsyncTemplates.delete)
+    download = iterating(AsyncTemplates.download)
+    upload = blocking(AsyncTemplates.upload)
 
 
 class Sandbox(Facade[AsyncSandbox]):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sandmartin.control.accounts import Accounts
 from sandmartin.control.authority import Authority
+from sandmartin.control.contents import Contents
 from sandmartin.control.db import Database
 from sandmartin.control.deadlines import Deadlines
 from sandmartin.control.events import Events
@@ -59,6 +60,7 @@ class Platform:
     oauth: Oauth
     hosts: Hosts
     templates: Templates
+    contents: Contents
     operations: Operations
     sandboxes: Sandboxes
     deadlines: Deadlines
@@ -152,6 +154,7 @@ async def open_platform(
             oauth=Oauth(db, sealer, accounts, limits, settings),
             hosts=hosts,
             templates=templates,
+            contents=Contents(db, hosts, templates),
             operations=operations,
             sandboxes=sandboxes,
             deadlines=Deadlines(db, sandboxes, min(_DEADLINES_S, pace.period_s)),

@@ -92,6 +92,14 @@ async def choose_host(
     )
 
 
+async def choose_store(session: AsyncSession) -> tables.Host:
+    """The host with the most room on its disk, for a template. Raises Unavailable, Exhausted."""
+    hosts = [host for host in await _online(session) if not host.draining]
+    if not hosts:
+        raise Exhausted("no host takes new templates: all are drained", hint=_UNDRAIN)
+    return max(hosts, key=lambda host: host.disk_free_mb)
+
+
 async def check_takes_new(session: AsyncSession, sandbox: tables.Sandbox) -> None:
     """Raises Conflict when a sandbox's host takes nothing new, and so no fork of it."""
     # Where transactions write side by side, nobody drains it before this one's end.

@@ -66,6 +66,11 @@ async def find_template(
     return row
 
 
+def new_agent_name() -> str:
+    """A name on hosts for a template of a team."""
+    return f"{_OF_A_TEAM}{random_id(20)}"
+
+
 class Templates:
     """The templates of all teams."""
 
@@ -120,17 +125,12 @@ class Templates:
         self, session: AsyncSession, caller: Caller, name: str, sandbox: tables.Sandbox
     ) -> Row:
         """A template that is about to be made. Raises Invalid, AlreadyExists."""
-        check_name(name, "template name")
-        taken = select(Row).where(
-            Row.team_id.in_([caller.team_id, PLATFORM_TEAM_ID]), Row.name == name
-        )
-        if (await session.scalar(taken)) is not None:
-            raise _taken(name)
+        await self.check_new(session, caller, name)
         row = Row(
             template_id=str(uuid4()),
             team_id=caller.team_id,
             name=name,
-            agent_name=f"{_OF_A_TEAM}{random_id(20)}",
+            agent_name=new_agent_name(),
             kind="snapshot",
             state=TemplateState.MAKING,
             vcpus=sandbox.vcpus,
@@ -141,13 +141,25 @@ class Templates:
             created_at=time.time(),
             created_by=caller.actor_id,
         )
+        await self._add(session, row)
+        return row
+
+    async def _add(self, session: AsyncSession, row: Row) -> None:
         session.add(row)
         try:
             await session.flush()
         except IntegrityError as error:
             # Somebody was faster.
-            raise _taken(name) from error
-        return row
+            raise _taken(row.name) from error
+
+    async def check_new(self, session: AsyncSession, caller: Caller, name: str) -> None:
+        """Raises Invalid, and AlreadyExists when the team or the platform has it."""
+        query = select(Row).where(
+            Row.team_id.in_([caller.team_id, PLATFORM_TEAM_ID]),
+            Row.name == check_name(name, "template name"),
+        )
+        if (await session.scalar(query)) is not None:
+            raise _taken(name)
 
     async def made(
         self, session: AsyncSession, template_id: str, host_id: str, size_bytes: int
@@ -157,6 +169,30 @@ class Templates:
         if row is not None:
             row.state, row.size_bytes = TemplateState.READY, size_bytes
             session.add(TemplatePlacement(template_id=template_id, host_id=host_id))
+
+    async def brought(
+        self, session: AsyncSession, caller: Caller, name: str, host_id: str, found: AgentTemplate
+    ) -> Row:
+        """What somebody has brought is on a host. Raises AlreadyExists."""
+        await self.check_new(session, caller, name)
+        row = Row(
+            template_id=str(uuid4()),
+            team_id=caller.team_id,
+            name=name,
+            agent_name=found.name,
+            kind=found.kind,
+            state=TemplateState.READY,
+            vcpus=found.vcpus,
+            memory_mb=found.memory_mb,
+            disk_size_mb=found.disk_size_mb,
+            size_bytes=found.size_bytes,
+            network=None if found.network is None else found.network.to_dict(),
+            created_at=time.time(),
+            created_by=caller.actor_id,
+        )
+        await self._add(session, row)
+        session.add(TemplatePlacement(template_id=row.template_id, host_id=host_id))
+        return row
 
     async def forget(self, session: AsyncSession, template_id: str) -> None:
         """It was not made."""

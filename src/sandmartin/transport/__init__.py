@@ -139,6 +139,8 @@ class Template:
     disk_size_mb: int
     #: What it takes on the host.
     size_bytes: int
+    #: Of a snapshot: what its source might reach; None where that is not told.
+    network: NetworkPolicy | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +358,15 @@ class Transport(Protocol):
         """Delete a template. Raises Conflict while something depends on it."""
 
     async def list_templates(self) -> tuple[Template, ...]: ...
+
+    def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
+        """The whole of a template as one archive, chunk by chunk. Raises NotFound."""
+
+    async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        """Make a template of such an archive, whole or not at all.
+
+        Raises Invalid, AlreadyExists, Denied, Exhausted; Conflict when it cannot run there.
+        """
 
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         """What a sandbox used, oldest first; the ranges are `10m`, `2h` and `24h`."""

@@ -242,6 +242,14 @@ class Agent(ABC):
         answer = await self._call("ListTemplates", {})
         return tuple(_template(each) for each in _parts(answer, "templates"))
 
+    async def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._download("ReadTemplate", wire.text(1, name))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        await self._upload("WriteTemplate", wire.text(1, name), chunks, deadline_s=_SNAPSHOT_S)
+
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         message = {"sandbox_id": sandbox_id, "range": time_range}
         answer = await self._call("GetSandboxMetrics", message)
@@ -345,9 +353,13 @@ class Agent(ABC):
         self, sandbox_id: str, path: str, user: str = ""
     ) -> AsyncGenerator[bytes, None]:
         message = _file_request(sandbox_id, path, user)
+        async with aclosing(self._download("ReadFileStream", message)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _download(self, method: str, message: bytes) -> AsyncGenerator[bytes, None]:
         with self._connect_errors_as_ours():
-            answers = self._channel.server_stream("ReadFileStream", message)
-            async with aclosing(answers):
+            async with aclosing(self._channel.server_stream(method, message)) as answers:
                 async for answer in answers:
                     if chunk := _content(_fields(answer), 1):
                         yield chunk
@@ -579,13 +591,15 @@ def _checkpoint(message: Message) -> Checkpoint:
 
 
 def _template(message: Message) -> Template:
+    kind = _text(message, "kind")
     return Template(
         name=_text(message, "name"),
-        kind=_text(message, "kind"),
+        kind=kind,
         vcpus=_int(message, "vcpus"),
         memory_mb=_int(message, "memoryMb"),
         disk_size_mb=_int(message, "diskSizeMb"),
         size_bytes=_int(message, "sizeBytes"),
+        network=_network(_part(message, "network")) if kind == "snapshot" else None,
     )
 
 

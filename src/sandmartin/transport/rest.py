@@ -236,6 +236,14 @@ class Rest:
     async def list_templates(self) -> tuple[Template, ...]:
         return tuple(_template(each) for each in _all(await self._api.ask("GET", "/v1/templates")))
 
+    async def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._api.read("GET", _content_path(name))) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        await self._api.write("PUT", _content_path(name), chunks, deadline_s=_SNAPSHOT_S)
+
     # What it tells of itself.
 
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
@@ -352,6 +360,10 @@ class Rest:
 
 def _path(sandbox_id: str, *below: str) -> str:
     return "/".join(["/v1/sandboxes", check_name(sandbox_id, "sandbox id"), *below])
+
+
+def _content_path(name: str) -> str:
+    return f"/v1/templates/{check_name(name, 'template name')}/content"
 
 
 def _key_of(child_ids: tuple[str, ...]) -> str:

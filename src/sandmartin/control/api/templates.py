@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sandmartin.control import tables
 from sandmartin.control.api.access import TheCaller, ThePlatform
+from sandmartin.control.api.bodies import BINARY, RAW_BODY, begun, pieces_of
+from sandmartin.control.api.encoding import TheEncoding, decoded, encoded
 from sandmartin.control.tables import PLATFORM_TEAM_ID
 from sandmartin.model import random_id
 
@@ -75,3 +77,27 @@ async def delete(name: str, caller: TheCaller, platform: ThePlatform) -> Respons
     """Delete a template of the team."""
     await platform.templates.delete(caller, name)
     return Response(status_code=204)
+
+
+# Contents.
+
+
+@router.get(
+    "/templates/{name}/content",
+    response_class=Response,
+    responses={200: {"content": BINARY, "description": "The archive."}},
+)
+async def download(
+    name: str, caller: TheCaller, platform: ThePlatform, encoding: TheEncoding = ""
+) -> Response:
+    """A whole template: a tar archive with sparse files, gzipped if that is accepted."""
+    return encoded(await begun(platform.contents.read(caller, name)), encoding)
+
+
+@router.put("/templates/{name}/content", status_code=201, openapi_extra=RAW_BODY)
+async def upload(
+    name: str, request: Request, caller: TheCaller, platform: ThePlatform
+) -> TemplateBody:
+    """Make a template of such an archive, which is the body; it may be gzipped."""
+    pieces = decoded(pieces_of(request), request.headers.get("content-encoding", ""))
+    return TemplateBody.of(await platform.contents.write(caller, name, pieces))

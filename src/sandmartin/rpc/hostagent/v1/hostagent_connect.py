@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse
+from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -172,6 +172,18 @@ class HostAgentService(Protocol):
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
     async def list_templates(self, request: ListTemplatesRequest, ctx: RequestContext[ListTemplatesRequest, ListTemplatesResponse], /) -> ListTemplatesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def read_template(self, request: ReadTemplateRequest, ctx: RequestContext[ReadTemplateRequest, ReadTemplateResponse], /) -> AsyncIterator[ReadTemplateResponse]:
+        """
+        The whole of a template as one archive, in pieces.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def write_template(self, request: AsyncIterator[WriteTemplateRequest], ctx: RequestContext[WriteTemplateRequest, WriteTemplateResponse], /) -> WriteTemplateResponse:
+        """
+        Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
     async def read_console(self, request: ReadConsoleRequest, ctx: RequestContext[ReadConsoleRequest, ReadConsoleResponse], /) -> ReadConsoleResponse:
@@ -556,6 +568,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.UNARY,
                     ),
                     function=svc.list_templates,
+                ),
+                "/hostagent.v1.HostAgentService/ReadTemplate": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="ReadTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadTemplateRequest,
+                        output=ReadTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.read_template,
+                ),
+                "/hostagent.v1.HostAgentService/WriteTemplate": Endpoint.client_stream(
+                    method=MethodInfo(
+                        name="WriteTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=WriteTemplateRequest,
+                        output=WriteTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=svc.write_template,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": Endpoint.unary(
                     method=MethodInfo(
@@ -1306,6 +1340,52 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def read_template(
+        self,
+        request: ReadTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[ReadTemplateResponse]:
+        """
+        The whole of a template as one archive, in pieces.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ReadTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadTemplateRequest,
+                output=ReadTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def write_template(
+        self,
+        request: AsyncIterator[WriteTemplateRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> WriteTemplateResponse:
+        """
+        Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
+        return await self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="WriteTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=WriteTemplateRequest,
+                output=WriteTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     async def read_console(
         self,
         request: ReadConsoleRequest,
@@ -1648,6 +1728,18 @@ class HostAgentServiceSync(Protocol):
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
     def list_templates(self, request: ListTemplatesRequest, ctx: RequestContext[ListTemplatesRequest, ListTemplatesResponse], /) -> ListTemplatesResponse:
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def read_template(self, request: ReadTemplateRequest, ctx: RequestContext[ReadTemplateRequest, ReadTemplateResponse], /) -> Iterator[ReadTemplateResponse]:
+        """
+        The whole of a template as one archive, in pieces.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def write_template(self, request: Iterator[WriteTemplateRequest], ctx: RequestContext[WriteTemplateRequest, WriteTemplateResponse], /) -> WriteTemplateResponse:
+        """
+        Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
     def read_console(self, request: ReadConsoleRequest, ctx: RequestContext[ReadConsoleRequest, ReadConsoleResponse], /) -> ReadConsoleResponse:
@@ -2030,6 +2122,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.UNARY,
                     ),
                     function=service.list_templates,
+                ),
+                "/hostagent.v1.HostAgentService/ReadTemplate": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="ReadTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadTemplateRequest,
+                        output=ReadTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.read_template,
+                ),
+                "/hostagent.v1.HostAgentService/WriteTemplate": EndpointSync.client_stream(
+                    method=MethodInfo(
+                        name="WriteTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=WriteTemplateRequest,
+                        output=WriteTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=service.write_template,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": EndpointSync.unary(
                     method=MethodInfo(
@@ -2776,6 +2890,52 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 output=ListTemplatesResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def read_template(
+        self,
+        request: ReadTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[ReadTemplateResponse]:
+        """
+        The whole of a template as one archive, in pieces.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ReadTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadTemplateRequest,
+                output=ReadTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def write_template(
+        self,
+        request: Iterator[WriteTemplateRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> WriteTemplateResponse:
+        """
+        Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
+        return self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="WriteTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=WriteTemplateRequest,
+                output=WriteTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
             ),
             headers=headers,
             timeout_ms=timeout_ms,
