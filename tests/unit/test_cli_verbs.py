@@ -9,6 +9,7 @@ import signal
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ class Verbs:
             code = await asyncio.to_thread(main, [*words, *self._flags])
         return code, *self._capsys.readouterr()
 
-    async def json(self, *words: str) -> object:
+    async def json(self, *words: str) -> Any:
         code, out, err = await self(*words, "--json")
         assert (code, err) == (0, "")
         return json.loads(out)
