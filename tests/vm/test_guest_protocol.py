@@ -12,6 +12,7 @@ from tests.contract.guests import stream
 from tests.vm.conftest import RunningAgent, execute
 
 FILE = "/home/user/made/file"
+BYTES = {"Content-Type": "application/octet-stream"}
 
 
 def client(agent: RunningAgent, sandbox: AsyncSandbox) -> httpx.Client:
@@ -66,3 +67,25 @@ async def test_the_default_user_may_become_root(agent: RunningAgent, sandbox: As
         assert output.decode().split() == ["user", "/home/user", "root", "/bin/bash"]
     (info,) = await agent.transport.list_sandboxes()
     assert info.envd_version == "0.6.13"
+
+
+async def test_the_way_of_the_proxy_writes_where_root_may(
+    agent: RunningAgent, sandbox: AsyncSandbox
+) -> None:
+    """As clients of E2B's expect; the guest's own door, and what others lead, does not."""
+    target = {"path": "/app/made/file"}
+    with client(agent, sandbox) as guest:
+        assert guest.post("/files", params=target, content=b"x", headers=BYTES).status_code == 403
+    transport = httpx.AsyncHTTPTransport(uds=str(agent.settings.socket))
+    url = f"http://agent/sandbox/{sandbox.sandbox_id}/49983"
+    async with httpx.AsyncClient(transport=transport, base_url=url, timeout=30) as proxied:
+        await execute(sandbox, "ln", "-s", "/etc", "/app-link")
+        for path, status in (("/app/made/file", 200), ("/app-link/file", 403)):
+            wanted = {"path": path}
+            answer = await proxied.post("/files", params=wanted, content=b"x", headers=BYTES)
+            assert answer.status_code == status, answer.text
+        asked = await proxied.post("/filesystem.Filesystem/MakeDir", json={"path": "/code/deep"})
+        made = asked.json()
+        assert (made["entry"]["owner"], made["entry"]["group"]) == ("user", "user")
+    shown = await execute(sandbox, "stat", "-c", "%U:%G", "/app", "/app/made/file", "/code")
+    assert shown.text.split() == ["user:user"] * 3
