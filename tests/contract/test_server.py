@@ -45,8 +45,8 @@ from tests.fakes_agent import (
 pytestmark = pytest.mark.qemu_img
 
 SERVICE = "hostagent.v1.HostAgentService"
-STREAMS_IN = {"WriteFileStream", "StreamInput"}
-STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream"}
+STREAMS_IN = {"WriteFileStream", "StreamInput", "WriteTemplate"}
+STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream", "ReadTemplate"}
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
 DEADLINE_S = 20.0
 

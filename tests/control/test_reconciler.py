@@ -271,6 +271,7 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
         ("DELETE", "/templates/base", None),
         ("DELETE", "/templates/base%3Adefault", None),
         ("PATCH", "/v2/templates/base", {"public": False}),
+        ("PUT", "/v1/templates/base/content", None),
         # To overwrite it is no way around: a name of the platform's is taken.
         ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base"}),
         ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base", "live": True}),
@@ -285,6 +286,7 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
         ("/v1/snapshots", "post"),
         ("/v1/snapshots/{name}", "delete"),
         ("/v1/templates/{name}", "delete"),
+        ("/v1/templates/{name}/content", "put"),
         ("/v1/admin/templates/{name}", "delete"),
         ("/templates/{name}", "delete"),
         ("/v2/templates/{name}", "patch"),
