@@ -162,7 +162,8 @@ async def test_a_template_is_fetched_and_brought(
     agent.archives["mine"] = content
     file = tmp_path / "mine.tar"
     told = await verbs.json("template", "pull", "mine", "-o", str(file))
-    assert (file.read_bytes(), told["bytes"]) == (content, len(content))
+    assert told == {"name": "mine", "file": str(file), "bytes": len(content)}
+    assert file.read_bytes() == content
     code, out, _ = await verbs("template", "push", str(file), "back")
     assert (code, out, agent.archives["back"]) == (0, "back\n", content)
     # What cannot be fetched leaves the old file, and no other.
