@@ -61,6 +61,8 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
         return f"need the template {template.args[0]} (scripts/setup --template {template.args[0]})"
     if item.get_closest_marker("full") and tier != "full":
         return "run in tier full alone"
+    if item.get_closest_marker("one_database") and _takes_postgresql(item) and tier != "full":
+        return "show on PostgreSQL what SQLite has shown, in tier full alone"
     return ""
 
 

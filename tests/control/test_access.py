@@ -27,6 +27,8 @@ from sandmartin.control.platform import Platform
 from tests.control.conftest import Person, Team, add_member, logged_in, make_user, new_person
 from tests.control.test_sandboxes import create
 
+pytestmark = pytest.mark.one_database
+
 #: What anybody may ask.
 PUBLIC = {
     "GET /healthz",

@@ -26,7 +26,7 @@ from tests.control.conftest import RunningHost, Team, make_team, running_platfor
 from tests.control.test_load import served
 from tests.control.test_sandboxes import NEW
 
-pytestmark = [pytest.mark.qemu_img, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.qemu_img, pytest.mark.timeout(180), pytest.mark.one_database]
 #: For each of the databases.
 _BUDGET_S = 30.0
 

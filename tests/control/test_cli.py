@@ -29,6 +29,8 @@ from tests.control.conftest import (
 from tests.control.living import Place
 from tests.terminal import Terminal, ended
 
+pytestmark = pytest.mark.one_database
+
 SMALL = ("--memory", "128", "--disk", "8")
 PASSWORD = "a sand martin's nest"
 #: Those take signals, which only the main thread of a process can.

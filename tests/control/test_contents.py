@@ -23,7 +23,7 @@ from tests.control.conftest import (
 )
 from tests.fakes_agent import IMAGE, SCRATCH, find_leaks
 
-pytestmark = pytest.mark.qemu_img
+pytestmark = [pytest.mark.qemu_img, pytest.mark.one_database]
 
 MARK = b"remember this"
 

@@ -26,7 +26,7 @@ from tests.control.conftest import DEADLINE_S, PACE, TIMING, RunningHost, make_t
 from tests.control.truth import agree, rows_of, templates_of
 from tests.fakes_agent import SCRATCH
 
-pytestmark = pytest.mark.qemu_img
+pytestmark = [pytest.mark.qemu_img, pytest.mark.one_database]
 
 #: What is killed, and what of it is at work.
 OPERATIONS = {

@@ -32,7 +32,7 @@ from tests.control.test_operations import until_state
 from tests.control.test_sandboxes import NEW
 from tests.control.truth import agree, templates_of
 
-pytestmark = pytest.mark.qemu_img
+pytestmark = [pytest.mark.qemu_img, pytest.mark.one_database]
 
 
 def ids(listed: httpx.Response) -> list[str]:

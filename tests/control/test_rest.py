@@ -42,6 +42,8 @@ from tests.contract.guests import alive, wait_until
 from tests.control.conftest import RunningHost, make_team, served_platform
 from tests.control.living import Place
 
+pytestmark = pytest.mark.one_database
+
 MIB = 1 << 20
 DEADLINE_S = 20.0
 

@@ -19,6 +19,8 @@ from sandmartin.control.platform import Platform
 from tests.control.conftest import Team, client_of, make_team, running_platform
 from tests.control.test_sandboxes import NEW, create
 
+pytestmark = pytest.mark.one_database
+
 
 def figures(text: str) -> dict[tuple[str, ...], float]:
     """Values by name and labels' values."""

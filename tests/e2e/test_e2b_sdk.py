@@ -83,7 +83,7 @@ def test_a_life_by_the_package_for_python(served: Up, environment: Environment, 
 
 
 @pytest.mark.template("code-interpreter-v1")
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])
 def test_code_by_the_package_for_python(served: Up, kind: str) -> None:
     steps = ["state", "plot", "table", "error", "streamed", "contexts", "envs", "languages"]
     assert live(served, NEWEST, str(_STOCK / "interpret.py"), kind) == steps

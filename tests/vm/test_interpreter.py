@@ -17,7 +17,8 @@ from tests.vm.conftest import RunningAgent, execute
 TEMPLATE = "code-interpreter-v1"
 PORT = 49999
 DEADLINE_S = 120.0
-pytestmark = [pytest.mark.template(TEMPLATE), pytest.mark.timeout(400)]
+# In the default tier E2B's package shows it (tests/e2e), and real kernels outside a VM.
+pytestmark = [pytest.mark.template(TEMPLATE), pytest.mark.timeout(400), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")
