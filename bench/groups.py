@@ -7,7 +7,17 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from bench import baselines, blocks, control, copies, density, life, steps, transfer
+from bench import (
+    baselines,
+    blocks,
+    control,
+    copies,
+    density,
+    e2b,
+    life,
+    steps,
+    transfer,
+)
 from bench.agents import Bench
 
 _log = logging.getLogger("bench")
@@ -36,6 +46,7 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "control", "calls over the control plane and of the host directly", control.measure_control
     ),
+    Group("e2b", "what a user of E2B's own Python package waits for", e2b.measure_e2b),
     Group("pause", "pause and resume, 20 times each, and a full save", copies.measure_pause),
     Group("memory", "pause at 256 MB, 1 GB and 4 GB of RAM", copies.measure_memories),
     Group("checkpoint", "how long a source stands still", copies.measure_checkpoint),

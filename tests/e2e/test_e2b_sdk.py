@@ -1,29 +1,41 @@
-"""E2B's own packages, unchanged, on a real `up`: a key and two addresses are all they are told.
+"""E2B's own packages, unchanged, on a real `up`: all they are told is a key and where it is.
+
+That is one address for everything, or a domain in which sandboxes have names.
 
 The programs are in `stock`, and run where nothing of ours is installed.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import new_place
-from tests.e2e.environments import JAVASCRIPT, NEWEST, OLDER, Environment
+from clients.environments import JAVASCRIPT, NEWEST, OLDER, PATH, Environment, variables
+from tests.e2e.conftest import Place, new_place
 from tests.e2e.test_up import Up, clear, up
 
 pytestmark = pytest.mark.timeout(400)
 
 _STOCK = Path(__file__).with_name("stock")
 _LIFE_S = 300
-_BASIC = ["create", "run", "background", "pty", "files", "watch"]
 _NEWEST = [
-    *_BASIC,
+    "create",
+    "run",
+    "background",
+    "pty",
+    "files",
+    "signed",
+    "ports",
+    "watch",
     "timeout",
     "pause",
+    "wake",
     "fork",
     "snapshot",
     "paging",
@@ -36,30 +48,57 @@ _LACKS = {
     "e2b==2.63.0": set(),
     "e2b==2.45.1": set(),
     "e2b==2.20.3": {"fork", "network"},
-    "e2b==2.7.0": {"fork", "network", "snapshot"},
+    "e2b==2.7.0": {"fork", "network", "snapshot", "wake"},
 }
 
 
 @pytest.fixture(scope="module")
-def served(private_host: None) -> Iterator[Up]:
-    """One for all programs."""
+def home(private_host: None) -> Iterator[Place]:
+    """One for all, so that what serves side by side knows of each other."""
     with new_place() as place:
-        with up(place, "e2b", "--on-exit", "kill") as running:
-            yield running
-        clear(place, "e2b")
+        yield place
 
 
-def live(served: Up, environment: Environment, *words: str) -> list[str]:
-    """The steps that went as they must, by a program of an environment."""
+@pytest.fixture(scope="module")
+def served(home: Place) -> Iterator[Up]:
+    with up(home, "e2b", "--on-exit", "kill") as running:
+        yield running
+    clear(home, "e2b")
+
+
+@dataclass(frozen=True)
+class Named:
+    """An `up` whose sandboxes have names, and what a program needs to know of it."""
+
+    up: Up
+    variables: Mapping[str, str]
+
+
+@pytest.fixture(scope="module")
+def named(home: Place) -> Iterator[Named]:
+    """With a certificate as `sandmartin certs` makes it."""
+    made = home.run("certs", "bank", "--dir", os.fspath(home.path / "certs"), "--json")
+    assert made.returncode == 0, made.stderr
+    certs = json.loads(made.stdout)
+    tls = ("--tls-cert", certs["cert"], "--tls-key", certs["key"])
+    with up(home, "named", "--on-exit", "kill", "--domain", certs["domain"], *tls) as one:
+        domain = f"{certs['domain']}:{one.url.rpartition(':')[2]}"
+        told = {"E2B_DOMAIN": domain, "SSL_CERT_FILE": certs["issuer"]}
+        yield Named(one, {"PATH": PATH, "E2B_API_KEY": one.key, **told})
+    clear(home, "named")
+
+
+def live(
+    served: Up, environment: Environment, *words: str, told: Mapping[str, str] | None = None
+) -> list[str]:
+    """The steps that went as they must, by a program of an environment.
+
+    It is told one address for everything, or what is `told`.
+    """
     assert environment.path.is_dir(), "scripts/test makes the environments"
     done = subprocess.run(
         [environment.program, *words],
-        env={
-            "PATH": "/usr/bin:/bin",
-            "E2B_API_KEY": served.key,
-            "E2B_API_URL": served.url,
-            "E2B_SANDBOX_URL": served.url,
-        },
+        env=told or variables(served.url, served.key),
         capture_output=True,
         text=True,
         timeout=_LIFE_S,
@@ -90,9 +129,26 @@ def test_code_by_the_package_for_python(served: Up, kind: str) -> None:
 
 
 def test_a_life_by_the_package_for_javascript(served: Up, tmp_path: Path) -> None:
-    # Packages are looked for beside the program.
-    program = tmp_path / "life.mjs"
-    program.write_bytes((_STOCK / "life.mjs").read_bytes())
-    (tmp_path / "node_modules").symlink_to(JAVASCRIPT.path / "node_modules")
-    steps = [*_BASIC, "pause", "paging", "snapshot", "kill"]
-    assert live(served, JAVASCRIPT, str(program)) == steps
+    steps = [each for each in _NEWEST if each not in {"ports", "timeout", "network"}]
+    assert live(served, JAVASCRIPT, beside_packages(tmp_path, "life.mjs")) == steps
+
+
+@pytest.mark.template("code-interpreter-v1")
+def test_code_by_the_package_for_javascript(served: Up, tmp_path: Path) -> None:
+    steps = ["state", "plot", "error", "contexts"]
+    assert live(served, JAVASCRIPT, beside_packages(tmp_path, "interpret.mjs")) == steps
+
+
+def beside_packages(directory: Path, name: str) -> str:
+    """A program in JavaScript where its packages are looked for: beside it."""
+    program = directory / name
+    program.write_bytes((_STOCK / name).read_bytes())
+    (directory / "node_modules").symlink_to(JAVASCRIPT.path / "node_modules")
+    return str(program)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_names_and_tls_are_all_that_the_package_needs(named: Named, kind: str) -> None:
+    steps = ["create", "run", "files", "signed", "ports", "wake", "kill"]
+    words = (str(_STOCK / "life.py"), kind, *steps)
+    assert live(named.up, NEWEST, *words, told=named.variables) == steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import re
 import subprocess
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from sandmartin import AsyncSandbox, CommandFailed, CommandTimedOut, Stdout
-from sandmartin.errors import Conflict, NotFound
+from sandmartin import AsyncSandbox, CommandFailed, CommandTimedOut, Sandbox, Stdout
+from sandmartin.errors import Conflict, NotFound, TimedOut
 from tests.e2e.conftest import Place
 from tests.e2e.test_up import Up, clear, up
 
@@ -160,3 +161,42 @@ def show(served: Up, tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, ""), (example, served.log.read_text()[-2000:])
     assert served.ask("GET", "/sandboxes")["items"] == []
+
+
+PLOT = """
+import matplotlib.pyplot as plt
+plt.bar(["a", "b"], [1, 2])
+plt.title("grains")
+plt.show()
+"""
+
+
+@pytest.mark.template("code-interpreter-v1")
+@pytest.mark.timeout(300)
+def test_code_by_the_blocking_interface(served: Up) -> None:
+    at: dict[str, Any] = {"url": served.url, "api_key": served.key}
+    heard: list[str] = []
+    with Sandbox.create("code-interpreter-v1", **at) as sandbox:
+        sandbox.run_code("x = 20")
+        found = sandbox.run_code(
+            "print('said')\nx + 1", on_stdout=lambda output: heard.append(output.text)
+        )
+        assert (found.text, found.error, found.stdout) == ("21", None, "said\n")
+        assert "".join(heard) == "said\n"
+
+        (shown,) = sandbox.run_code(PLOT).results
+        assert shown.png is not None and shown.chart is not None
+        assert base64.b64decode(shown.png).startswith(b"\x89PNG")
+        assert (shown.chart["type"], shown.chart["title"]) == ("bar", "grains")
+
+        error = sandbox.run_code("1 / 0").error
+        assert error is not None
+        assert error.name == "ZeroDivisionError"
+        assert "1 / 0" in error.traceback
+
+        with pytest.raises(TimedOut):
+            sandbox.run_code("while True: pass", timeout=1)
+        # What went wrong costs no variables.
+        assert sandbox.run_code("x").text == "20"
+        context = sandbox.create_code_context(language="javascript")
+        assert "4" in (sandbox.run_code("[1, 2].map((n) => n * 2)", context=context).text or "")

@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import inspect
 import os
+import subprocess
 import sys
 import time
 import uuid
@@ -22,6 +23,8 @@ RELEASE = tuple(int(each) for each in importlib.metadata.version("e2b").split(".
 DEADLINE_S = 30.0
 #: Of this run alone.
 RUN = uuid.uuid4().hex
+#: Where sandboxes have names; without it there is one address for all.
+DOMAIN = os.environ.get("E2B_DOMAIN", "")
 LABELS = {"colour": "sand & sea", "run": RUN, "n": "1"}
 
 
@@ -49,6 +52,44 @@ async def until(look, what):
 
 async def says(sandbox, command, **more):
     return (await done(sandbox.commands.run(command, **more))).stdout
+
+
+def curl(url, *words, said=""):
+    """The status and the body of an answer to a client that knows nothing of sandboxes."""
+    command = ["curl", "-sS", "-m", "60", "-w", "\n%{http_code}", *words, url]
+    answer = subprocess.run(command, input=said, capture_output=True, text=True, check=True)
+    body, _, status = answer.stdout.rpartition("\n")
+    return int(status), body
+
+
+def visit(sandbox, port, path="/"):
+    """What a port of a sandbox answers: at its name if it has one, else by headers."""
+    if DOMAIN:
+        assert sandbox.get_host(port) == f"{port}-{sandbox.sandbox_id}.{DOMAIN}"
+        return curl(f"https://{sandbox.get_host(port)}{path}")
+    named = ("-H", f"E2b-Sandbox-Id: {sandbox.sandbox_id}", "-H", f"E2b-Sandbox-Port: {port}")
+    return curl(os.environ["E2B_SANDBOX_URL"] + path, *named)
+
+
+async def serve(sandbox, port):
+    """A server of what is in the sandbox's /dev/shm, which answers."""
+    command = f"nohup python3 -m http.server {port} --directory /dev/shm >/dev/null 2>&1 &"
+    await done(sandbox.commands.run(command))
+
+    async def answers():
+        return visit(sandbox, port)[0] == 200
+
+    await until(answers, "a server in the sandbox")
+
+
+async def sleep(sandbox):
+    act = getattr(sandbox, "pause", None) or sandbox.beta_pause
+    await done(act())
+    assert await state(sandbox) == "paused"
+
+
+async def state(sandbox):
+    return str((await done(sandbox.get_info())).state.value)
 
 
 # Steps.
@@ -91,8 +132,9 @@ async def background(sandbox):
     sleeping = await done(sandbox.commands.run("sleep 300", background=True))
     again = await done(sandbox.commands.connect(sleeping.pid))
     assert await done(sandbox.commands.kill(sleeping.pid)) is True
-    assert await done(sandbox.commands.kill(sleeping.pid)) is False
+    # It is gone once its end is told, not as soon as the signal is sent.
     await fails(e2b.CommandExitException, again.wait)
+    assert await done(sandbox.commands.kill(sleeping.pid)) is False
 
 
 async def pty(sandbox):
@@ -131,6 +173,32 @@ async def files(sandbox):
     await fails(missing, lambda: sandbox.files.read("d/blob"))
 
 
+async def signed(sandbox):
+    """Addresses of files that say enough by themselves."""
+    content = ("-F", "file=@-;filename=signed.txt")
+    url = sandbox.upload_url("signed.txt")
+    assert (sandbox.sandbox_id in url) == bool(DOMAIN), url
+    assert curl(url, *content, said="words\n")[0] == 200
+    assert await done(sandbox.files.read("signed.txt")) == "words\n"
+    assert curl(sandbox.download_url("signed.txt")) == (200, "words\n")
+    for_root = sandbox.download_url("/home/user/signed.txt", "root", use_signature_expiration=60)
+    assert curl(for_root) == (200, "words\n")
+    late = sandbox.download_url("signed.txt", use_signature_expiration=-60)
+    status, body = curl(late)
+    assert status == 401 and "signature is already expired" in body, body
+    assert curl(sandbox.download_url("signed.txt").replace("signed.txt", "a"))[0] == 401
+    # What is signed for one way is not for the other.
+    assert curl(sandbox.download_url("signed.txt"), *content, said="other")[0] == 401
+
+
+async def ports(sandbox):
+    status, body = visit(sandbox, 8000)
+    assert status == 502 and "port is not open" in body, body
+    await done(sandbox.files.write("/dev/shm/page", "served\n"))
+    await serve(sandbox, 8000)
+    assert visit(sandbox, 8000, "/page") == (200, "served\n")
+
+
 async def watch(sandbox):
     await done(sandbox.files.make_dir("watched"))
     events = []
@@ -162,16 +230,36 @@ async def timeout(sandbox):
 async def pause(sandbox):
     await done(sandbox.commands.run("echo kept > /dev/shm/memory"))
     boot_id = await says(sandbox, "cat /proc/sys/kernel/random/boot_id")
-    act = getattr(sandbox, "pause", None) or sandbox.beta_pause
-    await done(act())
+    await sleep(sandbox)
     assert not await done(sandbox.is_running())
-    assert str((await done(sandbox.get_info())).state.value) == "paused"
     woken = await done(KIND.connect(sandbox.sandbox_id, timeout=240))
     assert woken.sandbox_id == sandbox.sandbox_id
     assert await says(woken, "cat /dev/shm/memory") == "kept\n"
     assert await says(woken, "cat /proc/sys/kernel/random/boot_id") == boot_id
     # Who has it from before goes on with it.
     assert await says(sandbox, "echo on") == "on\n"
+
+
+async def wake(_):
+    """One that is paused at its end, and woken by whoever wants something of it."""
+    lifecycle = {"on_timeout": "pause", "auto_resume": True}
+    sandbox = await done(KIND.create(timeout=240, lifecycle=lifecycle))
+    await done(sandbox.files.write("/dev/shm/page", "kept\n"))
+    await serve(sandbox, 8000)
+    await sleep(sandbox)
+    assert await says(sandbox, "cat /dev/shm/page") == "kept\n"
+    assert await state(sandbox) == "running"
+    await sleep(sandbox)
+    assert visit(sandbox, 8000, "/page") == (200, "kept\n")
+    assert await state(sandbox) == "running"
+    await done(sandbox.set_timeout(0))
+
+    async def asleep():
+        return await state(sandbox) == "paused"
+
+    await until(asleep, "the pause at its end")
+    assert await done(sandbox.files.read("/dev/shm/page")) == "kept\n"
+    assert await done(sandbox.kill()) is True
 
 
 async def fork(sandbox):
@@ -233,15 +321,18 @@ async def kill(sandbox):
     assert unknown is False
 
 
-#: With the call without which a release has no such step.
+#: With the call, or the word of the package, without which a release has no such step.
 STEPS = (
     (run, "commands"),
     (background, "commands"),
     (pty, "pty"),
     (files, "files"),
+    (signed, "download_url"),
+    (ports, "get_host"),
     (watch, "files"),
     (timeout, "set_timeout"),
     (pause, "connect"),
+    (wake, "SandboxLifecycle"),
     (fork, "fork"),
     (snapshot, "create_snapshot"),
     (paging, "list"),
@@ -256,7 +347,7 @@ async def main():
     print("create", flush=True)
     for step, needed in STEPS:
         wanted = step.__name__ in sys.argv[2:] or not sys.argv[2:]
-        if wanted and hasattr(sandbox, needed):
+        if wanted and (hasattr(sandbox, needed) or hasattr(e2b, needed)):
             await step(sandbox)
             print(step.__name__, flush=True)
 

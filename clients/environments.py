@@ -24,6 +24,8 @@ _STORE = Path(os.environ.get("SANDMARTIN_ASSETS_DIR", "/var/cache/sandmartin")) 
 #: The oldest that E2B's package for JavaScript runs on.
 _NODE = "22"
 _DEADLINE_S = 600
+#: Nothing of ours is on it.
+PATH = "/usr/bin:/bin"
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,18 @@ def _run(*words: str) -> None:
     subprocess.run(words, check=True, timeout=_DEADLINE_S, stdin=subprocess.DEVNULL)
 
 
+def variables(url: str, api_key: str) -> dict[str, str]:
+    """All that a program in an environment is told: one address, without names or TLS."""
+    return {"PATH": PATH, "E2B_API_KEY": api_key, "E2B_API_URL": url, "E2B_SANDBOX_URL": url}
+
+
 _MAKERS: dict[str, Callable[[Path, tuple[str, ...]], None]] = {
     "python": _make_python,
     "javascript": _make_javascript,
 }
 
 NEWEST = Environment("python", ("e2b==2.63.0", "e2b-code-interpreter==2.11.5"))
-JAVASCRIPT = Environment("javascript", ("e2b@2.51.0",))
+JAVASCRIPT = Environment("javascript", ("e2b@2.51.0", "@e2b/code-interpreter@2.8.0"))
 OLDER = tuple(
     Environment("python", (f"e2b=={version}",), full=True)
     for version in ("2.45.1", "2.20.3", "2.7.0")

@@ -1,0 +1,1 @@
+"""Other people's clients, which tests and the benchmark drive Sandmartin with."""
