@@ -107,13 +107,14 @@ while (paginator.hasNext) found.push(...(await paginator.nextItems()))
 assert.deepEqual(found.map((each) => each.sandboxId), [sandbox.sandboxId])
 console.log('paging')
 
-const [point] = await until(async () => {
+// The guest tells its memory some time after it was resumed; points before that have 0.
+const point = await until(async () => {
   const points = await woken.getMetrics()
-  return points.length > 0 && points
+  return points.find((each) => each.memUsed > 0)
 }, 'metrics')
 assert.equal(point.cpuCount, 1)
 assert.equal(point.memTotal, 512 * 1024 * 1024)
-assert.ok(point.memUsed > 0 && point.diskUsed > 0 && point.diskUsed < point.diskTotal, JSON.stringify(point))
+assert.ok(point.memUsed < point.memTotal && point.diskUsed > 0 && point.diskUsed < point.diskTotal, JSON.stringify(point))
 console.log('metrics')
 
 assert.equal(await sandbox.kill(), true)
