@@ -24,6 +24,8 @@ _STORE = Path(os.environ.get("SANDMARTIN_ASSETS_DIR", "/var/cache/sandmartin")) 
 #: The oldest that E2B's package for JavaScript runs on.
 _NODE = "22"
 _DEADLINE_S = 600
+#: Not a checkout's own: environments are shared by all checkouts.
+_PYTHON = Path(sys.executable).resolve()
 #: Nothing of ours is on it.
 PATH = "/usr/bin:/bin"
 
@@ -43,7 +45,7 @@ class Environment:
 
     @property
     def path(self) -> Path:
-        inputs = (self.kind, *self.packages, platform.python_version(), sys.executable, _NODE)
+        inputs = (self.kind, *self.packages, platform.python_version(), str(_PYTHON), _NODE)
         digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:12]
         return _STORE / f"{self.kind}-{digest}"
 
@@ -72,7 +74,7 @@ class Environment:
 
 
 def _make_python(path: Path, packages: tuple[str, ...]) -> None:
-    _run(sys.executable, "-m", "venv", str(path))
+    _run(str(_PYTHON), "-m", "venv", str(path))
     pip = (str(path / "bin/python"), "-m", "pip", "install", "--quiet")
     _run(*pip, "--disable-pip-version-check", *packages)
 
