@@ -147,7 +147,7 @@ def beside_packages(directory: Path, name: str) -> str:
     return str(program)
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])
 def test_names_and_tls_are_all_that_the_package_needs(named: Named, kind: str) -> None:
     steps = ["create", "run", "files", "signed", "ports", "wake", "kill"]
     words = (str(_STOCK / "life.py"), kind, *steps)
