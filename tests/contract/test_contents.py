@@ -34,14 +34,8 @@ from sandmartin.errors import (
 )
 from sandmartin.transport.agent import AgentSocket
 from tests.control.agent_process import dying_agent
-from tests.fakes_agent import (
-    SCRATCH,
-    Fakes,
-    find_leaks,
-    machine_directory,
-    make_machine,
-    make_spec,
-)
+from tests.fakes_agent import Fakes, find_leaks, machine_directory, make_machine, make_spec
+from tests.fakes_vmm import SCRATCH
 
 pytestmark = pytest.mark.qemu_img
 

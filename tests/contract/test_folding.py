@@ -32,16 +32,15 @@ from sandmartin.model import State
 from tests.contract.test_host_crash import Killer
 from tests.fakes_agent import (
     HASTE,
-    IDENTITY,
     IMAGE,
-    SCRATCH,
     Fakes,
     find_leaks,
     machine_directory,
     make_machine,
     make_spec,
-    until,
 )
+from tests.fakes_vmm import IDENTITY, SCRATCH
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

@@ -40,8 +40,8 @@ from tests.fakes_agent import (
     machine_directory,
     make_machine,
     make_spec,
-    until,
 )
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

@@ -37,17 +37,16 @@ from sandmartin.model import NetworkPolicy, SandboxSpec, State
 from tests import fakes_agent
 from tests.fakes_agent import (
     IMAGE,
-    SCRATCH,
     Fakes,
-    FakeVm,
     find_leaks,
     find_vms,
     machine_directory,
     make_machine,
     make_spec,
     no_step,
-    until,
 )
+from tests.fakes_vmm import SCRATCH, FakeVm
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

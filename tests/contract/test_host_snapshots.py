@@ -35,16 +35,15 @@ from sandmartin.errors import (
 from sandmartin.model import State
 from tests.fakes_agent import (
     IMAGE_MB,
-    PLATFORM,
-    SCRATCH,
     Fakes,
     find_leaks,
     find_vms,
     machine_directory,
     make_machine,
     make_spec,
-    until,
 )
+from tests.fakes_vmm import PLATFORM, SCRATCH
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

@@ -17,16 +17,9 @@ from sandmartin.agent.limits import OVERHEAD_MB
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.errors import NotFound, ToolFailed
 from sandmartin.model import Accel, SandboxSpec, Settings, State
-from tests.fakes_agent import (
-    IMAGE,
-    SCRATCH,
-    Fakes,
-    find_leaks,
-    machine_directory,
-    make_machine,
-    make_spec,
-    until,
-)
+from tests.fakes_agent import IMAGE, Fakes, find_leaks, machine_directory, make_machine, make_spec
+from tests.fakes_vmm import SCRATCH
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

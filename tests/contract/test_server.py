@@ -32,15 +32,8 @@ from sandmartin.agent.vmm import VmStatus
 from sandmartin.errors import SandmartinError
 from sandmartin.rpc.hostagent.v1.hostagent_connect import HostAgentService
 from sandmartin.transport.connect import error_from_body
-from tests.fakes_agent import (
-    IMAGE_MB,
-    Fakes,
-    find_leaks,
-    find_vms,
-    machine_directory,
-    make_machine,
-    until,
-)
+from tests.fakes_agent import IMAGE_MB, Fakes, find_leaks, find_vms, machine_directory, make_machine
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

@@ -17,14 +17,14 @@ from sandmartin.model import SandboxSpec, Shape, State, WarmAhead
 from tests.fakes_agent import (
     IMAGE,
     IMAGE_MB,
-    PLATFORM,
     Fakes,
     find_leaks,
     machine_directory,
     make_machine,
     make_spec,
-    until,
 )
+from tests.fakes_vmm import PLATFORM
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

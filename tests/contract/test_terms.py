@@ -14,14 +14,8 @@ from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Manifest
 from sandmartin.errors import Conflict, DiskFull, NotFound, ToolFailed
 from sandmartin.model import INTERNET, NetworkPolicy, State
-from tests.fakes_agent import (
-    IMAGE,
-    Fakes,
-    machine_directory,
-    make_machine,
-    make_spec,
-    until,
-)
+from tests.fakes_agent import IMAGE, Fakes, machine_directory, make_machine, make_spec
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

@@ -30,15 +30,14 @@ from sandmartin.model import DEFAULT_DISK_SIZE_MB, Shape, State, WarmAhead
 from tests.fakes_agent import (
     IMAGE,
     IMAGE_MB,
-    PLATFORM,
-    SCRATCH,
     Fakes,
     find_leaks,
     machine_directory,
     make_machine,
     make_spec,
-    until,
 )
+from tests.fakes_vmm import PLATFORM, SCRATCH
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from sandmartin.agent.server import serve_machine
-from tests.fakes_agent import DEADLINE_S, make_machine
+from tests.fakes_agent import make_machine
+from tests.waiting import DEADLINE_S
 
 
 async def _serve(directory: Path, step: str) -> None:

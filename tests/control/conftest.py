@@ -1,7 +1,7 @@
 """Fixtures of the control plane's tests: a database of each kind, hosts on fakes, a client.
 
 A test that takes `database_url` runs on SQLite and on a real PostgreSQL. The hosts are real agents
-over their real RPC, whose VMs are fakes (`tests.fakes_agent`).
+over their real RPC, whose VMs are fakes (`tests.fakes_vmm`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from sandmartin.control.sessions import cookie_name
 from sandmartin.control.settings import ControlSettings
 from sandmartin.model import random_id
 from tests import postgres
-from tests.fakes_agent import Fakes, Guests, machine_directory, make_machine, until
+from tests.fakes_agent import Fakes, Guests, machine_directory, make_machine
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.control.living import Place

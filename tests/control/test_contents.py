@@ -21,7 +21,8 @@ from tests.control.conftest import (
     make_team,
     served_platform,
 )
-from tests.fakes_agent import IMAGE, SCRATCH, find_leaks
+from tests.fakes_agent import IMAGE, find_leaks
+from tests.fakes_vmm import SCRATCH
 
 pytestmark = [pytest.mark.qemu_img, pytest.mark.one_database]
 

@@ -24,7 +24,7 @@ from sandmartin.control.settings import ControlSettings
 from sandmartin.model import State
 from tests.control.conftest import DEADLINE_S, PACE, TIMING, RunningHost, make_team
 from tests.control.truth import agree, rows_of, templates_of
-from tests.fakes_agent import SCRATCH
+from tests.fakes_vmm import SCRATCH
 
 pytestmark = [pytest.mark.qemu_img, pytest.mark.one_database]
 

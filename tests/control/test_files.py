@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.control.living import Place
-from tests.fakes_agent import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.root
 

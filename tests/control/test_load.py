@@ -19,7 +19,7 @@ from sandmartin.control.platform import Platform
 from sandmartin.control.server import listen, serving
 from tests.control.conftest import RunningHost, Team, make_team, running_platform
 from tests.control.test_sandboxes import NEW, create
-from tests.fakes_agent import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 _GETS = 1000

@@ -34,7 +34,7 @@ from tests.control.conftest import (
 )
 from tests.control.test_sandboxes import NEW, create
 from tests.control.truth import agree, open_operations, rows_of, state_of, templates_of
-from tests.fakes_agent import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 

@@ -47,7 +47,9 @@ from tests.control.conftest import (
 from tests.control.test_operations import until_state
 from tests.control.test_sandboxes import create
 from tests.control.truth import agree, rows_of, state_of, templates_of
-from tests.fakes_agent import SCRATCH, find_vms, machine_directory, until
+from tests.fakes_agent import find_vms, machine_directory
+from tests.fakes_vmm import SCRATCH
+from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 MARK = b"not to be lost"

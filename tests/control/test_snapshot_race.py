@@ -30,7 +30,7 @@ from tests.control.conftest import (
 )
 from tests.control.test_sandboxes import create
 from tests.control.truth import agree, state_of, templates_of
-from tests.fakes_agent import SCRATCH
+from tests.fakes_vmm import SCRATCH
 
 pytestmark = pytest.mark.qemu_img
 MARK = b"not to be lost"

@@ -26,7 +26,6 @@ from sandmartin.agent.guest import (
     Command,
     Identity,
 )
-from sandmartin.agent.inside import Inside
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Written, write_diff
@@ -34,6 +33,7 @@ from sandmartin.agent.microvm import Frozen, Shape, Take, new_token
 from sandmartin.agent.recorded import boot_id
 from sandmartin.agent.snapshots import Draft, Manifest, Snapshot, remove_snapshot, state_digest
 from sandmartin.agent.storage import names_in, remove
+from sandmartin.agent.terms import Terms
 from sandmartin.agent.traits import Traits
 from sandmartin.agent.vmm import VmStatus
 from sandmartin.errors import (
@@ -43,7 +43,7 @@ from sandmartin.errors import (
     NotFound,
     SandmartinError,
 )
-from sandmartin.model import NetworkPolicy, SandboxSpec, State, random_id
+from sandmartin.model import SandboxSpec, State, random_id
 
 _log = logging.getLogger(__name__)
 
@@ -53,13 +53,12 @@ _SETTLED = frozenset({State.RUNNING, State.PAUSED, State.ERROR})
 _REHEARSALS = 3
 
 
-class Sandbox(Inside):
+class Sandbox(Terms):
     """One sandbox of this host. Made by `Host`."""
 
     def __init__(self, machine: Machine, entry: Entry, take_waiting: Take) -> None:
         super().__init__(machine, entry)
         self._take_waiting = take_waiting
-        self._lock = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
 
     # What it is.
@@ -395,38 +394,7 @@ class Sandbox(Inside):
                 self._become(State.RESUMING, spec=spec, auto_paused=False)
             await self._wake("resume")
 
-    # What it is held to.
-
-    async def set_timeout(self, timeout_s: int) -> None:
-        """Have another idle limit; 0 is none. Raises Conflict, DiskFull."""
-        async with self._lock:
-            self._require_settled()
-            self.touch()
-            with self._all_or_nothing():
-                self._record(sync=True, spec=replace(self._entry.spec, timeout_s=timeout_s))
-
-    async def update_network(self, policy: NetworkPolicy) -> None:
-        """Reach what another policy allows: at once, or from when it is woken.
-
-        Raises Conflict, DiskFull, ToolFailed; it then reaches what it reached before.
-        """
-        async with self._lock:
-            self._require_settled()
-            before = self._entry.spec
-            with self._all_or_nothing():
-                self._record(sync=True, spec=replace(before, network=policy))
-            self._machine.step("network:recorded")
-            try:
-                await self._microvm.restrict(policy)
-            except BaseException:
-                with self._disk_may_be_full():
-                    self._record(sync=True, spec=replace(self._entry.spec, network=before.network))
-                raise
-            self._machine.step("network:changed")
-
-    def _require_settled(self) -> None:
-        if self.state not in {State.RUNNING, State.PAUSED}:
-            raise self._unusable()
+    # Its checkpoints.
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
         """Forget a checkpoint. Raises NotFound, and Conflict while it sleeps in it."""
@@ -805,5 +773,3 @@ class Sandbox(Inside):
                     await vm.cont()
                     self._disk_full = False
                     _log.info("sandbox %s goes on: the disk has space again", self.sandbox_id)
-
-    # What is done inside it.

@@ -115,11 +115,7 @@ async def open_platform(
     Raises Unavailable, Invalid.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    sealer = (
-        Sealer(settings.secret_key)
-        if settings.secret_key
-        else await asyncio.to_thread(Sealer.open, settings.data_dir / "secret.key")
-    )
+    sealer = await _open_sealer(settings)
     await asyncio.to_thread(upgrade, settings.url)
     async with contextlib.AsyncExitStack() as stack:
         db = Database.open(settings.url)
@@ -130,11 +126,7 @@ async def open_platform(
         stack.push_async_callback(hosts.close)
         templates = Templates(db, hosts)
         operations = Operations(db, owner, timing or Timing())
-        quotas = Quotas(
-            max_sandboxes=settings.max_sandboxes,
-            max_vcpus=settings.max_vcpus,
-            max_memory_mb=settings.max_memory_mb,
-        )
+        quotas = _quotas(settings)
         sandboxes = Sandboxes(db, operations, hosts, templates, quotas, happenings, usage, sealer)
         pace = pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s)
         limits = Limits(db)
@@ -169,6 +161,20 @@ async def open_platform(
             waking=Waking(db, hosts, sandboxes, happenings, limits, settings.wake_s),
             trust=Trust(db, happenings),
         )
+
+
+async def _open_sealer(settings: ControlSettings) -> Sealer:
+    if settings.secret_key:
+        return Sealer(settings.secret_key)
+    return await asyncio.to_thread(Sealer.open, settings.data_dir / "secret.key")
+
+
+def _quotas(settings: ControlSettings) -> Quotas:
+    return Quotas(
+        max_sandboxes=settings.max_sandboxes,
+        max_vcpus=settings.max_vcpus,
+        max_memory_mb=settings.max_memory_mb,
+    )
 
 
 def _keep(settings: ControlSettings) -> Keep:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -34,7 +35,7 @@ HEAD_S = 30.0
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
-class Connection(H11Protocol):
+class Connection(H11Protocol, ABC):
     """One connection of a client."""
 
     head_s = HEAD_S
@@ -50,9 +51,9 @@ class Connection(H11Protocol):
         scope.setdefault("extensions", {})[_EXTENSION] = self
         await self._served(scope, receive, send)
 
+    @abstractmethod
     def wants_relay(self, scope: Scope) -> bool:
         """Whether an upgrade is the application's to answer, and no WebSocket of our own."""
-        raise NotImplementedError
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

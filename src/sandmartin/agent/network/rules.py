@@ -92,6 +92,41 @@ def host_rules(instance_id: str, addresses: IPv4Network, guarded: Iterable[str])
     )
 
 
+def _slot_sets(policy: NetworkPolicy, named: Mapping[IPv4Address, float]) -> str:
+    """The addresses that the rules of a slot ask for."""
+    return f"""\
+  set never {{
+    type ipv4_addr; flags interval;
+{_elements(NOT_INTERNET)}  }}
+  set allowed {{
+    type ipv4_addr; flags interval;
+{_elements(collapse_addresses(policy.allowed_networks))}  }}
+  set denied {{
+    type ipv4_addr; flags interval;
+{_elements(collapse_addresses(policy.denied_networks))}  }}
+  set {_NAMED} {{
+    type ipv4_addr; flags timeout; size {_MAX_NAMED};
+{_elements(map(_timed, named.items()))}  }}
+"""
+
+
+def _gateway_chains(slot: Slot) -> str:
+    """What the guest may ask of its gateway."""
+    return f"""\
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    meta nfproto ipv6 drop
+    ct state established,related accept
+    iifname "{TAP}" ip saddr {slot.guest_ip} ip daddr {slot.gateway_ip} jump gateway
+  }}
+  chain gateway {{
+    meta l4proto {{ tcp, udp }} th dport 53 limit rate 200/second burst 400 packets accept
+    icmp type echo-request limit rate 20/second accept
+    limit rate 20/second reject with icmpx port-unreachable
+  }}
+"""
+
+
 def slot_rules(
     slot: Slot,
     policy: NetworkPolicy = INTERNET,
@@ -108,19 +143,7 @@ def slot_rules(
     return _replacing(
         _SLOT_TABLE,
         f"""
-  set never {{
-    type ipv4_addr; flags interval;
-{_elements(NOT_INTERNET)}  }}
-  set allowed {{
-    type ipv4_addr; flags interval;
-{_elements(collapse_addresses(policy.allowed_networks))}  }}
-  set denied {{
-    type ipv4_addr; flags interval;
-{_elements(collapse_addresses(policy.denied_networks))}  }}
-  set {_NAMED} {{
-    type ipv4_addr; flags timeout; size {_MAX_NAMED};
-{_elements(map(_timed, (named or {}).items()))}  }}
-  chain prerouting {{
+{_slot_sets(policy, named or {})}  chain prerouting {{
     type nat hook prerouting priority dstnat; policy accept;
     iifname "{UPLINK}" ip saddr {host} ip daddr {slot.host_ip} dnat ip to {slot.guest_ip}
   }}
@@ -129,18 +152,7 @@ def slot_rules(
     oifname "{TAP}" snat ip to {slot.gateway_ip}
     oifname "{UPLINK}" snat ip to {slot.host_ip}
   }}
-  chain input {{
-    type filter hook input priority filter; policy drop;
-    meta nfproto ipv6 drop
-    ct state established,related accept
-    iifname "{TAP}" ip saddr {slot.guest_ip} ip daddr {slot.gateway_ip} jump gateway
-  }}
-  chain gateway {{
-    meta l4proto {{ tcp, udp }} th dport 53 limit rate 200/second burst 400 packets accept
-    icmp type echo-request limit rate 20/second accept
-    limit rate 20/second reject with icmpx port-unreachable
-  }}
-  chain forward {{
+{_gateway_chains(slot)}  chain forward {{
     type filter hook forward priority filter; policy drop;
     meta nfproto ipv6 drop
     ct state invalid drop
