@@ -53,6 +53,7 @@ class AsyncSandbox:
 
     @property
     def sandbox_id(self) -> str:
+        """Its id: `sb` and 20 characters."""
         return self._link.sandbox_id
 
     @property

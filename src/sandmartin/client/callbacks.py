@@ -46,10 +46,12 @@ class Listeners:
         self._on_data = on_data
 
     async def take(self, event: Stdout | Stderr) -> None:
+        """Tell the one who wants to hear it."""
         text = self._stdout if isinstance(event, Stdout) else self._stderr
         await text.take(event.data)
         await call(self._on_data, event.data)
 
     async def end(self) -> None:
+        """Tell what was kept back: half a character at the end."""
         for text in (self._stdout, self._stderr):
             await text.take(b"", final=True)

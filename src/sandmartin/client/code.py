@@ -56,6 +56,11 @@ class AsyncCode:
         on_result: OnEach[Result] | None = None,
         on_error: OnEach[ExecutionError] | None = None,
     ) -> Execution:
+        """Run code to its end; an error of the code is in the answer, and is not raised.
+
+        Without a context it runs in the default one of its language. `timeout` is in seconds,
+        None or 0 for none. Raises Invalid, NotFound (context), TimedOut, Unavailable.
+        """
         if language is not None and context is not None:
             raise Invalid("a context has a language", hint="give one of `language` and `context`")
         body = {
@@ -87,19 +92,23 @@ class AsyncCode:
         raise Unavailable("it was not said how the code ended")
 
     async def create_context(self, *, language: str = "python", cwd: str = "") -> CodeContext:
+        """A context of its own: what is defined in it stays there. Raises Invalid, Unavailable."""
         body = {"language": language, **({"cwd": cwd} if cwd else {})}
         return _context(await self._ask("POST", "/contexts", body))
 
     async def contexts(self) -> tuple[CodeContext, ...]:
+        """All contexts there are. Raises Unavailable."""
         answer = await self._ask("GET", "/contexts")
         if not isinstance(answer, list):
             raise _malformed()
         return tuple(_context(each) for each in answer)
 
     async def remove_context(self, context: CodeContext | str) -> None:
+        """End a context and all it knows. Raises NotFound."""
         await self._ask("DELETE", f"/contexts/{_id_of(context)}")
 
     async def restart_context(self, context: CodeContext | str) -> None:
+        """Begin a context anew, with nothing defined. Raises NotFound."""
         await self._ask("POST", f"/contexts/{_id_of(context)}/restart")
 
     async def _ask(self, method: str, path: str, body: object = None) -> Any:

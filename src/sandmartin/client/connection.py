@@ -38,6 +38,7 @@ class Connection:
         return self._server
 
     async def aclose(self) -> None:
+        """Close what is open."""
         if self._server is not None:
             await self._server.aclose()
         await self.transport.aclose()

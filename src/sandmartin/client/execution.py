@@ -137,10 +137,12 @@ class Execution:
 
     @property
     def stdout(self) -> str:
+        """All that the code printed."""
         return "".join(self.logs.stdout)
 
     @property
     def stderr(self) -> str:
+        """All that the code printed to standard error."""
         return "".join(self.logs.stderr)
 
     def __repr__(self) -> str:

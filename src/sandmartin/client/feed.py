@@ -87,6 +87,7 @@ class Feeds:
         self._feeds: dict[int, Feed] = {}
 
     def of(self, pid: int) -> Feed:
+        """The one way into the standard input of a command."""
         return self._feeds.setdefault(pid, Feed(self.link, pid))
 
     def forget(self, pid: int) -> None:

@@ -60,6 +60,7 @@ class GitStatus:
 
     @property
     def is_clean(self) -> bool:
+        """Whether nothing differs from what is committed."""
         return not self.files
 
 

@@ -23,4 +23,5 @@ class Link:
 
     @property
     def transport(self) -> Transport:
+        """The way to whatever serves the sandboxes."""
         return self.connection.transport

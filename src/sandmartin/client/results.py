@@ -44,14 +44,17 @@ class CommandFailed(SandmartinError):
 
     @property
     def exit_code(self) -> int:
+        """128 + signal when a signal ended it."""
         return self.result.exit_code
 
     @property
     def stdout(self) -> str:
+        """What it said, as text."""
         return self.result.stdout
 
     @property
     def stderr(self) -> str:
+        """What it said of errors, as text."""
         return self.result.stderr
 
     def __reduce__(self) -> tuple[type[CommandFailed], tuple[CommandResult]]:
@@ -83,6 +86,7 @@ class Output:
         self._size = 0
 
     def add(self, event: Stdout | Stderr) -> None:
+        """Keep what was said; the oldest is forgotten when it is too much."""
         self._events.append(event)
         self._size += len(event.data)
         while self._size > MAX_OUTPUT_BYTES:
@@ -97,6 +101,7 @@ class Output:
         return self._forgotten + at + 1, self._events[at]
 
     def result(self, ended: Ended) -> CommandResult:
+        """All that is kept, and how it ended."""
         out, err = (
             b"".join(each.data for each in self._events if isinstance(each, kind))
             for kind in (Stdout, Stderr)

@@ -94,6 +94,7 @@ class AsyncSandbox:
         return await self._transport.list_checkpoints(self.sandbox_id)
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
+        """Forget a checkpoint. Raises NotFound, Conflict."""
         await self._transport.delete_checkpoint(self.sandbox_id, checkpoint_id)
 
     async def rollback(self, checkpoint_id: str) -> CreatedSandbox:
@@ -160,6 +161,7 @@ class AsyncSandbox:
         await self._transport.make_directory(self.sandbox_id, path, user)
 
     async def move_file(self, source: str, destination: str, user: str = "") -> None:
+        """Give a file or a tree another path. Raises NotFound, Denied."""
         await self._transport.move_file(self.sandbox_id, source, destination, user)
 
     async def remove_file(self, path: str, user: str = "") -> None:

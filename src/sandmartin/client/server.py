@@ -75,6 +75,7 @@ class Server:
         self._tokens: dict[str, Tokens] = {}
 
     async def aclose(self) -> None:
+        """Close the connections to the ports of sandboxes."""
         await self._ports.aclose()
 
     async def page(

@@ -199,6 +199,7 @@ class Sandbox(Facade[AsyncSandbox]):
 
     @property
     def sandbox_id(self) -> str:
+        """Its id: `sb` and 20 characters."""
         return self._inner.sandbox_id
 
     create = staticmethod(making(AsyncSandbox.create, lambda made: Sandbox(made)))

@@ -38,9 +38,11 @@ class Tokens:
         return hmac.digest(self._key, text, hashlib.sha256).hex()
 
     def is_access(self, sandbox_id: str, given: bytes) -> bool:
+        """Whether it is the access token, compared in constant time."""
         return hmac.compare_digest(self.access(sandbox_id).encode(), given)
 
     def is_traffic(self, sandbox_id: str, given: bytes) -> bool:
+        """Whether it is the traffic token, compared in constant time."""
         return hmac.compare_digest(self.traffic(sandbox_id).encode(), given)
 
     def signature(

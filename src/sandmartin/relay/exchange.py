@@ -47,6 +47,7 @@ class Request:
     patience_s: float | None = None
 
     def event(self) -> h11.Request:
+        """The head as h11 writes it."""
         headers = [*self.headers, *self.framing]
         if self.upgrade:
             headers += [(b"connection", b"Upgrade"), (b"upgrade", self.upgrade)]
@@ -64,6 +65,7 @@ class Answer:
 
     @property
     def switches(self) -> bool:
+        """Whether what follows is not HTTP any more."""
         return self.status == _SWITCHING
 
     def end_to_end(self) -> Headers:

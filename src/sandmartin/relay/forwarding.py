@@ -47,10 +47,12 @@ class Asked:
 
     @property
     def host(self) -> bytes:
+        """What its Host says; empty for none."""
         return next(iter(values_of(self.headers, b"host")), b"")
 
     @property
     def has_body(self) -> bool:
+        """Whether content follows its head."""
         return self.framing not in ([], [_EMPTY])
 
     def sent_to(

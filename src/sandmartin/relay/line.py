@@ -93,6 +93,7 @@ class Line(asyncio.Protocol):
         return self._transport is not None
 
     async def wait_closed(self) -> None:
+        """Wait until the connection is gone."""
         await self._lost.wait()
 
     # Splicing.

@@ -14,6 +14,7 @@ Message = dict[str, Any]
 
 
 def text(message: Message, name: str) -> str:
+    """The text in field `name`."""
     value = message.get(name)
     if value is not None and not isinstance(value, str):
         raise SandmartinError(f"the answer has no text in {name}")
@@ -21,6 +22,7 @@ def text(message: Message, name: str) -> str:
 
 
 def integer(message: Message, name: str) -> int:
+    """The whole number in field `name`, which JSON may hold as text."""
     try:
         return int(message.get(name) or 0)
     # Python reads `Infinity` as JSON, too.
@@ -29,6 +31,7 @@ def integer(message: Message, name: str) -> int:
 
 
 def number(message: Message, name: str) -> float:
+    """The number in field `name`."""
     try:
         return float(message.get(name) or 0.0)
     except (TypeError, ValueError, OverflowError) as error:
@@ -36,6 +39,7 @@ def number(message: Message, name: str) -> float:
 
 
 def texts(message: Message, name: str) -> tuple[str, ...]:
+    """The list of texts in field `name`."""
     values = message.get(name) or []
     if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
         raise SandmartinError(f"the answer has no list of texts in {name}")
@@ -43,6 +47,7 @@ def texts(message: Message, name: str) -> tuple[str, ...]:
 
 
 def octets(message: Message, name: str) -> bytes:
+    """The bytes in field `name`, which are base64."""
     try:
         return base64.b64decode(message.get(name) or "", validate=True)
     except (TypeError, ValueError) as error:
@@ -58,6 +63,7 @@ def part(message: Message, name: str) -> Message | None:
 
 
 def parts(message: Message, name: str) -> list[Message]:
+    """The list of messages in field `name`."""
     parts = message.get(name) or []
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise SandmartinError(f"the answer has no list of objects in {name}")
