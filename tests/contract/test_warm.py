@@ -208,6 +208,18 @@ def _taken(path: Path) -> int:
 # Agents.
 
 
+async def test_who_made_it_may_be_gone(directory: Path, beside: Path) -> None:
+    first, second = make_machine(directory, warm=True), make_machine(beside, warm=True)
+    second = replace(second, machine=_of_one_machine(second, first))
+    async with second.host() as two:
+        await create_and_destroy(two)
+    # It called the image so.
+    (beside / "data" / "images" / IMAGE).unlink()
+    async with first.host() as one:
+        await create_and_destroy(one)
+    assert (counts(second), counts(first)) == ((1, 1), (0, 1))
+
+
 async def test_agents_share_and_never_take_away_what_is_restored(
     directory: Path, beside: Path
 ) -> None:

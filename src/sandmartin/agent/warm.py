@@ -21,7 +21,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -112,7 +112,8 @@ class WarmStore:
         """Mark a snapshot, whose lock is held, as used now; False when it is not there any more."""
         try:
             # Removed by one agent and made anew by another it is not the same.
-            if self.read(snapshot.path.name) != snapshot:
+            found = self.read(snapshot.path.name)
+            if _over(found, snapshot.manifest.image) != snapshot:
                 return False
             os.utime(snapshot.path)
         except (NotFound, Invalid, Conflict):
@@ -309,6 +310,7 @@ class WarmSnapshots:
 
     async def _adopt(self, known: _Known, snapshot: Snapshot) -> Snapshot:
         storage = self._machine.storage
+        snapshot = _over(snapshot, known.image.path)
         with storage.pinned(names_in(snapshot.manifest)):
             await storage.adopt(snapshot, snapshot.path / _BASE)
             known.snapshot = snapshot
@@ -415,6 +417,14 @@ async def _keep_house(work: Callable[[], None]) -> None:
         await asyncio.to_thread(work)
     except OSError as error:
         _log.warning("old warm snapshots stay: %s", error)
+
+
+def _over(snapshot: Snapshot, image: Path) -> Snapshot:
+    """A snapshot over an image as the one who restores it calls it.
+
+    It is the same file: but who made the snapshot may have called it otherwise, and be gone.
+    """
+    return replace(snapshot, manifest=replace(snapshot.manifest, image=image))
 
 
 def _used(known: _Known) -> int:
