@@ -5,6 +5,7 @@ Both go to one agent, in turns, so that what the agent and the guest take is in 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -17,6 +18,7 @@ from sandmartin.client.sandbox import AsyncSandbox
 from sandmartin.model import DEFAULT_MEMORY_MB
 
 _UNCOUNTED = 4
+_SETTLE_S = 5.0
 _CALL_S = 60.0
 
 
@@ -24,6 +26,8 @@ async def measure_control(bench: Bench) -> None:
     """A call that only the agent answers, and one that goes into the guest."""
     async with bench.up() as up, _client(up) as http:
         sandbox_id = await _create(http)
+        # The agent makes the next one's VMM meanwhile.
+        await asyncio.sleep(_SETTLE_S)
         direct = AsyncSandbox(up.transport, sandbox_id)
 
         async def ping() -> None:
