@@ -34,6 +34,7 @@ from tests.contract.guests import (
     alive,
     collect,
     identity,
+    impostor,
     pattern,
     running,
     shell,
@@ -229,15 +230,11 @@ async def test_whatever_a_hostile_guest_answers_is_one_of_our_errors(
     answer: bytes, error: type[SandmartinError]
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(answer)
-            await writer.drain()
-            writer.close()
-            await writer.wait_closed()
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        guest = Guest("127.0.0.1", TOKEN, server.sockets[0].getsockname()[1])
+    async with impostor(serve) as port:
+        guest = Guest("127.0.0.1", TOKEN, port)
         with pytest.raises(error):
             await collect(guest.start(shell("true")))
         await guest.close()
@@ -252,11 +249,9 @@ async def test_a_version_that_is_none_is_not_believed(version: Any) -> None:
         names = {"sandboxId": told.sandbox_id, "hostname": told.hostname}
         body = json.dumps(names | {"machineId": told.machine_id, "envdVersion": version})
         writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-        await writer.drain()
-        writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        guest = Guest("127.0.0.1", TOKEN, server.sockets[0].getsockname()[1])
+    async with impostor(serve) as port:
+        guest = Guest("127.0.0.1", TOKEN, port)
         assert await guest.introduce(told, 5) == ""
         await guest.close()
 
@@ -266,11 +261,9 @@ async def test_a_guest_that_confirms_another_identity_is_refused() -> None:
         await reader.readuntil(b"}")
         body = json.dumps({"sandboxId": "sbother", "hostname": "sbother", "machineId": "0"})
         writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-        await writer.drain()
-        writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        guest = Guest("127.0.0.1", TOKEN, server.sockets[0].getsockname()[1])
+    async with impostor(serve) as port:
+        guest = Guest("127.0.0.1", TOKEN, port)
         with pytest.raises(ToolFailed, match="another identity"):
             await guest.introduce(identity(), 5)
         await guest.close()

@@ -16,7 +16,7 @@ import pytest
 
 from sandmartin.agent import assets
 from sandmartin.agent.guest import Command, Ended, Guest
-from tests.contract.guests import ME, TOKEN, RunningAgent, identity, running
+from tests.contract.guests import ME, TOKEN, RunningAgent, identity, impostor, running
 
 #: What ends a response in chunks.
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -35,17 +35,13 @@ class _Between:
 
     agent: RunningAgent
     connections: int = 0
-    serving: set[asyncio.Task[None]] = field(default_factory=set)
     #: Set: ends of responses may go.
     may_end: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        self.serving.add(asyncio.create_task(self._serve(reader, writer)))
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         theirs, ours = await asyncio.open_connection(self.agent.host, self.agent.port)
-        with contextlib.closing(writer), contextlib.closing(ours):
+        with contextlib.closing(ours):
             asking = asyncio.create_task(self._pass_on(reader, ours))
             try:
                 while said := await theirs.read(65536):
@@ -62,25 +58,19 @@ class _Between:
             writer.write(said)
         writer.close()
 
-    async def close(self) -> None:
-        for task in self.serving:
-            task.cancel()
-        await asyncio.wait(self.serving)
-
 
 @contextlib.asynccontextmanager
 async def _between(binary: Path) -> AsyncIterator[tuple[_Between, Guest]]:
     with running(binary) as agent:
         between = _Between(agent)
         between.may_end.set()
-        async with await asyncio.start_server(between.serve, "127.0.0.1", 0) as server:
-            guest = Guest("127.0.0.1", TOKEN, server.sockets[0].getsockname()[1])
+        async with impostor(between.serve) as port:
+            guest = Guest("127.0.0.1", TOKEN, port)
             await guest.introduce(identity(), 10)
             try:
                 yield between, guest
             finally:
                 await guest.close()
-                await between.close()
 
 
 async def _run_until_its_end(guest: Guest) -> None:
@@ -137,18 +127,16 @@ async def test_a_guest_whose_clock_is_late_is_told_again(clocks: Any, introducti
     told = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while True:
-                asked = await reader.readuntil(b"0\r\n\r\n")
-                told.append(json.loads(asked[asked.index(b"{") : asked.rindex(b"}") + 1]))
-                names = {name: told[-1][name] for name in ("sandboxId", "hostname", "machineId")}
-                body = json.dumps(names | clocks())
-                writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode())
-                writer.write(body.encode())
-        writer.close()
+        while True:
+            asked = await reader.readuntil(b"0\r\n\r\n")
+            told.append(json.loads(asked[asked.index(b"{") : asked.rindex(b"}") + 1]))
+            names = {name: told[-1][name] for name in ("sandboxId", "hostname", "machineId")}
+            body = json.dumps(names | clocks())
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+            writer.write(body.encode())
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        guest = Guest("127.0.0.1", TOKEN, server.sockets[0].getsockname()[1])
+    async with impostor(serve) as port:
+        guest = Guest("127.0.0.1", TOKEN, port)
         await guest.introduce(identity(), 5)
         await guest.close()
     assert len(told) == introductions

@@ -176,8 +176,11 @@ async def test_an_agent_that_dies_meanwhile(
             await first.stop()
             async with dying_agent(directory, step) as process:
                 # It may have been missed meanwhile.
-                await platform.reconciler.tick()
-                assert await state_of(platform, sandbox_id) == State.RUNNING
+                async def found() -> bool:
+                    await platform.reconciler.tick()
+                    return await state_of(platform, sandbox_id) == State.RUNNING
+
+                await eventually(found, "the sandbox is found again")
                 with pytest.raises(Unavailable, match="not finished"):
                     await _ask(platform, what, caller, sandbox_id)
                 await process.wait()
