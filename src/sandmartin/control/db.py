@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import DeclarativeBase
 
+from sandmartin.control import sqlite
 from sandmartin.errors import Invalid, Unavailable
 
 #: How long a writer waits for the one before it.
@@ -84,7 +85,7 @@ class Database:
         if driver.startswith("sqlite"):
             engine = create_async_engine(
                 parsed,
-                connect_args={"timeout": _BUSY_S},
+                connect_args={"timeout": _BUSY_S, "async_creator_fn": sqlite.connect},
                 pool_size=_POOL_SIZE,
                 max_overflow=0,
                 # What a statement was given may be secret; its errors go to the log.
