@@ -263,6 +263,12 @@ def test_arguments() -> None:
     assert "'none'" in note.sentence
 
 
+@pytest.mark.parametrize("value", ["a\0b", "\ud800"])
+def test_arguments_that_nobody_can_have(value: str) -> None:
+    with pytest.raises(InvalidBuild, match="the argument 'V'"):
+        read_dockerfile("FROM x", arguments={"V": value})
+
+
 def test_arguments_that_docker_declares() -> None:
     run = _settled("FROM --platform=$TARGETPLATFORM x\nARG TARGETARCH\nRUN r").actions[0]
     assert isinstance(run, Execute)
@@ -424,6 +430,9 @@ def test_what_has_no_effect_is_noted() -> None:
         ("FROM a\nHEALTHCHECK --interval=999999h CMD x", (2, 24), "too long"),
         ("FROM a\nHEALTHCHECK --retries=x CMD x", (2, 23), "no number"),
         ("FROM a\nRUN a\0b", (2, 6), "zero byte"),
+        ("FROM a\nRUN ä\ud800b", (2, 6), "UTF-8"),
+        ('FROM a\nRUN ["a", "\\u0000"]', (2, 5), "no command can have"),
+        ('FROM a\nCMD ["a", "\\ud800"]', (2, 5), "no command can have"),
     ],
 )
 def test_refusals(text: str, place: tuple[int, int] | None, why: str) -> None:

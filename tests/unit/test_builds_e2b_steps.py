@@ -99,6 +99,7 @@ def test_force_holds_from_its_step_on() -> None:
         (_step("RUN", "a", "b", "c"), "RUN has 3 arguments"),
         (_step("RUN", ""), "RUN has 1 arguments"),
         (_step("RUN", "a\0"), "zero byte"),
+        (_step("RUN", "a\ud800"), "no UTF-8"),
         (_step("COPY", "a", "b"), "COPY has no filesHash"),
         (_step("COPY", "a", "b", filesHash="../x"), "filesHash is no hash"),
         (_step("COPY", "a", "b", "", "rwx", filesHash="x"), "'rwx' is no mode"),

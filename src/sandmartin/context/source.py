@@ -43,6 +43,14 @@ def quoted(text: str) -> str:
     return ascii(text[:_LONGEST_QUOTE]) + ("..." if len(text) > _LONGEST_QUOTE else "")
 
 
+def is_plain(text: str) -> bool:
+    """Whether `text` can be an argument, a variable or a path: UTF-8 without a zero byte."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 @dataclass(frozen=True)
 class Note:
     """Something that was written, is no error, and has no effect here."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sandmartin.context.source import InvalidBuild, Note, Position, quoted
+from sandmartin.context.source import InvalidBuild, Note, Position, is_plain, quoted
 from sandmartin.control.builds import plan
 from sandmartin.control.builds.instructions import Instruction, pairs, read_step
 from sandmartin.control.builds.lines import Line, Source, Span
@@ -53,7 +53,11 @@ def read_dockerfile(
     `arguments` are values for its ARGs. Stages that the target does not need are read and left
     out. Raises InvalidBuild, which names the place.
     """
-    reader = _Reader(Source(text, file), dict(arguments or {}))
+    arguments = dict(arguments or {})
+    for name, value in arguments.items():
+        if not is_plain(name + value):
+            raise InvalidBuild(f"the argument {quoted(name)} has a zero byte, or is not UTF-8")
+    reader = _Reader(Source(text, file), arguments)
     for line in reader.source.lines():
         reader.take(line)
     return reader.build(target)

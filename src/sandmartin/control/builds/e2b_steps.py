@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sandmartin.context.source import InvalidBuild, Position, quoted
+from sandmartin.context.source import InvalidBuild, Position, is_plain, quoted
 from sandmartin.control.builds import plan
 from sandmartin.control.builds.instructions import read_mode
 from sandmartin.control.builds.lines import MAX_SOURCE_BYTES, Line, Span
@@ -84,6 +84,8 @@ def read_steps(
     given = [_given(number, raw) for number, raw in enumerate(steps, 1)]
     if sum(len(arg) for each in given for arg in each.args) > MAX_SOURCE_BYTES:
         raise InvalidBuild(f"the steps are larger than {MAX_SOURCE_BYTES} bytes")
+    if not (is_plain(start) and is_plain(ready)):
+        raise InvalidBuild("the start or ready command has a zero byte, or no UTF-8")
     read: list[plan.AnyStep] = [] if isinstance(ground, plan.Template) else _default_user(force)
     for each in given:
         reader = _READERS.get(each.word.upper())
@@ -117,8 +119,8 @@ def _given(number: int, raw: Any) -> _Given:
     args = [] if args is None else args
     if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
         raise InvalidBuild("a step's args are no list of strings", position=position)
-    if any("\0" in arg for arg in args):
-        raise InvalidBuild("a step's args have a zero byte", position=position)
+    if not all(map(is_plain, args)):
+        raise InvalidBuild("a step's args have a zero byte, or no UTF-8", position=position)
     if files_hash is not None and not (isinstance(files_hash, str) and _HASH.fullmatch(files_hash)):
         raise InvalidBuild("a step's filesHash is no hash", position=position)
     return _Given(number, raw["type"], tuple(args), files_hash or "", raw.get("force") is True)

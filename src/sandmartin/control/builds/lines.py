@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sandmartin.context.source import InvalidBuild, Position, quoted
+from sandmartin.context.source import InvalidBuild, Position, is_plain, quoted
 
 MAX_SOURCE_BYTES = 256 * 2**10
 MAX_LINES = 10_000
@@ -115,6 +115,8 @@ class Span:
             return None
         if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
             return None
+        if not all(map(is_plain, found)):
+            raise self.error("has a character that no command can have")
         return tuple(found)
 
     def duration_s(self) -> float:
@@ -164,8 +166,11 @@ def checked_source(text: str, file: str) -> list[str]:
     if len(lines) > MAX_LINES:
         raise InvalidBuild(f"{file} has more than {MAX_LINES} lines")
     for number, line in enumerate(lines, 1):
-        if (at := line.find("\0")) >= 0:
-            raise InvalidBuild("a zero byte", position=Position(file, number, at + 1))
+        if not is_plain(line):
+            at = next(at for at, char in enumerate(line) if not is_plain(char))
+            raise InvalidBuild(
+                "a zero byte, or what is not UTF-8", position=Position(file, number, at + 1)
+            )
     return lines
 
 
