@@ -417,8 +417,8 @@ def test_what_has_no_effect_is_noted() -> None:
         ("FROM a\nCOPY --from=0 a b", (2, 1), "no such stage"),
         ("FROM a AS b\nCOPY --from=b a b", (2, 1), "its own stage"),
         ("FROM a\nCOPY --chown=x --chown=y a b", (2, 24), "second --chown"),
-        ("FROM a\nADD https://x/y /z", (2, 1), "not supported"),
-        ("FROM a\nADD git@x:y /z", (2, 1), "not supported"),
+        ("FROM a\nADD https://x/y /z", (2, 5), "not supported"),
+        ("FROM a\nADD git@x:y /z", (2, 5), "not supported"),
         ("FROM a\nENV x", (2, 5), "has no value"),
         ("FROM a\nENV a=b c", (2, 9), "has no value"),
         ("FROM a\nENV 1a=b", (2, 5), "no name of a variable"),
@@ -449,6 +449,7 @@ def test_refusals(text: str, place: tuple[int, int] | None, why: str) -> None:
     [
         ("COPY a b /c", "must end with a slash"),
         ("COPY $none /c", "a source is empty"),
+        ("ADD ${none:-https://x/y} /z", "ADD of an address"),
         ("USER a b", "is no user"),
         ("USER $none", "the user is empty"),
         ("EXPOSE x", "is no port"),

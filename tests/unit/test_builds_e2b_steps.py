@@ -83,7 +83,9 @@ def test_force_holds_from_its_step_on() -> None:
     plain = _settled(*(_step("RUN", each) for each in "abc"), ground=template)
     # What is done all the same is the same.
     assert [each.key for each in settled.actions] == [each.key for each in plain.actions]
-    assert not any(each.cacheable for each in _settled(_step("RUN", "a"), force=True).actions)
+    for ground in (_IMAGE, template):
+        forced = _settled(_step("RUN", "a"), ground=ground, force=True)
+        assert not any(each.cacheable for each in forced.actions)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from sandmartin.context.archive import Limits, open_archive
 from sandmartin.context.directory import pack_directory, read_ignore_rules
 from sandmartin.context.source import InvalidBuild
-from sandmartin.context.tree import Kind, Selection, Tree
+from sandmartin.context.tree import Entry, Kind, Selection, Tree
 
 _FILES = {"a.txt": b"one", "d/b.txt": b"two", "d/e/c.sh": b"#!/bin/sh\n", "z": b""}
 
@@ -404,6 +404,30 @@ def test_the_whole_context(tree: Tree) -> None:
 def test_what_cannot_be_taken(tree: Tree, sources: list[str], why: str) -> None:
     with pytest.raises(InvalidBuild, match=why):
         tree.select(sources)
+
+
+def test_what_is_taken_is_written(tmp_path: Path) -> None:
+    root = _make(tmp_path)
+    with open_archive(io.BytesIO(_packed(root))) as archive:
+        out = io.BytesIO()
+        archive.write_selection(archive.tree.select(["d", "a.txt"]), out)
+        with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
+            assert tar.getnames() == ["a.txt", "b.txt", "e", "e/c.sh"]
+            file = tar.extractfile("b.txt")
+            assert file is not None
+            assert file.read() == b"two"
+        out = io.BytesIO()
+        archive.write_selection(archive.tree.select(["a.txt"]), out, name="other")
+        assert set(_read(out.getvalue()).entries) == {"other"}
+        with pytest.raises(ValueError, match="single file"):
+            archive.write_selection(archive.tree.select(["d"]), out, name="other")
+
+
+def test_many_patterns_on_many_files_are_refused() -> None:
+    tree = Tree({f"{number:0200}": Entry(Kind.FILE, 0o644) for number in range(5000)})
+    assert len(tree.select(["*1"]).taken) == 500
+    with pytest.raises(InvalidBuild, match="too many patterns"):
+        tree.select(["*1"] * 10_000)
 
 
 def test_add_meets_no_archive(tree: Tree) -> None:

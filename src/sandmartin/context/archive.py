@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 from sandmartin.context.source import InvalidBuild, quoted
-from sandmartin.context.tree import Entry, Kind, Tree, write_tar
+from sandmartin.context.tree import Entry, Kind, Selection, Tree, write_tar
 
 _CHUNK_BYTES = 2**18
 #: What one tar header with its extensions may take.
@@ -71,6 +71,17 @@ class Archive(ABC):
     def write(self, out: IO[bytes]) -> None:
         """Write all of it as the one plain tar that stands for these files."""
         write_tar(out, sorted(self.tree.entries.items()), self.open)
+
+    def write_selection(self, selection: Selection, out: IO[bytes], name: str = "") -> None:
+        """Write what a COPY takes as a tar to be unpacked at its destination.
+
+        `name` is what a single file is called there, when the destination is the file itself.
+        """
+        if name and selection.needs_directory:
+            raise ValueError("only a single file can be renamed")
+        taken = {name or each.to: each for each in selection.taken}
+        entries = ((to, each.entry) for to, each in taken.items())
+        write_tar(out, entries, lambda to: self.open(taken[to].path))
 
 
 @contextlib.contextmanager

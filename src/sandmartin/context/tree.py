@@ -19,6 +19,8 @@ from sandmartin.context.patterns import Pattern, is_pattern
 from sandmartin.context.source import InvalidBuild, Position, quoted
 
 _MOST_LINKS_FOLLOWED = 40
+#: Characters of paths that the patterns of one COPY are tried on: some seconds of work.
+_MOST_LOOKED_AT = 2 * 10**7
 _DIRECTORY_MODE = 0o755
 #: Names by which an archive is known that Docker's ADD would unpack.
 _ARCHIVES = (
@@ -89,6 +91,7 @@ class Tree:
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries = dict(entries)
+        self._looked_at = 0
         for path in entries:
             self._add_above(path)
 
@@ -110,6 +113,7 @@ class Tree:
         followed within the context. Raises InvalidBuild when there is nothing of that name, two
         sources disagree about a place, or with `archives` false one is an archive.
         """
+        self._looked_at = 0
         taken: dict[str, Taken] = {}
         found = [path for source in sources for path in self._find(source, position)]
         files = 0
@@ -145,7 +149,7 @@ class Tree:
                     position=position,
                     text=source,
                 ) from error
-            found = sorted(filter(pattern.matches, self.entries))
+            found = sorted(filter(pattern.matches, self._candidates(path, position)))
         if not found:
             raise InvalidBuild(
                 f"the context has no {quoted(source)}",
@@ -154,6 +158,22 @@ class Tree:
                 hint="paths are relative to the context; .dockerignore may leave it out",
             )
         return found
+
+    def _candidates(self, pattern: str, position: Position | None) -> list[str]:
+        """Paths that `pattern` may match, if they are not too many to be looked at."""
+        paths = list(self.entries)
+        if "**" not in pattern and "[" not in pattern:
+            depth = pattern.count("/")
+            paths = [path for path in paths if path.count("/") == depth]
+        self._looked_at += sum(map(len, paths))
+        if self._looked_at > _MOST_LOOKED_AT:
+            raise InvalidBuild(
+                "too many patterns for so many files",
+                position=position,
+                text=pattern,
+                hint="name a directory instead",
+            )
+        return paths
 
     def _leads_somewhere(self, path: str) -> bool:
         try:

@@ -19,6 +19,7 @@ from typing import Any
 
 from sandmartin.context.source import InvalidBuild, quoted
 from sandmartin.control.builds import plan
+from sandmartin.control.builds.instructions import refuse_address
 from sandmartin.control.builds.text import Text
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -262,6 +263,9 @@ class _Settling:
                 position=step.destination.position,
                 text=destination,
             )
+        if step.is_add:
+            for source in place.sources:
+                refuse_address(source, step.position)
         self._add(place, self._digest_of(place) if place.sources else "")
 
     def _absolute(self, path: str) -> str:

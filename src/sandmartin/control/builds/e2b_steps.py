@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from sandmartin.context.source import InvalidBuild, Position, is_plain, quoted
@@ -84,9 +84,7 @@ def read_steps(
     given = [_given(number, raw) for number, raw in enumerate(steps, 1)]
     if sum(len(arg) for each in given for arg in each.args) > MAX_SOURCE_BYTES:
         raise InvalidBuild(f"the steps are larger than {MAX_SOURCE_BYTES} bytes")
-    if not (is_plain(start) and is_plain(ready)):
-        raise InvalidBuild("the start or ready command has a zero byte, or no UTF-8")
-    read: list[plan.AnyStep] = [] if isinstance(ground, plan.Template) else _default_user(force)
+    read: list[plan.AnyStep] = [] if isinstance(ground, plan.Template) else _default_user()
     for each in given:
         reader = _READERS.get(each.word.upper())
         if reader is None:
@@ -97,16 +95,27 @@ def read_steps(
                 hint=f"known are {', '.join(_READERS)}",
             )
         read.append(reader(each))
-    end = Position(_FILE, len(steps) + 1)
+    read += _ending(start, ready, Position(_FILE, len(steps) + 1))
+    if force and read:
+        # It holds for all that follows, too.
+        read[0] = replace(read[0], force=True)
+    stage = plan.Stage("0", ground, tuple(read), Position(_FILE, 1))
+    return plan.Build(stages=(stage,))
+
+
+def _ending(start: str, ready: str, position: Position) -> list[plan.AnyStep]:
+    """What is started after all steps, and when it is ready."""
+    if not (is_plain(start) and is_plain(ready)):
+        raise InvalidBuild("the start or ready command has a zero byte, or no UTF-8")
+    steps: list[plan.AnyStep] = []
     if start:
         command = plan.Command(line=start)
-        read.append(plan.Start(position=end, written=start, command=command, force=force))
+        steps.append(plan.Start(position=position, written=start, command=command))
     if ready:
         # Often it only sleeps, for as long as its author thought right; the build has its limit.
         check = plan.Check(command=plan.Command(line=ready), timeout_s=0.0)
-        read.append(plan.Healthcheck(position=end, written=ready, check=check))
-    stage = plan.Stage("0", ground, tuple(read), Position(_FILE, 1))
-    return plan.Build(stages=(stage,))
+        steps.append(plan.Healthcheck(position=position, written=ready, check=check))
+    return steps
 
 
 def _given(number: int, raw: Any) -> _Given:
@@ -126,9 +135,9 @@ def _given(number: int, raw: Any) -> _Given:
     return _Given(number, raw["type"], tuple(args), files_hash or "", raw.get("force") is True)
 
 
-def _default_user(force: bool) -> list[plan.AnyStep]:
-    given = _Given(1, "USER", (DEFAULT_USER, "true"), "", force)
-    home = _Given(1, "WORKDIR", (f"/home/{DEFAULT_USER}",), "", force)
+def _default_user() -> list[plan.AnyStep]:
+    given = _Given(1, "USER", (DEFAULT_USER, "true"), "", False)
+    home = _Given(1, "WORKDIR", (f"/home/{DEFAULT_USER}",), "", False)
     return [
         given.step(plan.User, name=given.plain(0), ensure=True, phase=plan.Phase.PRE),
         home.step(plan.Workdir, path=home.plain(0), phase=plan.Phase.PRE),

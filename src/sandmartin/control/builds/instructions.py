@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sandmartin.context.source import Note, quoted
+from sandmartin.context.source import InvalidBuild, Note, Position, quoted
 from sandmartin.control.builds import plan
 from sandmartin.control.builds.lines import Document, Span
 from sandmartin.control.builds.text import Dialect, Text, read_text
@@ -232,28 +232,16 @@ def number(span: Span, most: int = 2**31 - 1) -> int:
     """A number that is not negative. Raises InvalidBuild."""
     if not (span.text.isascii() and span.text.isdigit()) or len(span.text) > 10:
         raise span.error("is no number")
-    if (number := int(span.text)) > most:
+    if int(span.text) > most:
         raise span.error("is too large", hint=f"{most} is the most")
-    return number
+    return int(span.text)
 
 
 def _copy(instruction: Instruction) -> plan.Copy:
     is_add = instruction.name == "ADD"
     known = ("chown", "chmod", "link") if is_add else ("from", "chown", "chmod", "link")
     flags, rest = instruction.flags(*known)
-    paths = rest.json_words()
-    if paths is not None:
-        texts = [
-            read_text(Span(rest.line, rest.start, path), instruction.dialect) for path in paths
-        ]
-    else:
-        words = rest.words()
-        paths = tuple(word.text for word in words)
-        texts = [instruction.text(word) for word in words]
-    if len(texts) < 2:
-        raise instruction.keyword.error(
-            "needs a source and a destination", hint=f"write {instruction.name} SOURCE... DEST"
-        )
+    texts = _paths(instruction, rest)
     documents = {document.position: document for document in instruction.documents}
     inline = [
         _inline(documents[text.position], instruction)
@@ -261,8 +249,6 @@ def _copy(instruction: Instruction) -> plan.Copy:
         if text.position in documents
     ]
     kept = [text for text in texts[:-1] if text.position not in documents]
-    if is_add:
-        _refuse_addresses(instruction, paths)
     origin: plan.Origin = plan.Context()
     if "from" in flags:
         # Or an image: whoever knows the stages knows which.
@@ -281,13 +267,32 @@ def _copy(instruction: Instruction) -> plan.Copy:
     )
 
 
-def _refuse_addresses(instruction: Instruction, paths: Sequence[str]) -> None:
-    for path in paths[:-1]:
-        if _ADDRESS.match(path):
-            raise instruction.keyword.error(
-                f"of an address, {quoted(path)}, is not supported",
-                hint="download it with RUN curl, and check what came",
-            )
+def _paths(instruction: Instruction, rest: Span) -> list[Text]:
+    """The sources and the destination."""
+    listed = rest.json_words()
+    if listed is None:
+        words = rest.words()
+    else:
+        words = [Span(rest.line, rest.start, each) for each in listed]
+    if len(words) < 2:
+        raise instruction.keyword.error(
+            "needs a source and a destination", hint=f"write {instruction.name} SOURCE... DEST"
+        )
+    if instruction.name == "ADD":
+        for word in words[:-1]:
+            refuse_address(word.text, word.position)
+    return [instruction.text(word) for word in words]
+
+
+def refuse_address(source: str, position: Position) -> None:
+    """Refuse an ADD of what is elsewhere."""
+    if _ADDRESS.match(source):
+        raise InvalidBuild(
+            f"ADD of an address, {quoted(source)}, is not supported",
+            position=position,
+            text=source,
+            hint="download it with RUN curl, and check what came",
+        )
 
 
 def _inline(document: Document, instruction: Instruction) -> plan.Inline:
@@ -354,17 +359,11 @@ def _started(instruction: Instruction) -> plan.Command | None:
 
 
 def _cmd(instruction: Instruction) -> plan.Cmd:
-    return instruction.step(
-        plan.Cmd,
-        command=_started(instruction),
-    )
+    return instruction.step(plan.Cmd, command=_started(instruction))
 
 
 def _entrypoint(instruction: Instruction) -> plan.Entrypoint:
-    return instruction.step(
-        plan.Entrypoint,
-        command=_started(instruction),
-    )
+    return instruction.step(plan.Entrypoint, command=_started(instruction))
 
 
 def _healthcheck(instruction: Instruction) -> plan.Healthcheck:
