@@ -122,7 +122,7 @@ async def test_a_full_disk_is_told_and_given_back(guest: Guest, small_disk: Path
 def other_users(binary: Path, tmp_path: Path) -> Iterator[RunningAgent]:
     """An agent in a mount namespace of its own, where other accounts are known."""
     # Others than root must get through to where tests work.
-    for directory in (tmp_path, *tmp_path.parents[:2]):
+    for directory in (tmp_path, *tmp_path.parents[:3]):
         directory.chmod(0o755)
     (tmp_path / "passwd").write_text(
         "root:x:0:0::/root:/bin/sh\n"
