@@ -14,7 +14,7 @@ from sandmartin.control.contents import Contents
 from sandmartin.control.db import Database
 from sandmartin.control.deadlines import Deadlines
 from sandmartin.control.events import Events
-from sandmartin.control.guarded import Outgoing, parse_networks
+from sandmartin.control.guarded import Outgoing, allowed_networks
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.keys import Keys
 from sandmartin.control.leader import Leader
@@ -133,7 +133,7 @@ async def open_platform(
         teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
         accounts = Accounts(db, settings, limits, teams)
         reconciler = Reconciler(db, hosts, sandboxes, templates, happenings, pace)
-        outgoing = Outgoing(parse_networks(settings.outgoing_allow))
+        outgoing = Outgoing(allowed_networks(settings.outgoing_allow))
         yield Platform(
             settings=settings,
             db=db,
