@@ -155,7 +155,8 @@ async def open_platform(
         layers = Layers(db, of_builds.layers)
         contexts = _contexts(settings, blobs)
         builds = Builds(db, sealer, happenings, contexts, max_open=settings.max_builds_per_team)
-        engine = Engine(db, sandboxes, layers, Grounds(db), happenings, of_builds)
+        grounds = Grounds(db, hosts, templates, layers, contexts, of_builds.image_fresh_s)
+        engine = Engine(db, sandboxes, layers, grounds, contexts, of_builds)
         outgoing = Outgoing(allowed_networks(settings.outgoing_allow))
         yield Platform(
             settings=settings,
