@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
+from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ImportArchiveRequest, ImportArchiveResponse, ImportImageRequest, ImportImageResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, ReadTreeRequest, ReadTreeResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse, WriteTreeRequest, WriteTreeResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -186,6 +186,19 @@ class HostAgentService(Protocol):
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
+    def import_image(self, request: ImportImageRequest, ctx: RequestContext[ImportImageRequest, ImportImageResponse], /) -> AsyncIterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def import_archive(self, request: AsyncIterator[ImportArchiveRequest], ctx: RequestContext[ImportArchiveRequest, ImportArchiveResponse], /) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
     async def read_console(self, request: ReadConsoleRequest, ctx: RequestContext[ReadConsoleRequest, ReadConsoleResponse], /) -> ReadConsoleResponse:
         """
         The newest that the guest's console said, 64 KiB at most; what is read is forgotten.
@@ -210,6 +223,19 @@ class HostAgentService(Protocol):
     async def remove_file(self, request: RemoveFileRequest, ctx: RequestContext[RemoveFileRequest, RemoveFileResponse], /) -> RemoveFileResponse:
         """
         Removes a file or a whole tree; one that is not there is no error.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def write_tree(self, request: AsyncIterator[WriteTreeRequest], ctx: RequestContext[WriteTreeRequest, WriteTreeResponse], /) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def read_tree(self, request: ReadTreeRequest, ctx: RequestContext[ReadTreeRequest, ReadTreeResponse], /) -> AsyncIterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -591,6 +617,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                     ),
                     function=svc.write_template,
                 ),
+                "/hostagent.v1.HostAgentService/ImportImage": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="ImportImage",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportImageRequest,
+                        output=ImportImageResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.import_image,
+                ),
+                "/hostagent.v1.HostAgentService/ImportArchive": Endpoint.client_stream(
+                    method=MethodInfo(
+                        name="ImportArchive",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportArchiveRequest,
+                        output=ImportArchiveResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=svc.import_archive,
+                ),
                 "/hostagent.v1.HostAgentService/ReadConsole": Endpoint.unary(
                     method=MethodInfo(
                         name="ReadConsole",
@@ -656,6 +704,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.UNARY,
                     ),
                     function=svc.remove_file,
+                ),
+                "/hostagent.v1.HostAgentService/WriteTree": Endpoint.client_stream(
+                    method=MethodInfo(
+                        name="WriteTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=WriteTreeRequest,
+                        output=WriteTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=svc.write_tree,
+                ),
+                "/hostagent.v1.HostAgentService/ReadTree": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="ReadTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadTreeRequest,
+                        output=ReadTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.read_tree,
                 ),
                 "/hostagent.v1.HostAgentService/DescribeHost": Endpoint.unary(
                     method=MethodInfo(
@@ -1386,6 +1456,53 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def import_image(
+        self,
+        request: ImportImageRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportImage",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportImageRequest,
+                output=ImportImageResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def import_archive(
+        self,
+        request: AsyncIterator[ImportArchiveRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
+        """
+        return await self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportArchive",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportArchiveRequest,
+                output=ImportArchiveResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     async def read_console(
         self,
         request: ReadConsoleRequest,
@@ -1511,6 +1628,53 @@ class HostAgentServiceClient(ConnectClient):
                 output=RemoveFileResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def write_tree(
+        self,
+        request: AsyncIterator[WriteTreeRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        return await self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="WriteTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=WriteTreeRequest,
+                output=WriteTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def read_tree(
+        self,
+        request: ReadTreeRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ReadTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadTreeRequest,
+                output=ReadTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
             ),
             headers=headers,
             timeout_ms=timeout_ms,
@@ -1742,6 +1906,19 @@ class HostAgentServiceSync(Protocol):
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
+    def import_image(self, request: ImportImageRequest, ctx: RequestContext[ImportImageRequest, ImportImageResponse], /) -> Iterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def import_archive(self, request: Iterator[ImportArchiveRequest], ctx: RequestContext[ImportArchiveRequest, ImportArchiveResponse], /) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
     def read_console(self, request: ReadConsoleRequest, ctx: RequestContext[ReadConsoleRequest, ReadConsoleResponse], /) -> ReadConsoleResponse:
         """
         The newest that the guest's console said, 64 KiB at most; what is read is forgotten.
@@ -1766,6 +1943,19 @@ class HostAgentServiceSync(Protocol):
     def remove_file(self, request: RemoveFileRequest, ctx: RequestContext[RemoveFileRequest, RemoveFileResponse], /) -> RemoveFileResponse:
         """
         Removes a file or a whole tree; one that is not there is no error.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def write_tree(self, request: Iterator[WriteTreeRequest], ctx: RequestContext[WriteTreeRequest, WriteTreeResponse], /) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def read_tree(self, request: ReadTreeRequest, ctx: RequestContext[ReadTreeRequest, ReadTreeResponse], /) -> Iterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -2145,6 +2335,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                     ),
                     function=service.write_template,
                 ),
+                "/hostagent.v1.HostAgentService/ImportImage": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="ImportImage",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportImageRequest,
+                        output=ImportImageResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.import_image,
+                ),
+                "/hostagent.v1.HostAgentService/ImportArchive": EndpointSync.client_stream(
+                    method=MethodInfo(
+                        name="ImportArchive",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportArchiveRequest,
+                        output=ImportArchiveResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=service.import_archive,
+                ),
                 "/hostagent.v1.HostAgentService/ReadConsole": EndpointSync.unary(
                     method=MethodInfo(
                         name="ReadConsole",
@@ -2210,6 +2422,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.UNARY,
                     ),
                     function=service.remove_file,
+                ),
+                "/hostagent.v1.HostAgentService/WriteTree": EndpointSync.client_stream(
+                    method=MethodInfo(
+                        name="WriteTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=WriteTreeRequest,
+                        output=WriteTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=service.write_tree,
+                ),
+                "/hostagent.v1.HostAgentService/ReadTree": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="ReadTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadTreeRequest,
+                        output=ReadTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.read_tree,
                 ),
                 "/hostagent.v1.HostAgentService/DescribeHost": EndpointSync.unary(
                     method=MethodInfo(
@@ -2940,6 +3174,53 @@ class HostAgentServiceClientSync(ConnectClientSync):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def import_image(
+        self,
+        request: ImportImageRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportImage",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportImageRequest,
+                output=ImportImageResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def import_archive(
+        self,
+        request: Iterator[ImportArchiveRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
+        """
+        return self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportArchive",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportArchiveRequest,
+                output=ImportArchiveResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     def read_console(
         self,
         request: ReadConsoleRequest,
@@ -3065,6 +3346,53 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 output=RemoveFileResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def write_tree(
+        self,
+        request: Iterator[WriteTreeRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        return self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="WriteTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=WriteTreeRequest,
+                output=WriteTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def read_tree(
+        self,
+        request: ReadTreeRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ReadTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadTreeRequest,
+                output=ReadTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
             ),
             headers=headers,
             timeout_ms=timeout_ms,
