@@ -32,6 +32,8 @@ DEFAULT_DISK_SIZE_MB = 5120
 MIN_MEMORY_MB = 128
 MAX_VCPUS = 64
 DEFAULT_EXEC_TIMEOUT_S = 30
+#: Of a template that is named without one.
+DEFAULT_TAG = "default"
 #: In each of the lists of a network policy.
 MAX_NETWORK_RULES = 256
 
@@ -54,6 +56,16 @@ def check_name(name: str, what: str) -> str:
             hint="use 1 to 64 of a-z, 0-9, dot, dash, underscore; begin with a letter or digit",
         )
     return name
+
+
+def split_tag(name: str) -> tuple[str, str]:
+    """The template's name and the tag in `NAME` or `NAME:TAG`; no tag is the tag `default`.
+
+    Raises Invalid.
+    """
+    plain, colon, tag = name.partition(":")
+    check_name(plain, "template name")
+    return plain, check_name(tag, "tag") if colon else DEFAULT_TAG
 
 
 @dataclass(frozen=True, kw_only=True)
