@@ -33,16 +33,16 @@ class FakeBuild:
     build_id: str
     asked: dict[str, Any]
     state: str = "building"
-    error: dict[str, str] | None = None
+    error: dict[str, Any] | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def say(self, message: str, **more: Any) -> None:
         number = len(self.log) + 1
-        fields = {"number": number, "time": 1.0, "level": "info", "message": message, "step": ""}
+        fields = {"number": number, "time": 1.0, "level": "info", "message": message, "step": 0}
         self.log.append({**fields, "phase": "build", "elapsed_ms": 0, **more})
 
-    def end(self, state: str = "ready", **error: str) -> None:
-        self.error = {"code": "invalid", "hint": "", "step": "", **error} if error else None
+    def end(self, state: str = "ready", **error: Any) -> None:
+        self.error = {"code": "invalid", "hint": "", "step": None, **error} if error else None
         self.state = state
 
     def body(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class BuildServer:
         if hashlib.sha256(content).hexdigest() != sha256:
             return _error(400, "invalid", "the digest is another")
         self.uploads[sha256] = content
-        return JSONResponse({}, 201)
+        return Response(status_code=204)
 
     async def _create(self, request: Request) -> Response:
         if self.refusal is not None:
@@ -116,7 +116,7 @@ class BuildServer:
 
     async def _list(self, request: Request) -> Response:
         items = [each.body() for each in reversed(self.builds.values())]
-        return JSONResponse({"items": items, "next": None})
+        return JSONResponse({"items": items, "next": ""})
 
     async def _get(self, request: Request) -> Response:
         build = self.builds.get(request.path_params["build"])
@@ -147,7 +147,7 @@ class BuildServer:
             for entry in build.log[after:]:
                 if sent == self.cut_after:
                     raise ConnectionResetError
-                yield f"event: log\ndata: {json.dumps(entry)}\n\n"
+                yield f"event: line\ndata: {json.dumps(entry)}\n\n"
                 after, sent = after + 1, sent + 1
             if build.state != "building" and after == len(build.log):
                 yield f"event: end\ndata: {json.dumps(build.body())}\n\n"

@@ -47,14 +47,12 @@ class BuildLogText:
 
     def lines(self, entry: BuildLog) -> list[str]:
         """What is written for one entry: a line for each of its own."""
-        step = self._step(entry.step)
+        begin = f"{entry.elapsed_ms / 1000:6.1f} s  {self._in(_STEP, self._step(entry.step))}"
         colour = _COLOURS.get(entry.level, "")
-        if _CACHED_WORD in entry.message and entry.level == "info":
+        if entry.level == "info" and entry.message.startswith(_CACHED_WORD):
             colour = _CACHED
         lines = plain(entry.message.replace("\r", "\n")).splitlines() or [""]
-        if entry.elapsed_ms:
-            lines[-1] += f"  ({entry.elapsed_ms / 1000:.1f} s)"
-        return [f"{self._in(_STEP, step)}{self._in(colour, each)}".rstrip() for each in lines]
+        return [f"{begin}{self._in(colour, each)}".rstrip() for each in lines]
 
     def _step(self, step: str) -> str:
         if not step:

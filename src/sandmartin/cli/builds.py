@@ -30,7 +30,7 @@ from sandmartin.cli.talk import moment, print_json, print_table, say
 from sandmartin.client.builds import Terms, building, finished
 from sandmartin.client.template import Template, is_dockerfile
 from sandmartin.errors import Invalid, SandmartinError
-from sandmartin.model import check_name, split_tag
+from sandmartin.model import check_tag, split_tag
 from sandmartin.transport.api import Api
 from sandmartin.transport.builds import Build, Builds, Script, Tag
 
@@ -212,7 +212,7 @@ def terms_of(args: argparse.Namespace) -> Terms:
     split_tag(name)
     return Terms(
         name=name,
-        tags=tuple(check_name(each, "tag") for each in args.tag),
+        tags=tuple(check_tag(each) for each in args.tag),
         arguments=pairs_of(args.build_arg, "--build-arg"),
         secrets=dict(map(_secret, args.secret)),
         vcpus=args.vcpus,

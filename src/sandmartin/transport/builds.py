@@ -14,7 +14,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from sandmartin.errors import NotFound, TimedOut, Unavailable
-from sandmartin.model import check_name, split_tag
+from sandmartin.model import check_name, check_tag, split_tag
 from sandmartin.transport.api import Api
 from sandmartin.transport.fields import Message, integer, number, part, parts, text, texts
 
@@ -135,7 +135,7 @@ class BuildLog:
     #: What it belongs to; empty for the build as such.
     step: str
     phase: str
-    #: How long it took, of what has ended; 0 otherwise.
+    #: Since the build began.
     elapsed_ms: int
 
 
@@ -238,12 +238,12 @@ class Builds:
     async def assign_tag(self, target: str, tag: str) -> Tag:
         """Let `tag` name what `target`, `NAME` or `NAME:TAG`, names. Raises NotFound."""
         name, source = split_tag(target)
-        path = f"{_template_path(name)}/tags/{check_name(tag, 'tag')}"
+        path = f"{_template_path(name)}/tags/{check_tag(tag)}"
         return _tag(await self._api.ask("PUT", path, {"source": source}, repeatable=True))
 
     async def remove_tag(self, name: str, tag: str) -> None:
         """What only this tag named is deleted. Raises NotFound."""
-        path = f"{_template_path(name)}/tags/{check_name(tag, 'tag')}"
+        path = f"{_template_path(name)}/tags/{check_tag(tag)}"
         await self._api.ask("DELETE", path)
 
 
@@ -331,7 +331,7 @@ def _error(body: Message | None) -> BuildError | None:
         code=text(body, "code"),
         message=text(body, "message"),
         hint=text(body, "hint"),
-        step=_word(body, "step"),
+        step=_step(body),
     )
 
 
@@ -341,16 +341,16 @@ def _entry(body: Message) -> BuildLog:
         time=number(body, "time"),
         level=text(body, "level") or "info",
         message=text(body, "message"),
-        step=_word(body, "step"),
+        step=_step(body),
         phase=text(body, "phase"),
         elapsed_ms=integer(body, "elapsed_ms"),
     )
 
 
-def _word(body: Message, name: str) -> str:
-    """A field that is a text or a number."""
-    value = body.get(name)
-    return "" if value is None else str(value)
+def _step(body: Message) -> str:
+    """The number of a step, from 1; empty for none."""
+    value = body.get("step")
+    return str(value) if value else ""
 
 
 def _tag(body: Message) -> Tag:

@@ -129,7 +129,7 @@ async def test_a_build_of_steps_sends_its_files_once(server: BuildServer, app: P
             templates.build(template, name="app:v1", tags=["v2"], vcpus=2, on_log=heard.append)
         )
         build = await server.begun(number)
-        build.say("hello", step="1", elapsed_ms=20)
+        build.say("hello", step=1, elapsed_ms=20)
         build.end()
         made = await building
     assert (made.state, made.template_id, made.steps_total) == ("ready", "t1", 3)
@@ -240,7 +240,7 @@ async def test_a_log_is_followed_across_lost_connections(server: BuildServer) ->
 
 async def test_a_failure_says_what_failed(server: BuildServer) -> None:
     building = asyncio.create_task(AsyncTemplates().build(Template.from_template(), name="app"))
-    (await server.begun()).end("failed", message="'false' ended with 1", hint="mend it", step="2")
+    (await server.begun()).end("failed", message="'false' ended with 1", hint="mend it", step=2)
     with pytest.raises(BuildFailed, match="'false' ended with 1") as failed:
         await building
     assert (failed.value.step, failed.value.hint, failed.value.build.state) == (
@@ -270,8 +270,8 @@ async def test_tags_come_and_go(server: BuildServer) -> None:
     await templates.untag("app", "v2")
     with pytest.raises(NotFound):
         await templates.untag("app", "v2")
-    with pytest.raises(Invalid, match="tag 'V2' is not valid"):
-        await templates.tag("app", "V2")
+    with pytest.raises(Invalid, match="tag '-2' is not valid"):
+        await templates.tag("app", "-2")
 
 
 async def test_an_agent_alone_builds_nothing(tmp_path: Path) -> None:
@@ -292,17 +292,17 @@ async def test_the_command_builds_a_dockerfile(
     flags += ["--secret", f"id=k,src={app / 'key'}", "--memory", "256", "--vcpus", "2"]
     line = await command("build", str(app), "--tag", "v1", "--disk", "6000", *flags)
     begun = await server.begun()
-    begun.say("RUN true", step="2")
-    begun.say("some\x1b[31m output", step="2", level="debug")
-    begun.say("done", step="2", elapsed_ms=1500)
+    begun.say("RUN true", step=2)
+    begun.say("some\x1b[31m output", step=2, level="debug")
+    begun.say("done", step=2, elapsed_ms=1500)
     begun.end()
     code, out, err = await finish(line)
     assert (code, out) == (0, b"app\n"), err
     assert err.decode().splitlines() == [
         "build b1 of app",
-        "[2/3] RUN true",
-        "[2/3] some\N{REPLACEMENT CHARACTER}[31m output",
-        "[2/3] done  (1.5 s)",
+        "   0.0 s  [2/3] RUN true",
+        "   0.0 s  [2/3] some\N{REPLACEMENT CHARACTER}[31m output",
+        "   1.5 s  [2/3] done",
         "ready after 3.5 s: 3 steps, 1 of them cached",
     ]
     asked = begun.asked
@@ -359,7 +359,7 @@ async def test_a_refusal_shows_the_line(server: BuildServer, app: Path) -> None:
 
 async def test_a_failed_step_ends_the_command_with_1(server: BuildServer, app: Path) -> None:
     line = await command("build", str(app))
-    (await server.begun()).end("failed", message="Dockerfile:3:1: RUN ended with 7", step="2")
+    (await server.begun()).end("failed", message="Dockerfile:3:1: RUN ended with 7", step=2)
     code, out, err = await finish(line)
     assert (code, out) == (1, b"")
     assert err.decode().splitlines()[1:] == [
@@ -410,7 +410,7 @@ async def test_a_terminal_shows_colours(server: BuildServer, app: Path) -> None:
     terminal = Terminal(TERM="xterm")
     line = await terminal.start("template", "build", str(app))
     begun = await server.begun()
-    begun.say("CACHED RUN true", step="1")
+    begun.say("CACHED RUN true", step=1)
     begun.end("failed", message="it broke")
     await terminal.shows("\x1b[36m[1/3] \x1b[0m\x1b[32mCACHED RUN true\x1b[0m")
     assert await ended(line) == 1
@@ -427,7 +427,7 @@ async def test_what_became_of_builds_is_told(server: BuildServer, app: Path) -> 
     code, out, _ = await says("builds")
     assert (code, out.splitlines()[1].split()[:4]) == (0, ["b1", "app", "ready", "3/3"])
     code, out, _ = await says("logs", "b1")
-    assert (code, out.splitlines()) == (0, [f"line {number}" for number in range(5)])
+    assert (code, out.splitlines()) == (0, [f"   0.0 s  line {number}" for number in range(5)])
     code, out, _ = await says("logs", "-f", "b1", "--json")
     assert [json.loads(each)["number"] for each in out.splitlines()] == [1, 2, 3, 4, 5]
     assert await says("cancel", "b1", "--json") == (0, '{"cancelled": ["b1"], "failed": []}\n', "")
