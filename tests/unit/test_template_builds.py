@@ -410,9 +410,9 @@ async def test_a_terminal_shows_colours(server: BuildServer, app: Path) -> None:
     terminal = Terminal(TERM="xterm")
     line = await terminal.start("template", "build", str(app))
     begun = await server.begun()
-    begun.say("CACHED RUN true", step=1)
+    begun.say("RUN true (cached)", step=1)
     begun.end("failed", message="it broke")
-    await terminal.shows("\x1b[36m[1/3] \x1b[0m\x1b[32mCACHED RUN true\x1b[0m")
+    await terminal.shows("\x1b[36m[1/3] \x1b[0m\x1b[32mRUN true (cached)\x1b[0m")
     assert await ended(line) == 1
 
 

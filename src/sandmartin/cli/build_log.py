@@ -18,7 +18,7 @@ from sandmartin.transport.builds import BuildLog, Script
 _RESET = "\x1b[0m"
 _COLOURS = {"debug": "\x1b[2m", "warn": "\x1b[33m", "error": "\x1b[31m"}
 _STEP, _CACHED = "\x1b[36m", "\x1b[32m"
-_CACHED_WORD = "CACHED"
+_CACHED_WORD = "(cached)"
 _PLACE = re.compile(r"(?P<file>[^:\n]+):(?P<line>[0-9]{1,6}):(?P<column>[0-9]{1,6}): ")
 _MAX_SHOWN = 200
 
@@ -49,7 +49,7 @@ class BuildLogText:
         """What is written for one entry: a line for each of its own."""
         begin = f"{entry.elapsed_ms / 1000:6.1f} s  {self._in(_STEP, self._step(entry.step))}"
         colour = _COLOURS.get(entry.level, "")
-        if entry.level == "info" and entry.message.startswith(_CACHED_WORD):
+        if entry.level == "info" and entry.message.endswith(_CACHED_WORD):
             colour = _CACHED
         lines = plain(entry.message.replace("\r", "\n")).splitlines() or [""]
         return [f"{begin}{self._in(colour, each)}".rstrip() for each in lines]

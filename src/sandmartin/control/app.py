@@ -40,13 +40,16 @@ from sandmartin.control.api import (
     templates,
     usage,
 )
+from sandmartin.control.e2b import builds as e2b_builds
 from sandmartin.control.e2b import errors as e2b_errors
 from sandmartin.control.e2b import network as e2b_network
 from sandmartin.control.e2b import records as e2b_records
 from sandmartin.control.e2b import sandboxes as e2b_sandboxes
 from sandmartin.control.e2b import snapshots as e2b_snapshots
+from sandmartin.control.e2b import tags as e2b_tags
 from sandmartin.control.e2b import teams as e2b_teams
 from sandmartin.control.e2b import templates as e2b_templates
+from sandmartin.control.e2b import uploads as e2b_uploads
 from sandmartin.control.e2b.paths import RawPaths, is_theirs
 from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
@@ -166,9 +169,11 @@ def create_app(platform: Platform) -> FastAPI:
 
 def _include_e2b(app: FastAPI) -> None:
     """E2B's interface, for their clients."""
-    modules = (e2b_sandboxes, e2b_network, e2b_records, e2b_snapshots, e2b_templates, e2b_teams)
-    for router in (*(each.router for each in modules), e2b_templates.unbuilt):
-        app.include_router(router, tags=["e2b"], responses=e2b_errors.RESPONSES)
+    of_sandboxes = (e2b_sandboxes, e2b_network, e2b_records, e2b_snapshots)
+    # `e2b_tags` before what would take `tags` for a name.
+    of_templates = (e2b_tags, e2b_builds, e2b_uploads, e2b_templates)
+    for module in (*of_sandboxes, *of_templates, e2b_teams):
+        app.include_router(module.router, tags=["e2b"], responses=e2b_errors.RESPONSES)
 
 
 # Errors.
