@@ -27,6 +27,7 @@ from sandmartin.control.api import (
     accounts,
     admin,
     audit,
+    builds,
     channels,
     commands,
     events,
@@ -92,6 +93,7 @@ _MAX_BODY_S = 30.0
 #: What is sent there is streamed, and may be of any size.
 _CONTENT = re.compile(
     r"/v1/(?:sandboxes|capsules)/[^/]+/(?:files(?:/(?:stream/)?write)?|processes/[^/]+/stdin)$"
+    r"|/v1/builds/contexts/[^/]+$"
 )
 _REQUEST_ID = "sandmartin.request_id"
 
@@ -137,7 +139,7 @@ def create_app(platform: Platform) -> FastAPI:
     app.include_router(accounts.router)
     app.include_router(accounts.pages)
     app.include_router(hosts.router, prefix="/v1/hosts")
-    for module in (templates, teams, keys, admin, events, channels, audit):
+    for module in (builds, templates, teams, keys, admin, events, channels, audit):
         app.include_router(module.router, prefix="/v1")
     app.include_router(metrics.router)
     _include_e2b(app)

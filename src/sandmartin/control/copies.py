@@ -6,7 +6,8 @@ be, so that a try whose answer was lost finds what it has made.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -32,7 +33,7 @@ from sandmartin.control.rows import (
 )
 from sandmartin.control.scheduler import check_takes_new
 from sandmartin.control.states import TRANSITIONAL
-from sandmartin.control.templates import Templates
+from sandmartin.control.templates import Hidden, Templates
 from sandmartin.control.terms import Terms
 from sandmartin.errors import (
     AlreadyExists,
@@ -46,6 +47,8 @@ from sandmartin.errors import (
 from sandmartin.model import State, new_sandbox_id
 from sandmartin.transport import Checkpoint
 from sandmartin.transport.agent import Agent
+
+Settle = Callable[[AsyncSession, Row, SandmartinError | None], Awaitable[None]]
 
 
 class Copies(Terms):
@@ -67,6 +70,7 @@ class Copies(Terms):
         operations.register(Kind.SNAPSHOT, self._do_snapshot)
         operations.register(Kind.CHECKPOINT, self._do_checkpoint)
         operations.register(Kind.ROLLBACK, self._do_rollback)
+        operations.register(Kind.FLATTEN, self._do_flatten)
 
     # Forks.
 
@@ -270,12 +274,44 @@ class Copies(Terms):
             audit.record(
                 session, caller, "template.created", "template", name, sandbox_id=sandbox_id
             )
+        return await self._made(held, template)
+
+    async def keep(self, caller: Caller, sandbox_id: str, hidden: Hidden) -> tables.Template:
+        """Keep where a running sandbox of a build is; it goes on. Raises NotFound, Conflict."""
+        return await self._keep(caller, sandbox_id, hidden, Kind.SNAPSHOT, live=True)
+
+    async def flatten(self, caller: Caller, sandbox_id: str, hidden: Hidden) -> tables.Template:
+        """Make an image of the disk of a running sandbox of a build, and end it.
+
+        Raises NotFound, Conflict.
+        """
+        return await self._keep(caller, sandbox_id, hidden, Kind.FLATTEN)
+
+    async def _keep(
+        self, caller: Caller, sandbox_id: str, hidden: Hidden, kind: Kind, **arguments: Any
+    ) -> tables.Template:
+        async with self._db.write() as session:
+            row = await find(session, caller, sandbox_id)
+            template = await self._templates.add_hidden(session, caller, row, hidden)
+            held = await self._begin(
+                session,
+                row,
+                kind,
+                {State.RUNNING},
+                State.SNAPSHOTTING,
+                template_id=template.template_id,
+                agent_name=template.agent_name,
+                **arguments,
+            )
+        return await self._made(held, template)
+
+    async def _made(self, held: Held, template: tables.Template) -> tables.Template:
         self._events.wake()
         await self._operations.run(held)
         async with self._db.read() as session:
             made = await session.get(tables.Template, template.template_id)
         if made is None:
-            raise NotFound(f"template {name!r} was deleted as soon as it was made")
+            raise NotFound(f"template {template.name!r} was deleted as soon as it was made")
         return made
 
     async def _do_snapshot(self, held: Held) -> None:
@@ -286,6 +322,27 @@ class Copies(Terms):
             size_bytes.append(await self._make_template(agent, row, held))
             return {} if live else {"host_ip": ""}
 
+        done = State.RUNNING if live else State.PAUSED
+        settle = self._settling(held, size_bytes)
+        await self._perform(held, act, done, "template.created", settle=settle)
+
+    async def _do_flatten(self, held: Held) -> None:
+        size_bytes: list[int] = []
+
+        async def act(agent: Agent, row: Row) -> dict[str, Any]:
+            name = held.arguments["agent_name"]
+            before = await _made_before(agent, row, name) if held.attempts > 1 else None
+            size_bytes.append(
+                await agent.flatten(row.sandbox_id, name) if before is None else before
+            )
+            return {"host_ip": "", "ended_at": time.time()}
+
+        settle = self._settling(held, size_bytes)
+        await self._perform(held, act, State.STOPPED, "sandbox.stopped", settle=settle)
+
+    def _settling(self, held: Held, size_bytes: Sequence[int]) -> Settle:
+        """Apply whether a template was made, with the operation that was to make it."""
+
         async def settle(session: AsyncSession, row: Row, error: SandmartinError | None) -> None:
             assert row.host_id is not None
             template_id = held.arguments["template_id"]
@@ -294,8 +351,7 @@ class Copies(Terms):
             else:
                 await self._templates.forget(session, template_id)
 
-        done = State.RUNNING if live else State.PAUSED
-        await self._perform(held, act, done, "template.created", settle=settle)
+        return settle
 
     async def _make_template(self, agent: Agent, row: Row, held: Held) -> int:
         """Make it, or find what a try whose answer was lost has made; its size."""

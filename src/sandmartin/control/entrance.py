@@ -6,8 +6,9 @@ nobody comes in here who would be refused there.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import select
 
@@ -25,8 +26,8 @@ from sandmartin.transport.agent import Agent
 
 async def enter(
     db: Database, sandboxes: Sandboxes, who: Callable[[], Awaitable[Caller]], sandbox_id: str
-) -> Agent:
-    """The agent of a running sandbox of the team of `who`.
+) -> tuple[Agent, Mapping[str, Any]]:
+    """The agent of a running sandbox of the team of `who`, and what its template says.
 
     Raises Unauthenticated, Denied, NotFound, Conflict, Unavailable.
     """
@@ -37,8 +38,8 @@ async def enter(
         # What this loads, and for as long as it is held, is not read again below.
         held = (await session.execute(near.where(row.sandbox_id == sandbox_id))).one_or_none()
         agent = await sandboxes.reach(caller, sandbox_id)
-        del held
-    return agent
+        defaults = held[0].defaults if held is not None else {}
+    return agent, defaults
 
 
 @dataclass(frozen=True)

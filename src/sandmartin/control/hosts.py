@@ -559,7 +559,7 @@ async def _templates_only_on(session: AsyncSession, host_id: str) -> Sequence[st
         .where(
             placed.host_id == host_id,
             template.team_id != PLATFORM_TEAM_ID,
-            template.state != TemplateState.RETIRED,
+            template.state.not_in({TemplateState.RETIRED, TemplateState.HIDDEN}),
             template.template_id.not_in(elsewhere),
         )
     )

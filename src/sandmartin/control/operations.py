@@ -44,6 +44,7 @@ class Kind(StrEnum):
     SNAPSHOT = "snapshot"
     CHECKPOINT = "checkpoint"
     ROLLBACK = "rollback"
+    FLATTEN = "flatten"
 
     @property
     def done(self) -> str:
@@ -60,6 +61,7 @@ _DONE = {
     Kind.SNAPSHOT: "made a template of",
     Kind.CHECKPOINT: "checkpointed",
     Kind.ROLLBACK: "rolled back",
+    Kind.FLATTEN: "made an image of",
 }
 
 

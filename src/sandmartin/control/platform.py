@@ -8,8 +8,17 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from sandmartin.context.archive import Limits as ArchiveLimits
 from sandmartin.control.accounts import Accounts
 from sandmartin.control.authority import Authority
+from sandmartin.control.blobs import Blobs
+from sandmartin.control.builds.contexts import Contexts
+from sandmartin.control.builds.engine import Engine
+from sandmartin.control.builds.grounds import Grounds
+from sandmartin.control.builds.layers import LayerLimits, Layers
+from sandmartin.control.builds.queue import Queue
+from sandmartin.control.builds.service import Builds
+from sandmartin.control.builds.settings import BuildSettings
 from sandmartin.control.contents import Contents
 from sandmartin.control.db import Database
 from sandmartin.control.deadlines import Deadlines
@@ -30,6 +39,7 @@ from sandmartin.control.sandboxes import Sandboxes
 from sandmartin.control.seal import Sealer
 from sandmartin.control.sessions import Sessions
 from sandmartin.control.settings import ControlSettings
+from sandmartin.control.tags import Tags
 from sandmartin.control.teams import Teams
 from sandmartin.control.telemetry import Telemetry
 from sandmartin.control.templates import Templates
@@ -74,6 +84,10 @@ class Platform:
     tokens: Tokens
     waking: Waking
     trust: Trust
+    blobs: Blobs
+    tags: Tags
+    builds: Builds
+    queue: Queue
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -85,6 +99,7 @@ class Platform:
             asyncio.create_task(self.events.watch(), name="events"),
             asyncio.create_task(self.trust.run(), name="trust"),
             asyncio.create_task(self.notifications.run(), name="notifications"),
+            asyncio.create_task(self.queue.run(), name="builds"),
         ]
         try:
             yield
@@ -92,13 +107,14 @@ class Platform:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            await self.queue.close()
             await self.operations.close()
 
     async def _lead(self) -> None:
         """What only one replica does."""
         async with asyncio.TaskGroup() as group:
             works = (self.reconciler.run, self.deadlines.run, self.usage.run, self.retention.run)
-            for work in works:
+            for work in (*works, self.queue.sweep):
                 group.create_task(work())
 
 
@@ -109,6 +125,7 @@ async def open_platform(
     timing: Timing | None = None,
     pace: Pace | None = None,
     patience: Patience | None = None,
+    building: BuildSettings | None = None,
 ) -> AsyncIterator[Platform]:
     """The parts of one replica, its database brought to this release's form.
 
@@ -133,6 +150,12 @@ async def open_platform(
         teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
         accounts = Accounts(db, settings, limits, teams)
         reconciler = Reconciler(db, hosts, sandboxes, templates, happenings, pace)
+        of_builds = building or _builds(settings)
+        blobs = Blobs.open(settings.store_url)
+        layers = Layers(db, of_builds.layers)
+        contexts = _contexts(settings, blobs)
+        builds = Builds(db, sealer, happenings, contexts, max_open=settings.max_builds_per_team)
+        engine = Engine(db, sandboxes, layers, Grounds(db), happenings, of_builds)
         outgoing = Outgoing(parse_networks(settings.outgoing_allow))
         yield Platform(
             settings=settings,
@@ -160,6 +183,12 @@ async def open_platform(
             tokens=Tokens(sealer),
             waking=Waking(db, hosts, sandboxes, happenings, limits, settings.wake_s),
             trust=Trust(db, happenings),
+            blobs=blobs,
+            tags=Tags(db),
+            builds=builds,
+            queue=Queue(
+                db, owner, sealer, happenings, sandboxes, layers, builds, engine, of_builds
+            ),
         )
 
 
@@ -174,6 +203,23 @@ def _quotas(settings: ControlSettings) -> Quotas:
         max_sandboxes=settings.max_sandboxes,
         max_vcpus=settings.max_vcpus,
         max_memory_mb=settings.max_memory_mb,
+    )
+
+
+def _builds(settings: ControlSettings) -> BuildSettings:
+    return BuildSettings(
+        at_once=settings.builds_at_once,
+        most_s=settings.max_build_s,
+        layers=LayerLimits(count=settings.max_layers, size_bytes=settings.max_layers_mb << 20),
+    )
+
+
+def _contexts(settings: ControlSettings, blobs: Blobs) -> Contexts:
+    return Contexts(
+        blobs,
+        settings.data_dir,
+        keep_s=settings.keep_contexts_days * 86400.0,
+        limits=ArchiveLimits(),
     )
 
 

@@ -46,6 +46,9 @@ class NewRow:
     network: NetworkPolicy | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     envs: Mapping[str, str] = field(default_factory=dict, repr=False)
+    #: Of a build: which it is, and the template's id, as what builds make has no name.
+    build_id: str | None = None
+    template_id: str = ""
 
     def __post_init__(self) -> None:
         if self.on_timeout not in {"pause", "kill"}:
@@ -154,6 +157,16 @@ def spec_of(new: NewRow, template: tables.Template) -> SandboxSpec:
 def wanted_policy(new: NewRow, template: tables.Template) -> NetworkPolicy:
     """What the sandbox may reach: as asked, or as what the template was made from."""
     return new.network or NetworkPolicy.from_dict(template.network)
+
+
+def first_envs(new: NewRow, template: tables.Template) -> dict[str, str]:
+    """Variables of all commands: those of the template, and those that were asked for.
+
+    A build gives each command its own.
+    """
+    if new.build_id is not None:
+        return dict(new.envs)
+    return {**template.defaults.get("envs", {}), **new.envs}
 
 
 def need_of(spec: SandboxSpec, template: tables.Template) -> Need:

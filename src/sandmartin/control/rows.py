@@ -156,6 +156,8 @@ def child_of(
         network=parent.network,
         envd_version=parent.envd_version,
         labels=dict(parent.labels),
+        defaults=dict(parent.defaults),
+        build_id=parent.build_id,
         parent_id=parent.sandbox_id,
         created_by=caller.actor_id,
         created_at=now,

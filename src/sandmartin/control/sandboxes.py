@@ -25,6 +25,7 @@ from sandmartin.control.requests import (
     Filter,
     NewRow,
     Page,
+    first_envs,
     keys_of_children,
     need_of,
     spec_of,
@@ -88,7 +89,7 @@ class Sandboxes(Copies):
 
     async def list(self, caller: Caller, wanted: Filter) -> Page:
         """Sandboxes of the caller's team in order of creation. Raises Invalid, Denied."""
-        query = select(Row).where(Row.state.in_(sorted(wanted.states)))
+        query = select(Row).where(Row.state.in_(sorted(wanted.states)), Row.build_id.is_(None))
         if wanted.all_teams:
             caller.require_admin()
         else:
@@ -112,7 +113,9 @@ class Sandboxes(Copies):
     async def count(self, caller: Caller, states: Collection[State]) -> int:
         """How many sandboxes of the caller's team are in these states."""
         query = select(func.count()).where(
-            Row.team_id == caller.team_id, Row.state.in_(sorted(states))
+            Row.team_id == caller.team_id,
+            Row.state.in_(sorted(states)),
+            Row.build_id.is_(None),
         )
         async with self._db.read() as session:
             return await session.scalar(query) or 0
@@ -193,7 +196,9 @@ class Sandboxes(Copies):
     async def _begin_create(
         self, session: AsyncSession, caller: Caller, new: NewRow, key: str
     ) -> Held:
-        template = await find_template(session, caller.team_id, new.template)
+        template = await find_template(
+            session, caller.team_id, new.template, template_id=new.template_id
+        )
         spec = spec_of(new, template)
         await self._quotas.check(session, caller.team_id, [spec])
         policy = wanted_policy(new, template)
@@ -219,6 +224,8 @@ class Sandboxes(Copies):
             auto_resume=new.auto_resume,
             public_traffic=new.public_traffic,
             labels=dict(new.labels),
+            defaults=dict(template.defaults),
+            build_id=new.build_id,
             created_by=caller.actor_id,
             created_at=now,
             idempotency_key=key or None,
@@ -231,7 +238,7 @@ class Sandboxes(Copies):
             row.sandbox_id,
             Kind.CREATE,
             state_before=State.STARTING,
-            envs=self._sealer.seal(dict(new.envs)).decode(),
+            envs=self._sealer.seal(first_envs(new, template)).decode(),
             template_id=template.template_id,
         )
         row.operation_id = held.operation_id

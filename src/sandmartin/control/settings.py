@@ -46,6 +46,16 @@ class ControlSettings:
     max_sandboxes: int = 100
     max_vcpus: int = 200
     max_memory_mb: int = 200 * 1024
+    #: Of template builds: those that one replica does at a time, those that a team may have under
+    #: way, how long one may take, and what of them a team may keep for builds to come.
+    builds_at_once: int = 2
+    max_builds_per_team: int = 20
+    max_build_s: float = 3600.0
+    max_layers: int = 100
+    max_layers_mb: int = 20 * 1024
+    #: Where artefacts are kept: `file:///PATH` or `s3://BUCKET/PREFIX`; empty for a folder in the
+    #: data directory.
+    artefact_store: str = ""
     #: The longest that a sandbox may be asked to run for at a time, where its time is limited.
     max_lifetime_s: int = 24 * 3600
     #: For how long a request waits for the sandbox that it wakes.
@@ -65,6 +75,7 @@ class ControlSettings:
     keep_events_days: float = 90.0
     keep_operations_days: float = 7.0
     keep_deliveries_days: float = 7.0
+    keep_contexts_days: float = 7.0
 
     def __post_init__(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -94,6 +105,11 @@ class ControlSettings:
     def url(self) -> str:
         """The database."""
         return self.database_url or f"sqlite:///{self.data_dir / 'control.sqlite3'}"
+
+    @property
+    def store_url(self) -> str:
+        """The artefact store."""
+        return self.artefact_store or (self.data_dir.absolute() / "store").as_uri()
 
     @property
     def base_url(self) -> str:

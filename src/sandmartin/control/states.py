@@ -52,5 +52,15 @@ class TemplateState(StrEnum):
     MAKING = "making"
     READY = "ready"
     DELETING = "deleting"
+    #: There, for builds alone.
+    HIDDEN = "hidden"
     #: Deleted as far as anybody can see; hosts keep it for what still needs it.
     RETIRED = "retired"
+
+
+class BuildState(StrEnum):
+    WAITING = "waiting"
+    BUILDING = "building"
+    READY = "ready"
+    FAILED = "failed"
+    CANCELLED = "cancelled"

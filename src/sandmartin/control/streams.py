@@ -27,7 +27,7 @@ import base64
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -44,6 +44,7 @@ from sandmartin.control.api.commands import (
     signal_number,
 )
 from sandmartin.control.caller import Caller
+from sandmartin.control.defaults import with_defaults
 from sandmartin.control.entrance import enter
 from sandmartin.errors import (
     Conflict,
@@ -213,9 +214,17 @@ class _Session:
     #: Binary messages begin with it.
     _CHANNELS: ClassVar[dict[type[ExecEvent], bytes]] = {Stdout: b"\1", Stderr: b"\2"}
 
-    def __init__(self, socket: Socket, agent: Agent, sandbox_id: str, words: _Words) -> None:
+    def __init__(
+        self,
+        socket: Socket,
+        agent: Agent,
+        sandbox_id: str,
+        words: _Words,
+        defaults: Mapping[str, Any],
+    ) -> None:
         self._socket = socket
         self._agent = agent
+        self._defaults = defaults
         self._sandbox_id = sandbox_id
         self._words = words
         self._pid = 0
@@ -258,6 +267,7 @@ class _Session:
             self._binary = start.binary
             command = start.command(stdin=start.stdin)
         self._tag = start.tag
+        command = with_defaults(command, self._defaults)
         return self._agent.exec_stream(self._sandbox_id, command)
 
     # What the process says.
@@ -378,8 +388,8 @@ async def _serve(
         caller, platform = await _who(websocket, socket), platform_of(websocket)
         with platform.trust.watching(caller) as lost:
             found = partial(_found, caller)
-            agent = await enter(platform.db, platform.sandboxes, found, sandbox_id)
-            session = _Session(socket, agent, sandbox_id, words)
+            agent, defaults = await enter(platform.db, platform.sandboxes, found, sandbox_id)
+            session = _Session(socket, agent, sandbox_id, words, defaults)
             await _first_of(session.run(opening), _no_longer(lost))
     except _HungUp:
         return

@@ -224,10 +224,36 @@ class Template(Base):
     sandbox_id: Mapped[str | None]
     #: What its source might reach; see `Sandbox.network`.
     network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    #: What its sandboxes begin with; see `defaults`.
+    defaults: Mapped[dict[str, Any]] = mapped_column(_Json, default=dict)
+    #: The build that made it.
+    build_id: Mapped[str | None]
+    #: Of what only builds see: by what they find it, and when one last did.
+    layer_key: Mapped[str | None]
+    used_at: Mapped[float] = mapped_column(default=0.0)
     created_at: Mapped[float]
     created_by: Mapped[str] = mapped_column(default="")
 
-    __table_args__ = (UniqueConstraint("team_id", "name"),)
+    __table_args__ = (
+        UniqueConstraint("team_id", "name"),
+        Index("templates_by_layer", "team_id", "layer_key"),
+    )
+
+
+class TemplateTag(Base):
+    """A tag of a name, and the template that it is of. A name alone is its tag `default`."""
+
+    __tablename__ = "template_tags"
+
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    tag: Mapped[str] = mapped_column(primary_key=True)
+    template_id: Mapped[str] = mapped_column(
+        ForeignKey("templates.template_id", ondelete="CASCADE")
+    )
+    created_at: Mapped[float]
+
+    __table_args__ = (Index("template_tags_by_template", "template_id"),)
 
 
 class TemplatePlacement(Base):
@@ -280,6 +306,10 @@ class Sandbox(Base):
     network: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     #: Labels that its owner gave it.
     labels: Mapped[dict[str, str]] = mapped_column("metadata", _Json, default=dict)
+    #: What it has of its template; see `defaults`.
+    defaults: Mapped[dict[str, Any]] = mapped_column(_Json, default=dict)
+    #: The build that works in it, and to whose team it is not shown.
+    build_id: Mapped[str | None]
     host_ip: Mapped[str] = mapped_column(default="")
     #: The guest protocol that it speaks, as E2B counts it; empty when it is not known.
     envd_version: Mapped[str] = mapped_column(default="")
@@ -305,6 +335,12 @@ class Sandbox(Base):
             "state",
             sqlite_where=text("state != 'stopped'"),
             postgresql_where=text("state != 'stopped'"),
+        ),
+        Index(
+            "sandboxes_of_builds",
+            "build_id",
+            sqlite_where=text("build_id IS NOT NULL AND state != 'stopped'"),
+            postgresql_where=text("build_id IS NOT NULL AND state != 'stopped'"),
         ),
         # What the deadlines look at.
         Index(
@@ -348,6 +384,77 @@ class Operation(Base):
             postgresql_where=text("finished_at IS NULL"),
         ),
     )
+
+
+# Builds.
+
+
+class Build(Base):
+    """A template being built. Whoever holds its lease does it, and nobody else."""
+
+    __tablename__ = "builds"
+
+    build_id: Mapped[str] = mapped_column(primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.team_id"))
+    name: Mapped[str]
+    tags: Mapped[list[str]] = mapped_column(_Json, default=list)
+    #: A `BuildState`; changed by `builds.service` and `builds.queue` alone.
+    state: Mapped[str]
+    #: What is to be done, sealed, as there may be secrets in it; None once that is over.
+    sealed_request: Mapped[bytes | None] = mapped_column(LargeBinary)
+    template_id: Mapped[str | None]
+    #: Code of the error it ended with; empty for none. `error_step` counts from 1.
+    error_code: Mapped[str] = mapped_column(default="")
+    error_message: Mapped[str] = mapped_column(default="")
+    error_hint: Mapped[str] = mapped_column(default="")
+    error_step: Mapped[int | None]
+    created_by: Mapped[str] = mapped_column(default="")
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    steps_total: Mapped[int] = mapped_column(default=0)
+    steps_done: Mapped[int] = mapped_column(default=0)
+    steps_cached: Mapped[int] = mapped_column(default=0)
+    #: Of its log.
+    log_lines: Mapped[int] = mapped_column(default=0)
+    log_bytes: Mapped[int] = mapped_column(default=0)
+    #: Somebody wants it to end.
+    cancelling: Mapped[bool] = mapped_column(default=False)
+    #: Who works on it, with which token, until when unless renewed; empty while it waits.
+    lease_owner: Mapped[str] = mapped_column(default="")
+    lease_token: Mapped[str] = mapped_column(default="")
+    lease_expires_at: Mapped[float] = mapped_column(default=0.0)
+    attempts: Mapped[int] = mapped_column(default=0)
+
+    __table_args__ = (
+        Index("builds_by_team", "team_id", "created_at", "build_id"),
+        Index(
+            "builds_open",
+            "created_at",
+            sqlite_where=text("finished_at IS NULL"),
+            postgresql_where=text("finished_at IS NULL"),
+        ),
+    )
+
+
+class BuildLine(Base):
+    """A line of a build's log; they count from 1."""
+
+    __tablename__ = "build_log"
+
+    build_id: Mapped[str] = mapped_column(
+        ForeignKey("builds.build_id", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    #: `debug`, `info`, `warn` or `error`.
+    level: Mapped[str]
+    message: Mapped[str]
+    #: The step that it is of, from 1; 0 for none. `phase` is that of the step.
+    step: Mapped[int] = mapped_column(default=0)
+    phase: Mapped[str] = mapped_column(default="")
+    #: Since the build was begun.
+    elapsed_ms: Mapped[int] = mapped_column(default=0)
 
 
 class Lease(Base):

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import delete, or_, select, tuple_, update
@@ -23,8 +26,8 @@ from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.rows import read_cursor
 from sandmartin.control.states import ALIVE, TemplateState
-from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement
-from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound, SandmartinError
+from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement, TemplateTag
+from sandmartin.errors import AlreadyExists, Conflict, Denied, Invalid, NotFound, SandmartinError
 from sandmartin.model import check_name, random_id
 from sandmartin.transport import TemplateInfo as AgentTemplate
 from sandmartin.transport.agent import Agent
@@ -36,6 +39,9 @@ Row = tables.Template
 _OF_A_TEAM = "t-"
 #: Nobody deletes this one of the platform's.
 _DEFAULT = "base"
+#: What a name means that has no tag.
+DEFAULT_TAG = "default"
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 async def find_template(
@@ -43,16 +49,26 @@ async def find_template(
     team_id: str,
     name: str,
     *,
+    template_id: str = "",
     to_change: bool = False,
     lock: bool = True,
 ) -> Row:
-    """The template that a team means by `name`: its own, or the platform's. Raises NotFound.
+    """The template that a team means by `name`, or `name:tag`: its own, or the platform's.
 
-    It stays as it is until the transaction's end, and is nobody else's if it is `to_change`.
+    What has no name is found by its id. It stays as it is until the transaction's end, and is
+    nobody else's if it is `to_change`. Raises NotFound.
     """
-    query = select(Row).where(
-        Row.team_id.in_([team_id, PLATFORM_TEAM_ID]), Row.name == check_name(name, "template name")
-    )
+    query = select(Row).where(Row.team_id.in_([team_id, PLATFORM_TEAM_ID]))
+    if template_id:
+        query = query.where(Row.template_id == template_id, Row.state != TemplateState.RETIRED)
+    else:
+        base, tag = split_name(name)
+        tagged = select(TemplateTag.template_id).where(
+            TemplateTag.team_id == Row.team_id, TemplateTag.name == base, TemplateTag.tag == tag
+        )
+        query = query.where(
+            or_(Row.name == tagged_name(base, tag), Row.template_id.in_(tagged)),
+        )
     if lock:
         query = query.with_for_update(read=not to_change)
     rows = {row.team_id: row for row in await session.scalars(query)}
@@ -66,9 +82,67 @@ async def find_template(
     return row
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Name and tag of `name:tag`, or of a name alone. Raises Invalid."""
+    base, colon, tag = name.partition(":")
+    check_name(base, "template name")
+    if not colon:
+        return base, DEFAULT_TAG
+    if not _TAG.fullmatch(tag):
+        raise Invalid(
+            f"the tag {tag[:80]!r} is not valid",
+            hint="use letters, digits, dot, dash and underscore, 128 at most",
+        )
+    return base, tag
+
+
+def tagged_name(name: str, tag: str) -> str:
+    """The shortest way to say `name:tag`."""
+    return name if tag == DEFAULT_TAG else f"{name}:{tag}"
+
+
 def new_agent_name() -> str:
     """A name on hosts for a template of a team."""
     return f"{_OF_A_TEAM}{random_id(20)}"
+
+
+def hidden_name(template_id: str) -> str:
+    """What stands in the place of a name where there is none; nobody can ask for it."""
+    return f"~{template_id}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """What a build makes, for itself and for builds to come."""
+
+    build_id: str
+    #: `snapshot`, or `image`.
+    kind: str
+    #: By which builds to come find it; empty for what only this one needs.
+    layer_key: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def new_row(caller: Caller, sandbox: tables.Sandbox, kind: str) -> Row:
+    """A template that is about to be made of a sandbox, without a name."""
+    template_id = str(uuid4())
+    shape = kind == "snapshot"
+    return Row(
+        template_id=template_id,
+        team_id=caller.team_id,
+        name=hidden_name(template_id),
+        agent_name=new_agent_name(),
+        kind=kind,
+        state=TemplateState.MAKING,
+        vcpus=sandbox.vcpus if shape else 0,
+        memory_mb=sandbox.memory_mb if shape else 0,
+        disk_size_mb=sandbox.disk_size_mb,
+        sandbox_id=sandbox.sandbox_id,
+        network=sandbox.network,
+        defaults=dict(sandbox.defaults),
+        created_at=time.time(),
+        created_by=caller.actor_id,
+    )
 
 
 class Templates:
@@ -126,21 +200,18 @@ class Templates:
     ) -> Row:
         """A template that is about to be made. Raises Invalid, AlreadyExists."""
         await self.check_new(session, caller, name)
-        row = Row(
-            template_id=str(uuid4()),
-            team_id=caller.team_id,
-            name=name,
-            agent_name=new_agent_name(),
-            kind="snapshot",
-            state=TemplateState.MAKING,
-            vcpus=sandbox.vcpus,
-            memory_mb=sandbox.memory_mb,
-            disk_size_mb=sandbox.disk_size_mb,
-            sandbox_id=sandbox.sandbox_id,
-            network=sandbox.network,
-            created_at=time.time(),
-            created_by=caller.actor_id,
-        )
+        row = new_row(caller, sandbox, "snapshot")
+        row.name = name
+        await self._add(session, row)
+        return row
+
+    async def add_hidden(
+        self, session: AsyncSession, caller: Caller, sandbox: tables.Sandbox, hidden: Hidden
+    ) -> Row:
+        """One that is about to be made for the builds of a team, and has no name."""
+        row = new_row(caller, sandbox, hidden.kind)
+        row.defaults = dict(hidden.defaults)
+        row.build_id, row.layer_key, row.used_at = hidden.build_id, hidden.layer_key, time.time()
         await self._add(session, row)
         return row
 
@@ -154,11 +225,13 @@ class Templates:
 
     async def check_new(self, session: AsyncSession, caller: Caller, name: str) -> None:
         """Raises Invalid, and AlreadyExists when the team or the platform has it."""
-        query = select(Row).where(
-            Row.team_id.in_([caller.team_id, PLATFORM_TEAM_ID]),
-            Row.name == check_name(name, "template name"),
+        check_name(name, "template name")
+        teams = [caller.team_id, PLATFORM_TEAM_ID]
+        tagged = select(TemplateTag.tag).where(
+            TemplateTag.team_id.in_(teams), TemplateTag.name == name
         )
-        if (await session.scalar(query)) is not None:
+        query = select(Row.name).where(Row.team_id.in_(teams), Row.name == name)
+        if await session.scalar(query) or await session.scalar(tagged.limit(1)):
             raise _taken(name)
 
     async def made(
@@ -167,7 +240,9 @@ class Templates:
         """It is there, on one host."""
         row = await session.get(Row, template_id)
         if row is not None:
-            row.state, row.size_bytes = TemplateState.READY, size_bytes
+            hidden = row.name == hidden_name(row.template_id)
+            row.state = TemplateState.HIDDEN if hidden else TemplateState.READY
+            row.size_bytes = size_bytes
             session.add(TemplatePlacement(template_id=template_id, host_id=host_id))
 
     async def brought(
@@ -220,7 +295,7 @@ class Templates:
         """
         async with self._db.write() as session:
             row = await _find_to_delete(session, caller, name)
-            row.state, row.name = TemplateState.RETIRED, f"~{row.template_id}"
+            await retire(session, row)
             audit.record(session, caller, "template.deleted", "template", name)
             events.record(session, row.team_id, "template.deleted", name=name)
         await self.finish_deletion(row)
@@ -329,7 +404,8 @@ class Templates:
                     row = _of_the_platform(each)
                     session.add(row)
                     await session.flush()
-                ready = row is not None and row.state == TemplateState.READY
+                there = {TemplateState.READY, TemplateState.HIDDEN}
+                ready = row is not None and row.state in there
                 if row is not None and ready and row.template_id not in placed:
                     session.add(TemplatePlacement(template_id=row.template_id, host_id=host_id))
             gone = [
@@ -344,6 +420,13 @@ class Templates:
                         TemplatePlacement.template_id.in_(gone),
                     )
                 )
+
+
+async def retire(session: AsyncSession, row: Row) -> None:
+    """Nobody sees it any more; the reconciler removes it when nothing needs it."""
+    row.state, row.name = TemplateState.RETIRED, hidden_name(row.template_id)
+    await session.execute(delete(TemplateTag).where(TemplateTag.template_id == row.template_id))
+    await session.flush()
 
 
 async def _placed_on(session: AsyncSession, host_id: str) -> set[str]:

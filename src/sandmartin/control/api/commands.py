@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sandmartin.control.api.access import ThePlatform
 from sandmartin.control.api.bodies import RAW_BODY, Streamed, begun, pieces_of
 from sandmartin.control.api.inside import Inside, TheInside
+from sandmartin.control.defaults import with_defaults
 from sandmartin.errors import Invalid, NotFound, SandmartinError, TimedOut
 from sandmartin.model import DEFAULT_EXEC_TIMEOUT_S
 from sandmartin.transport import (
@@ -56,8 +57,8 @@ class Run(BaseModel):
     cmd: str = Field(min_length=1, max_length=1 << 17)
     args: list[str] = Field(default_factory=list, max_length=1 << 14)
     envs: dict[str, str] = Field(default_factory=dict)
-    cwd: str = Field("", max_length=4096, description="Empty is the user's home.")
-    user: str = Field("", max_length=256, description="Name or number; empty is root.")
+    cwd: str = Field("", max_length=4096, description="Empty is that of the template, or the home.")
+    user: str = Field("", max_length=256, description="Empty is the template's, or root.")
     tag: str = Field("", description="A name for it: letters, digits, `.`, `_` and `-`.")
     timeout_sec: int | None = Field(
         None, ge=0, le=_MAX_TIMEOUT_S, description="When it is killed; 0 is never."
@@ -173,9 +174,9 @@ class _Output:
 async def execute(body: Exec, inside: TheInside) -> ResultBody | Response:
     """Run a command to its end, or in the background."""
     if body.background:
-        started = await _start(inside, body.command())
+        started = await _start(inside, with_defaults(body.command(), inside.defaults))
         return JSONResponse({"pid": started.pid, "tag": body.tag}, 202)
-    command = body.command(DEFAULT_EXEC_TIMEOUT_S)
+    command = with_defaults(body.command(DEFAULT_EXEC_TIMEOUT_S), inside.defaults)
     begun_at = time.monotonic()
     output, end = _Output(), None
     async with contextlib.aclosing(inside.agent.exec_stream(inside.sandbox_id, command)) as events:
@@ -252,7 +253,7 @@ async def stream(body: Stream, inside: TheInside, platform: ThePlatform) -> Resp
     client that hangs up does not end the command.
     """
     pty = body.pty.size() if body.pty else None
-    command = body.command(stdin=body.stdin, pty=pty)
+    command = with_defaults(body.command(stdin=body.stdin, pty=pty), inside.defaults)
     events = inside.agent.exec_stream(inside.sandbox_id, command)
     return _told(await begun(_server_sent(events)), platform.trust.watching(inside.caller))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.security import APIKeyHeader
@@ -27,6 +28,8 @@ class Inside:
     sandbox_id: str
     agent: Agent
     caller: Caller
+    #: Of its template; see `defaults`.
+    defaults: Mapping[str, Any]
 
 
 async def _inside(
@@ -41,8 +44,8 @@ async def _inside(
         asked.append(await caller_of(request))
         return asked[0]
 
-    agent = await enter(platform.db, platform.sandboxes, who, sandbox_id)
-    return Inside(sandbox_id, agent, asked[0])
+    agent, defaults = await enter(platform.db, platform.sandboxes, who, sandbox_id)
+    return Inside(sandbox_id, agent, asked[0], defaults)
 
 
 #: A sandbox of the caller's team that runs: NotFound or Conflict otherwise.

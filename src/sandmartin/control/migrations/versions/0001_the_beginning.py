@@ -199,6 +199,49 @@ def upgrade() -> None:
         batch_op.create_index("browser_sessions_by_user", ["user_id"], unique=False)
 
     op.create_table(
+        "builds",
+        sa.Column("build_id", sa.String(), nullable=False),
+        sa.Column("team_id", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("tags", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False),
+        sa.Column("state", sa.String(), nullable=False),
+        sa.Column("sealed_request", sa.LargeBinary(), nullable=True),
+        sa.Column("template_id", sa.String(), nullable=True),
+        sa.Column("error_code", sa.String(), nullable=False),
+        sa.Column("error_message", sa.String(), nullable=False),
+        sa.Column("error_hint", sa.String(), nullable=False),
+        sa.Column("error_step", sa.Integer(), nullable=True),
+        sa.Column("created_by", sa.String(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("started_at", sa.Double(), nullable=True),
+        sa.Column("finished_at", sa.Double(), nullable=True),
+        sa.Column("steps_total", sa.Integer(), nullable=False),
+        sa.Column("steps_done", sa.Integer(), nullable=False),
+        sa.Column("steps_cached", sa.Integer(), nullable=False),
+        sa.Column("log_lines", sa.Integer(), nullable=False),
+        sa.Column("log_bytes", sa.Integer(), nullable=False),
+        sa.Column("cancelling", sa.Boolean(), nullable=False),
+        sa.Column("lease_owner", sa.String(), nullable=False),
+        sa.Column("lease_token", sa.String(), nullable=False),
+        sa.Column("lease_expires_at", sa.Double(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["team_id"],
+            ["teams.team_id"],
+        ),
+        sa.PrimaryKeyConstraint("build_id"),
+    )
+    with op.batch_alter_table("builds", schema=None) as batch_op:
+        batch_op.create_index("builds_by_team", ["team_id", "created_at", "build_id"], unique=False)
+        batch_op.create_index(
+            "builds_open",
+            ["created_at"],
+            unique=False,
+            sqlite_where=sa.text("finished_at IS NULL"),
+            postgresql_where=sa.text("finished_at IS NULL"),
+        )
+
+    op.create_table(
         "channels",
         sa.Column("channel_id", sa.String(), nullable=False),
         sa.Column("team_id", sa.String(), nullable=False),
@@ -276,6 +319,10 @@ def upgrade() -> None:
         sa.Column(
             "metadata", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
         ),
+        sa.Column(
+            "defaults", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
+        ),
+        sa.Column("build_id", sa.String(), nullable=True),
         sa.Column("host_ip", sa.String(), nullable=False),
         sa.Column("envd_version", sa.String(), nullable=False),
         sa.Column("parent_id", sa.String(), nullable=True),
@@ -315,6 +362,13 @@ def upgrade() -> None:
             sqlite_where=sa.text("ends_at IS NOT NULL AND state != 'stopped'"),
             postgresql_where=sa.text("ends_at IS NOT NULL AND state != 'stopped'"),
         )
+        batch_op.create_index(
+            "sandboxes_of_builds",
+            ["build_id"],
+            unique=False,
+            sqlite_where=sa.text("build_id IS NOT NULL AND state != 'stopped'"),
+            postgresql_where=sa.text("build_id IS NOT NULL AND state != 'stopped'"),
+        )
 
     op.create_table(
         "templates",
@@ -332,6 +386,12 @@ def upgrade() -> None:
         sa.Column(
             "network", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=True
         ),
+        sa.Column(
+            "defaults", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
+        ),
+        sa.Column("build_id", sa.String(), nullable=True),
+        sa.Column("layer_key", sa.String(), nullable=True),
+        sa.Column("used_at", sa.Double(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("created_by", sa.String(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -341,6 +401,22 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("template_id"),
         sa.UniqueConstraint("agent_name"),
         sa.UniqueConstraint("team_id", "name"),
+    )
+    with op.batch_alter_table("templates", schema=None) as batch_op:
+        batch_op.create_index("templates_by_layer", ["team_id", "layer_key"], unique=False)
+
+    op.create_table(
+        "build_log",
+        sa.Column("build_id", sa.String(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False),
+        sa.Column("level", sa.String(), nullable=False),
+        sa.Column("message", sa.String(), nullable=False),
+        sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("phase", sa.String(), nullable=False),
+        sa.Column("elapsed_ms", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(["build_id"], ["builds.build_id"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("build_id", "number"),
     )
     op.create_table(
         "deliveries",
@@ -426,6 +502,23 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["template_id"], ["templates.template_id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("template_id", "host_id"),
     )
+    op.create_table(
+        "template_tags",
+        sa.Column("team_id", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("tag", sa.String(), nullable=False),
+        sa.Column("template_id", sa.String(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["team_id"],
+            ["teams.team_id"],
+        ),
+        sa.ForeignKeyConstraint(["template_id"], ["templates.template_id"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("team_id", "name", "tag"),
+    )
+    with op.batch_alter_table("template_tags", schema=None) as batch_op:
+        batch_op.create_index("template_tags_by_template", ["template_id"], unique=False)
+
     # ### end Alembic commands ###
 
 

@@ -1,0 +1,226 @@
+"""Builds as those see them who ask for them: begun, listed, read, called off.
+
+What is done with them is in `queue` and `engine`, on whichever replica has room.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sandmartin.control import audit, events, tables
+from sandmartin.control.builds.contexts import Contexts
+from sandmartin.control.builds.request import NewBuild
+from sandmartin.control.caller import Caller
+from sandmartin.control.db import Database
+from sandmartin.control.rows import read_cursor
+from sandmartin.control.seal import Sealer
+from sandmartin.control.states import BuildState
+from sandmartin.control.tables import PLATFORM_TEAM_ID, BuildLine, Team
+from sandmartin.control.templates import find_template
+from sandmartin.errors import Denied, Exhausted, NotFound
+from sandmartin.model import random_id
+
+Row = tables.Build
+_FOLLOW_S = 1.0
+#: Lines of a log that are given at a time while it is followed.
+_BATCH = 500
+OPEN = frozenset({BuildState.WAITING, BuildState.BUILDING})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    rows: Sequence[Row]
+    #: `cursor` of the next page; empty at the end.
+    next: str
+
+
+class Builds:
+    """The builds of all teams."""
+
+    def __init__(
+        self,
+        db: Database,
+        sealer: Sealer,
+        happenings: events.Events,
+        contexts: Contexts,
+        *,
+        max_open: int,
+    ) -> None:
+        self._db = db
+        self._sealer = sealer
+        self._events = happenings
+        self.contexts = contexts
+        self._max_open = max_open
+
+    async def create(self, caller: Caller, new: NewBuild) -> Row:
+        """Have a template built. Raises Invalid, NotFound (uploads), Denied, Exhausted."""
+        # What can never work is refused before it waits.
+        new.read()
+        for digest in filter(None, (new.context, new.from_archive)):
+            if not await self.contexts.has(caller, digest):
+                raise NotFound(
+                    f"the upload {digest} is not there", hint="PUT /v1/builds/contexts/SHA256"
+                )
+        row = Row(
+            build_id=f"bd{random_id(20)}",
+            team_id=caller.team_id,
+            name=new.base_name,
+            tags=list(new.all_tags),
+            state=BuildState.WAITING,
+            sealed_request=self._sealer.seal(new.to_json()),
+            created_by=caller.actor_id,
+            created_at=time.time(),
+        )
+        async with self._db.write() as session:
+            await self._check_room(session, caller)
+            await _check_name(session, caller, new.base_name)
+            session.add(row)
+            audit.record(
+                session,
+                caller,
+                "build.created",
+                "build",
+                row.build_id,
+                name=row.name,
+                tags=row.tags,
+            )
+        self._events.wake()
+        return row
+
+    async def _check_room(self, session: AsyncSession, caller: Caller) -> None:
+        # Where transactions write side by side, those of one team count one after the other.
+        await session.get(Team, caller.team_id, with_for_update={"key_share": True})
+        query = select(func.count()).where(Row.team_id == caller.team_id, Row.finished_at.is_(None))
+        if (await session.scalar(query) or 0) >= self._max_open:
+            raise Exhausted(
+                f"the team has {self._max_open} builds under way, and may have no more",
+                hint="wait for one of them, or cancel it",
+            )
+
+    async def get(self, caller: Caller, build_id: str) -> Row:
+        """A build of the team. Raises NotFound."""
+        async with self._db.read() as session:
+            return await _find(session, caller, build_id)
+
+    async def list(
+        self, caller: Caller, *, name: str = "", limit: int = 100, cursor: str = ""
+    ) -> Page:
+        """Builds of the team, newest first. Raises Invalid."""
+        key = tuple_(Row.created_at, Row.build_id)
+        query = select(Row).where(Row.team_id == caller.team_id)
+        if name:
+            query = query.where(Row.name == name)
+        if cursor:
+            query = query.where(key < read_cursor(cursor))
+        query = query.order_by(Row.created_at.desc(), Row.build_id.desc()).limit(limit + 1)
+        async with self._db.read() as session:
+            rows = (await session.scalars(query)).all()
+        shown = rows[:limit]
+        more = len(rows) > limit
+        return Page(
+            rows=shown, next=f"{shown[-1].created_at!r}_{shown[-1].build_id}" if more else ""
+        )
+
+    async def log(
+        self, caller: Caller, build_id: str, after: int = 0, limit: int = 100
+    ) -> Sequence[BuildLine]:
+        """Lines of a build's log after one of them. Raises NotFound."""
+        query = select(BuildLine).where(BuildLine.build_id == build_id, BuildLine.number > after)
+        async with self._db.read() as session:
+            await _find(session, caller, build_id)
+            return (await session.scalars(query.order_by(BuildLine.number).limit(limit))).all()
+
+    async def follow(
+        self, caller: Caller, build_id: str, after: int = 0
+    ) -> AsyncGenerator[BuildLine | None, None]:
+        """Lines after one of them as they come, None now and then, to the build's end.
+
+        Raises NotFound.
+        """
+        while True:
+            # Before the lines: those of its end come with its end.
+            over = (await self.get(caller, build_id)).finished_at is not None
+            lines = await self.log(caller, build_id, after, _BATCH)
+            for line in lines:
+                after = line.number
+                yield line
+            if lines:
+                continue
+            if over:
+                return
+            await self._events.changed(_FOLLOW_S)
+            yield None
+
+    async def cancel(self, caller: Caller, build_id: str) -> Row:
+        """Call a build off, which ends soon then. One that is over stays as it is.
+
+        Raises NotFound.
+        """
+        async with self._db.write() as session:
+            row = await _find(session, caller, build_id, to_change=True)
+            if row.finished_at is not None or row.cancelling:
+                return row
+            row.cancelling = True
+            if row.state == BuildState.WAITING:
+                row.state, row.finished_at = BuildState.CANCELLED, time.time()
+                row.sealed_request = None
+                tell_end(session, row)
+            audit.record(session, caller, "build.cancelled", "build", build_id, name=row.name)
+        self._events.wake()
+        return row
+
+    async def prune(self, now: float, keep_s: float) -> None:
+        """Forget builds that ended long ago, with their logs, and uploads that are too old."""
+        async with self._db.write() as session:
+            old = select(Row.build_id).where(Row.finished_at < now - keep_s).limit(_BATCH)
+            for build_id in (await session.scalars(old)).all():
+                row = await session.get(Row, build_id)
+                await session.delete(row)
+        await self.contexts.prune(now)
+
+    async def cancel_all_of(self, team_id: str) -> None:
+        """Call off what a deleted team has under way."""
+        async with self._db.write() as session:
+            await session.execute(
+                update(Row)
+                .where(Row.team_id == team_id, Row.finished_at.is_(None))
+                .values(cancelling=True)
+            )
+
+
+def tell(session: AsyncSession, row: Row, kind: str, **more: str) -> None:
+    """An event of a build, in the transaction of what it tells."""
+    data: dict[str, Any] = {"build_id": row.build_id, "name": row.name, "tags": row.tags}
+    events.record(session, row.team_id, kind, **data, **more)
+
+
+def tell_end(session: AsyncSession, row: Row) -> None:
+    """The event of a build's end, in the transaction of it."""
+    error = {"error": row.error_message} if row.error_code else {}
+    tell(session, row, "build.finished", state=row.state, **error)
+
+
+async def _find(
+    session: AsyncSession, caller: Caller, build_id: str, *, to_change: bool = False
+) -> Row:
+    row = await session.get(Row, build_id, with_for_update=to_change or None)
+    if row is None or row.team_id != caller.team_id:
+        raise NotFound(f"there is no build {build_id[:80]!r}")
+    return row
+
+
+async def _check_name(session: AsyncSession, caller: Caller, name: str) -> None:
+    """Raises Denied when the name is the platform's."""
+    if caller.team_id == PLATFORM_TEAM_ID:
+        return
+    try:
+        found = await find_template(session, PLATFORM_TEAM_ID, name)
+    except NotFound:
+        return
+    raise Denied(f"template {found.name!r} belongs to the platform", hint="choose another name")

@@ -1,0 +1,51 @@
+"""What a template brings to its sandboxes: variables, user, directory, ports, labels.
+
+Kept as plain values beside the template and beside each of its sandboxes. Whoever runs a command
+may say otherwise of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sandmartin.control.builds.actions import Defaults
+from sandmartin.transport import Command
+
+
+def defaults_to_dict(defaults: Defaults) -> dict[str, Any]:
+    """What sandboxes and later builds need to know."""
+    return {
+        "envs": dict(defaults.envs),
+        "user": defaults.user,
+        "workdir": defaults.workdir,
+        "ports": list(defaults.ports),
+        "labels": dict(defaults.labels),
+    }
+
+
+def defaults_from_dict(raw: Mapping[str, Any]) -> Defaults:
+    return Defaults(
+        envs=dict(raw.get("envs", {})),
+        user=raw.get("user") or "root",
+        workdir=raw.get("workdir") or "/",
+        ports=tuple(raw.get("ports", ())),
+        labels=dict(raw.get("labels", {})),
+        entrypoint=tuple(raw.get("entrypoint", ())),
+        cmd=tuple(raw.get("cmd", ())),
+    )
+
+
+def with_defaults(command: Command, raw: Mapping[str, Any]) -> Command:
+    """A command of a sandbox with what its template says where the command says nothing.
+
+    The directory is only that of the template's own user: another one has a home.
+    """
+    if not raw or command.user:
+        return command
+    user = str(raw.get("user", ""))
+    workdir = str(raw.get("workdir", ""))
+    # A directory of `/` is none that was chosen.
+    cwd = command.cwd or (workdir if workdir != "/" else "")
+    return replace(command, user=user.partition(":")[0], cwd=cwd)
