@@ -37,6 +37,7 @@ from sandmartin.control.api import (
     keys,
     metrics,
     sandboxes,
+    tags,
     teams,
     templates,
     usage,
@@ -94,6 +95,7 @@ _MAX_BODY_S = 30.0
 _CONTENT = re.compile(
     r"/v1/(?:sandboxes|capsules)/[^/]+/(?:files(?:/(?:stream/)?write)?|processes/[^/]+/stdin)$"
     r"|/v1/builds/contexts/[^/]+$"
+    r"|/templates/uploads/[^/]+$"
 )
 _REQUEST_ID = "sandmartin.request_id"
 
@@ -139,7 +141,7 @@ def create_app(platform: Platform) -> FastAPI:
     app.include_router(accounts.router)
     app.include_router(accounts.pages)
     app.include_router(hosts.router, prefix="/v1/hosts")
-    for module in (builds, templates, teams, keys, admin, events, channels, audit):
+    for module in (builds, templates, tags, teams, keys, admin, events, channels, audit):
         app.include_router(module.router, prefix="/v1")
     app.include_router(metrics.router)
     _include_e2b(app)

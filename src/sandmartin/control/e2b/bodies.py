@@ -131,7 +131,7 @@ class NewTemplate(Body):
     tags: list[str] | None = Field(default=None, max_length=32)
     cpu_count: int | None = Field(default=None, ge=1, le=64)
     memory_mb: int | None = Field(default=None, ge=128, le=1 << 20)
-    min_free_disk_mb: int | None = Field(default=None, ge=0, le=1 << 20)
+    min_free_disk_mb: int | None = Field(default=None, ge=0, le=1 << 20, alias="minFreeDiskMb")
 
 
 class BuildStep(Body):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 
@@ -27,7 +29,7 @@ _THEIR_IMAGES = {
     "e2bdev/base": "base",
     "e2bdev/code-interpreter": "code-interpreter-v1",
 }
-_STATUS = {
+_STATUS: Mapping[str, Literal["waiting", "building", "ready"]] = {
     BuildState.WAITING: "waiting",
     BuildState.BUILDING: "building",
     BuildState.READY: "ready",
@@ -95,19 +97,21 @@ async def begin(
         {"type": each.type, "args": each.args, "filesHash": each.files_hash, "force": each.force}
         for each in body.steps
     ]
+    source = Source(
+        kind="steps", steps=steps, start_cmd=body.start_cmd or "", ready_cmd=body.ready_cmd or ""
+    )
+    registry = _registry(body.from_image_registry)
     await platform.builds.begin(
         caller,
         build_id,
-        source=Source(
-            kind="steps",
-            steps=steps,
-            start_cmd=body.start_cmd or "",
-            ready_cmd=body.ready_cmd or "",
+        lambda reserved: replace(
+            reserved,
+            source=source,
+            from_image=image,
+            from_template=template,
+            registry=registry,
+            no_cache=bool(body.force),
         ),
-        from_image=image,
-        from_template=template,
-        registry=_registry(body.from_image_registry),
-        no_cache=bool(body.force),
     )
     return Response(status_code=202)
 
@@ -139,7 +143,7 @@ async def status(
     return bodies.BuildStatus(
         template_id=row.name,
         build_id=build_id,
-        status=_STATUS.get(BuildState(row.state), "error"),
+        status=_STATUS.get(row.state, "error"),
         log_entries=[_entry(each) for each in lines],
         reason=_reason(row),
     )

@@ -39,9 +39,12 @@ def _template(row: tables.Template) -> bodies.Template:
 
 @router.get("/templates/aliases/{name}")
 async def alias(name: TheName, caller: TheCaller, platform: ThePlatform) -> bodies.Alias:
-    """Which template a name is of."""
-    row = await platform.templates.get(caller, name)
-    return bodies.Alias(template_id=row.name, public=row.team_id == PLATFORM_TEAM_ID)
+    """Which template a name is of; a name that only tags have is one, too."""
+    if ":" in name:
+        row = await platform.templates.get(caller, name)
+        return bodies.Alias(template_id=row.name, public=row.team_id == PLATFORM_TEAM_ID)
+    first = (await platform.tags.list(caller, name))[0]
+    return bodies.Alias(template_id=first.name, public=first.team_id == PLATFORM_TEAM_ID)
 
 
 @router.delete("/templates/{name}", status_code=204)
