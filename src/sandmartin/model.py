@@ -323,6 +323,14 @@ class Settings:
     resolv_conf: Path = Path("/etc/resolv.conf")
     #: User id that owns sealed disk layers; no VM's, and one for all agents of a machine.
     layers_uid: int = 1_999_999
+    #: First of the 65536 user ids as which images of strangers are unpacked; nobody else's.
+    unpack_uid_base: int = 1_900_000
+    #: Networks on which registries may be beside the Internet: `10.0.0.0/8,192.168.7.0/24`.
+    registries_private: str = ""
+    #: Registries that are spoken to without TLS: `HOST:PORT,HOST`.
+    registries_plain: str = ""
+    #: Disk for layers of images that were fetched, to be used again.
+    layer_cache_mb: int = 4096
     #: Network places made ahead.
     slot_pool_size: int = 16
     #: VMs started ahead, which wait for a state to restore.

@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from sandmartin.control import chat, events
 from sandmartin.control.bootstrap import ensure_platform
-from sandmartin.control.guarded import Outgoing, parse_networks
+from sandmartin.control.guarded import Outgoing, allowed_networks
 from sandmartin.control.notifications import NewChannel, Notifications, Patience, sign
 from sandmartin.control.platform import Platform, open_platform
 from sandmartin.control.settings import ControlSettings
@@ -322,7 +322,7 @@ def test_each_kind_is_what_the_library_takes_it_for() -> None:
 async def test_a_chat_service_is_reached_through_the_guard_alone(receiver: Receiver) -> None:
     receiver.answer = lambda _: 200
     url = f"mmost://127.0.0.1:{receiver.port}/{'a' * 24}"
-    await chat.send(Outgoing(parse_networks(LOOPBACK)), url, "Sandbox one paused", "now")
+    await chat.send(Outgoing(allowed_networks(LOOPBACK)), url, "Sandbox one paused", "now")
     (message,) = receiver.received
     assert "Sandbox one paused" in message.body.decode()
     assert "proxy-authorization" not in message.headers
@@ -331,7 +331,7 @@ async def test_a_chat_service_is_reached_through_the_guard_alone(receiver: Recei
     assert len(receiver.received) == 1
     receiver.answer = lambda _: 403
     with pytest.raises(Unavailable):
-        await chat.send(Outgoing(parse_networks(LOOPBACK)), url, "Sandbox one paused", "now")
+        await chat.send(Outgoing(allowed_networks(LOOPBACK)), url, "Sandbox one paused", "now")
     with pytest.raises(Invalid):
         await chat.send(Outgoing(), "mmost://", "Sandbox one paused", "now")
 
@@ -371,7 +371,7 @@ async def test_public_addresses_are_let_through() -> None:
 
 async def test_a_name_is_resolved_once(receiver: Receiver) -> None:
     """DNS rebinding: what the name means later does not count, a second look would fail."""
-    allowed = parse_networks("127.0.0.1/32")
+    allowed = allowed_networks("127.0.0.1/32")
     outgoing = Outgoing(allowed, resolver(["127.0.0.1"]))
     url = f"http://rebound.example:{receiver.port}/path?query=1"
     assert (await outgoing.request("POST", url, content=b"x")).status == 204
@@ -383,7 +383,7 @@ async def test_a_name_is_resolved_once(receiver: Receiver) -> None:
 
 
 async def test_redirects_end_and_silence_has_a_deadline(receiver: Receiver) -> None:
-    outgoing = Outgoing(parse_networks(LOOPBACK))
+    outgoing = Outgoing(allowed_networks(LOOPBACK))
     receiver.answer, receiver.location = lambda _: 302, f"{receiver.url}/elsewhere"
     assert (await outgoing.request("GET", receiver.url)).status == 302
     assert len(receiver.received) == 1
@@ -396,7 +396,7 @@ async def test_certificates_are_those_of_the_name(tmp_path: Path) -> None:
     served, trusting = _certificates(tmp_path, "hook.example")
     async with running_receiver(served) as receiver:
         for name, works in [("hook.example", True), ("other.example", False)]:
-            outgoing = Outgoing(parse_networks(LOOPBACK), resolver(["127.0.0.1"]), trusting)
+            outgoing = Outgoing(allowed_networks(LOOPBACK), resolver(["127.0.0.1"]), trusting)
             request = outgoing.request("GET", f"https://{name}:{receiver.port}/")
             if works:
                 assert (await request).status == 204

@@ -35,9 +35,10 @@ from pathlib import Path
 from typing import IO
 
 from sandmartin.agent import packages, proc, traits, wheels
+from sandmartin.agent.filesystem import make_file_system
 from sandmartin.agent.journal import check_reachable
 from sandmartin.errors import NotFound, ToolFailed
-from sandmartin.model import DEFAULT_DISK_SIZE_MB, Settings, random_id
+from sandmartin.model import Settings, random_id
 
 Report = Callable[[str], None]
 
@@ -392,7 +393,7 @@ async def _build_image(name: str, into: Path) -> None:
             hook = shlex.quote(os.fspath(each / "customize"))
             options.append(f'--customize-hook={hook} "$1"')
         await _bootstrap(*options, SUITE, root)
-    await _make_file_system(root, image)
+    await make_file_system(root, image)
     image.chmod(0o444)
     manifest = {"suite": SUITE, "packages": _installed(root), "built_at": int(time.time())}
     (into / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -407,16 +408,6 @@ def _chain(name: str) -> list[Path]:
 
 def _words(file: Path) -> list[str]:
     return file.read_text().split() if file.exists() else []
-
-
-async def _make_file_system(root: Path, image: Path) -> None:
-    with image.open("wb") as sparse:
-        sparse.truncate(DEFAULT_DISK_SIZE_MB * 2**20)
-    # The guest would otherwise zero the inode tables in the background, at its own cost.
-    options = ["-q", "-F", "-t", "ext4", "-L", "root", "-J", "size=32", "-m", "1"]
-    options += ["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"]
-    await proc.run(["mke2fs", *options, "-d", root, image], deadline_s=600)
-    await proc.run(["e2fsck", "-fn", image], deadline_s=300)
 
 
 def _installed(root: Path) -> dict[str, str]:

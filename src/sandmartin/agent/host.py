@@ -34,7 +34,9 @@ from sandmartin.agent.images import Growth
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.metrics import Point
+from sandmartin.agent.oci import ImageImports, Imported, Progress
 from sandmartin.agent.pools import ReadySandboxes, WaitingVms
+from sandmartin.agent.registry import RegistryAuth
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.startup import NotReady
@@ -66,6 +68,7 @@ class Host:
         self._ready = ReadySandboxes(machine, self._make_ready, self._crowded)
         self._folding = Folding(machine, self.sandboxes, self._templates, self._needed)
         self._contents = Contents(machine, self._templates, self._folding.replacing)
+        self._imports = ImageImports(machine, self._templates)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -266,10 +269,13 @@ class Host:
         await self._start(sandbox, sandbox.prepare, found)
         return sandbox
 
-    def _check_new(self, spec: SandboxSpec) -> None:
-        """Raises Unavailable, AlreadyExists, Exhausted."""
+    def _check_open(self) -> None:
         if self._closing:
             raise Unavailable("this agent is ending", hint="try again once it has started anew")
+
+    def _check_new(self, spec: SandboxSpec) -> None:
+        """Raises Unavailable, AlreadyExists, Exhausted."""
+        self._check_open()
         if spec.sandbox_id in self._sandboxes:
             raise AlreadyExists(f"sandbox {spec.sandbox_id} exists already")
         self._admit(spec)
@@ -466,13 +472,24 @@ class Host:
 
         Raises Invalid, AlreadyExists, Conflict, Exhausted, DiskFull.
         """
-        if self._closing:
-            raise Unavailable("this agent is ending", hint="try again once it has started anew")
+        self._check_open()
         try:
             await self._contents.write(name, chunks)
         finally:
             self._folding.look()
             await self._machine.storage.sweep(self._needed)
+
+    def import_image(
+        self, reference: str, name: str, auth: RegistryAuth | None
+    ) -> AsyncGenerator[Progress | Imported, None]:
+        """Make a template of an image of a registry, as `ImageImports.from_registry` has it."""
+        self._check_open()
+        return self._imports.from_registry(reference, name, auth)
+
+    async def import_archive(self, name: str, pieces: AsyncIterator[bytes]) -> Imported:
+        """Make a template of an archive, as `ImageImports.from_archive` has it."""
+        self._check_open()
+        return await self._imports.from_archive(name, pieces)
 
     # What is told.
 

@@ -289,6 +289,11 @@ class DataDir:
         """Bases of RAM, shared, each named by its checksum."""
         return self.path / "bases"
 
+    @property
+    def blobs(self) -> Path:
+        """Layers of images of registries, to be used again."""
+        return self.path / "blobs"
+
     def open(self) -> None:
         """Create what is missing, take the lock, read the instance id.
 
@@ -300,6 +305,7 @@ class DataDir:
         for path in (self.path, self.sandboxes, self.waiting, *shared):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o711)
+        self.blobs.mkdir(mode=0o700, exist_ok=True)
         check_reachable(self.path, "data directory", "--data-dir")
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

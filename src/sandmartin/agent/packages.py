@@ -40,6 +40,9 @@ PACKAGES = (
     Package("util-linux", "nsenter"),
     Package("dpkg", "dpkg-deb"),
     Package("kmod", "depmod"),
+    # By which OCI images are taken in.
+    Package("skopeo", "skopeo"),
+    Package("umoci", "umoci"),
     # Debian's suites are verified on Ubuntu too.
     Package("debian-archive-keyring", "/usr/share/keyrings/debian-archive-keyring.gpg"),
 )
@@ -48,6 +51,15 @@ PACKAGES = (
 def find_missing() -> list[str]:
     """Names of the packages that are not there."""
     return sorted({package.name for package in PACKAGES if not package.present()})
+
+
+def require(*names: str) -> None:
+    """Raises ToolFailed when one of these packages is not there."""
+    if missing := sorted(set(names) & set(find_missing())):
+        raise ToolFailed(
+            f"these packages are missing: {', '.join(missing)}",
+            hint=f"run: {install_line(missing)}",
+        )
 
 
 def install_line(missing: list[str]) -> str:

@@ -23,7 +23,7 @@ from typing import IO
 from sandmartin.errors import TimedOut, ToolFailed
 
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "APT_CONFIG", "SSL_CERT_FILE")
-_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _GRACE_S = 2.0
 _OUTPUT_TAIL = 2000
 
@@ -32,7 +32,7 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a child: the allow-list from ours, a full PATH, and `extra`."""
     kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     # Some accounts have no sbin in their PATH, where mke2fs, nft and friends live.
-    kept["PATH"] = f"{kept['PATH']}:{_DEFAULT_PATH}" if "PATH" in kept else _DEFAULT_PATH
+    kept["PATH"] = f"{kept['PATH']}:{DEFAULT_PATH}" if "PATH" in kept else DEFAULT_PATH
     return kept | dict(extra or {})
 
 

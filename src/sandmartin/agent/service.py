@@ -19,6 +19,8 @@ from sandmartin.agent.disk import Image, allocated_bytes
 from sandmartin.agent.guest import Command, Ended, FileInfo, Output, ProcessEvent, Started, Terminal
 from sandmartin.agent.host import Host
 from sandmartin.agent.metrics import Point
+from sandmartin.agent.oci import Imported, Progress
+from sandmartin.agent.registry import RegistryAuth
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.errors import Exhausted, Invalid, SandmartinError, TimedOut
@@ -435,6 +437,26 @@ class HostAgent(HostAgentService):
         await self._host.write_template(content.value.name, _chunks(request))
         return pb.WriteTemplateResponse()
 
+    async def import_image(
+        self, request: pb.ImportImageRequest, _ctx: _Context
+    ) -> AsyncIterator[pb.ImportImageResponse]:
+        auth = None
+        if request.auth is not None:
+            auth = RegistryAuth(request.auth.username, request.auth.password)
+        importing = self._host.import_image(request.reference, request.name, auth)
+        async with contextlib.aclosing(importing) as events:
+            async for event in events:
+                yield _import_message(event)
+
+    async def import_archive(
+        self, request: AsyncIterator[pb.ImportArchiveRequest], _ctx: _Context
+    ) -> pb.ImportArchiveResponse:
+        content = (await _first(request, "the meta data")).content
+        if content is None or content.field != "meta":
+            raise Invalid("the first message of the stream must carry meta data")
+        imported = await self._host.import_archive(content.value.name, _chunks(request))
+        return pb.ImportArchiveResponse(image=_imported(imported))
+
     async def list_templates(
         self, _request: pb.ListTemplatesRequest, _ctx: _Context
     ) -> pb.ListTemplatesResponse:
@@ -601,6 +623,21 @@ def _template(template: Image | Snapshot) -> pb.TemplateInfo:
         size_bytes=manifest.size_bytes,
         network=_policy(manifest.network),
     )
+
+
+_ProgressOf = Oneof[Literal["progress"], pb.ImportProgress]
+_ImageOf = Oneof[Literal["image"], pb.ImportedImage]
+
+
+def _import_message(event: Progress | Imported) -> pb.ImportImageResponse:
+    if isinstance(event, Progress):
+        told = pb.ImportProgress(message=event.message)
+        return pb.ImportImageResponse(event=_ProgressOf("progress", told))
+    return pb.ImportImageResponse(event=_ImageOf("image", _imported(event)))
+
+
+def _imported(imported: Imported) -> pb.ImportedImage:
+    return pb.ImportedImage(**asdict(imported))
 
 
 def _points(points: list[Point]) -> list[pb.MetricPoint]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from sandmartin.control.builds.actions import Defaults
-from sandmartin.transport import Command
+from sandmartin.transport import Command, ImportedImage
 
 
 def defaults_to_dict(defaults: Defaults) -> dict[str, Any]:
@@ -35,6 +35,19 @@ def defaults_from_dict(raw: Mapping[str, Any]) -> Defaults:
         entrypoint=tuple(raw.get("entrypoint", ())),
         cmd=tuple(raw.get("cmd", ())),
     )
+
+
+def image_to_dict(image: ImportedImage) -> dict[str, Any]:
+    """What is kept of an image beside the template that it became."""
+    return {
+        "digest": image.digest,
+        "envs": dict(image.envs),
+        "user": image.user,
+        "workdir": image.workdir,
+        "ports": list(image.ports),
+        "entrypoint": list(image.entrypoint),
+        "cmd": list(image.cmd),
+    }
 
 
 def with_defaults(command: Command, raw: Mapping[str, Any]) -> Command:

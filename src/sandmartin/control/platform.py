@@ -23,7 +23,7 @@ from sandmartin.control.contents import Contents
 from sandmartin.control.db import Database
 from sandmartin.control.deadlines import Deadlines
 from sandmartin.control.events import Events
-from sandmartin.control.guarded import Outgoing, parse_networks
+from sandmartin.control.guarded import Outgoing, allowed_networks
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.keys import Keys
 from sandmartin.control.leader import Leader
@@ -155,8 +155,9 @@ async def open_platform(
         layers = Layers(db, of_builds.layers)
         contexts = _contexts(settings, blobs)
         builds = Builds(db, sealer, happenings, contexts, max_open=settings.max_builds_per_team)
-        engine = Engine(db, sandboxes, layers, Grounds(db), happenings, of_builds)
-        outgoing = Outgoing(parse_networks(settings.outgoing_allow))
+        grounds = Grounds(db, hosts, templates, layers, contexts, of_builds.image_fresh_s)
+        engine = Engine(db, sandboxes, layers, grounds, contexts, of_builds)
+        outgoing = Outgoing(allowed_networks(settings.outgoing_allow))
         yield Platform(
             settings=settings,
             db=db,

@@ -123,26 +123,25 @@ class Hidden:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def new_row(caller: Caller, sandbox: tables.Sandbox, kind: str) -> Row:
-    """A template that is about to be made of a sandbox, without a name."""
+def new_row(caller: Caller, sandbox: tables.Sandbox | None, kind: str) -> Row:
+    """A template that is about to be made, of a sandbox if of any, without a name."""
     template_id = str(uuid4())
-    shape = kind == "snapshot"
-    return Row(
+    row = Row(
         template_id=template_id,
         team_id=caller.team_id,
         name=hidden_name(template_id),
         agent_name=new_agent_name(),
         kind=kind,
         state=TemplateState.MAKING,
-        vcpus=sandbox.vcpus if shape else 0,
-        memory_mb=sandbox.memory_mb if shape else 0,
-        disk_size_mb=sandbox.disk_size_mb,
-        sandbox_id=sandbox.sandbox_id,
-        network=sandbox.network,
-        defaults=dict(sandbox.defaults),
         created_at=time.time(),
         created_by=caller.actor_id,
     )
+    if sandbox is not None:
+        row.disk_size_mb, row.sandbox_id = sandbox.disk_size_mb, sandbox.sandbox_id
+        row.network, row.defaults = sandbox.network, dict(sandbox.defaults)
+        if kind == "snapshot":
+            row.vcpus, row.memory_mb = sandbox.vcpus, sandbox.memory_mb
+    return row
 
 
 class Templates:
@@ -206,7 +205,11 @@ class Templates:
         return row
 
     async def add_hidden(
-        self, session: AsyncSession, caller: Caller, sandbox: tables.Sandbox, hidden: Hidden
+        self,
+        session: AsyncSession,
+        caller: Caller,
+        sandbox: tables.Sandbox | None,
+        hidden: Hidden,
     ) -> Row:
         """One that is about to be made for the builds of a team, and has no name."""
         row = new_row(caller, sandbox, hidden.kind)

@@ -143,6 +143,38 @@ class TemplateInfo:
     network: NetworkPolicy | None = None
 
 
+@dataclass(frozen=True)
+class RegistryAuth:
+    """Whom to be for a registry of images."""
+
+    username: str = field(repr=False)
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ImportProgress:
+    """What is done to take an image in."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedImage:
+    """An image that became a template, and what it says of itself."""
+
+    #: `sha256:...` of its manifest.
+    digest: str
+    #: What the template takes on the host.
+    size_bytes: int
+    envs: Mapping[str, str] = field(repr=False)
+    user: str
+    workdir: str
+    entrypoint: tuple[str, ...]
+    cmd: tuple[str, ...]
+    #: Ports that it exposes, as `80/tcp`.
+    ports: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricPoint:
     """What a sandbox used at one time, or on average in one window."""

@@ -32,10 +32,13 @@ from sandmartin.transport import (
     FileInfo,
     ForkedSandbox,
     HostInfo,
+    ImportedImage,
+    ImportProgress,
     MetricPoint,
     NewSandbox,
     Process,
     PtySize,
+    RegistryAuth,
     SandboxInfo,
     Snapshot,
     Started,
@@ -62,6 +65,8 @@ _CREATE_S = 90.0
 _DESTROY_S = 60.0
 #: What writes or reads a whole memory, on a disk that may be slow, and a fork many of them.
 _SNAPSHOT_S = 300.0
+#: What unpacks a whole image.
+_IMPORT_S = 3600.0
 _CALL_S = 30.0
 _FILE_S = 120.0
 #: Stays far below any frame limit.
@@ -250,6 +255,29 @@ class Agent(ABC):
     async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
         await self._upload("WriteTemplate", wire.text(1, name), chunks, deadline_s=_SNAPSHOT_S)
 
+    async def import_image(
+        self, reference: str, name: str, auth: RegistryAuth | None = None
+    ) -> AsyncGenerator[ImportProgress | ImportedImage, None]:
+        """Make a template of an image of a registry: what is done, and at the end what came.
+
+        Who stops listening ends it, and nothing is left.
+        """
+        message = wire.text(1, reference) + wire.text(2, name)
+        if auth is not None:
+            whom = wire.text(1, auth.username) + wire.text(2, auth.password)
+            message += wire.content(3, whom, always=True)
+        with self._connect_errors_as_ours():
+            async with aclosing(self._channel.server_stream("ImportImage", message)) as answers:
+                async for answer in answers:
+                    if (event := _import_event(answer)) is not None:
+                        yield event
+
+    async def import_archive(self, name: str, pieces: AsyncIterator[bytes]) -> ImportedImage:
+        """Make a template of an archive of one image, of OCI's or Docker's form."""
+        meta = wire.text(1, name)
+        answer = await self._upload("ImportArchive", meta, pieces, deadline_s=_IMPORT_S)
+        return _imported_image(_content(_fields(answer), 1))
+
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         message = {"sandbox_id": sandbox_id, "range": time_range}
         answer = await self._call("GetSandboxMetrics", message)
@@ -370,7 +398,7 @@ class Agent(ABC):
 
     async def _upload(
         self, method: str, meta: bytes, chunks: AsyncIterator[bytes], *, deadline_s: float | None
-    ) -> None:
+    ) -> bytes:
         async def messages() -> AsyncGenerator[bytes, None]:
             yield wire.content(1, meta, always=True)
             async for chunk in chunks:
@@ -380,7 +408,7 @@ class Agent(ABC):
 
         with self._connect_errors_as_ours():
             async with aclosing(messages()) as body:
-                await self._channel.client_stream(method, body, deadline_s=deadline_s)
+                return await self._channel.client_stream(method, body, deadline_s=deadline_s)
 
     @contextmanager
     def _connect_errors_as_ours(self) -> Iterator[None]:
@@ -512,6 +540,12 @@ def _number(fields: wire.Fields, number: int) -> int:
     return wire.signed(value)
 
 
+def _size(fields: wire.Fields, number: int) -> int:
+    """A number of 64 bits, not below 0."""
+    value = fields.get(number, 0)
+    return value if isinstance(value, int) else 0
+
+
 def _exec_event(message: bytes) -> ExecEvent | None:
     """The event in an ExecStreamResponse, None for a kind that this release does not know."""
     event = _fields(message)
@@ -528,6 +562,37 @@ def _exec_event(message: bytes) -> ExecEvent | None:
             error=_content(end, 2).decode(errors="replace"),
         )
     return None
+
+
+def _import_event(message: bytes) -> ImportProgress | ImportedImage | None:
+    """The event in an ImportImageResponse, None for a kind that this release does not know."""
+    event = _fields(message)
+    if 1 in event:
+        return ImportProgress(_string(_fields(_content(event, 1)), 1))
+    return _imported_image(_content(event, 2)) if 2 in event else None
+
+
+def _imported_image(message: bytes) -> ImportedImage:
+    found = _fields(message)
+    envs = [_fields(each) for each in wire.repeated(message, 3)]
+
+    def strings(number: int) -> tuple[str, ...]:
+        return tuple(each.decode(errors="replace") for each in wire.repeated(message, number))
+
+    return ImportedImage(
+        digest=_string(found, 1),
+        size_bytes=_size(found, 2),
+        envs={_string(each, 1): _string(each, 2) for each in envs},
+        user=_string(found, 4),
+        workdir=_string(found, 5),
+        entrypoint=strings(6),
+        cmd=strings(7),
+        ports=strings(8),
+    )
+
+
+def _string(fields: wire.Fields, number: int) -> str:
+    return _content(fields, number).decode(errors="replace")
 
 
 def _sandbox_info(message: Message) -> SandboxInfo:

@@ -213,16 +213,15 @@ class ConnectChannel:
 
     async def client_stream(
         self, method: str, messages: AsyncIterator[bytes], *, deadline_s: float | None
-    ) -> None:
-        """Many requests; the answer of every such call is empty.
+    ) -> bytes:
+        """Many requests, one answer.
 
         `deadline_s` bounds each write and the wait for the answer, never the whole.
         """
         timeout = httpx.Timeout(deadline_s, connect=5)
         body = (encode_frame(message) async for message in messages)
         async with aclosing(self._stream(method, body, timeout)) as answers:
-            async for _ in answers:
-                pass
+            return b"".join([answer async for answer in answers])
 
     async def _stream(
         self, method: str, body: bytes | AsyncIterator[bytes], timeout: httpx.Timeout

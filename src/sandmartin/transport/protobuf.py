@@ -7,7 +7,7 @@ nothing is taken that the bytes at hand do not hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
@@ -65,13 +65,23 @@ def varint(value: int) -> bytes:
 
 def decode(data: bytes) -> dict[int, int | bytes]:
     """The fields of a message by number; of one that comes twice the last. Raises ValueError."""
-    found: dict[int, int | bytes] = {}
+    return dict(fields(data))
+
+
+def repeated(data: bytes, number: int) -> Iterator[bytes]:
+    """The values of a repeated field that is no number. Raises ValueError."""
+    return (value for key, value in fields(data) if key == number and isinstance(value, bytes))
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a message, as they stand there. Raises ValueError."""
     at = 0
     while at < len(data):
         key, at = read_varint(data, at)
         number, kind = key >> 3, key & 7
         if kind == _VARINT:
-            found[number], at = read_varint(data, at)
+            value, at = read_varint(data, at)
+            yield number, value
             continue
         if kind == _LENGTH:
             size, at = read_varint(data, at)
@@ -81,9 +91,8 @@ def decode(data: bytes) -> dict[int, int | bytes]:
             raise ValueError(f"field {number} has wire type {kind}")
         if size > len(data) - at:
             raise ValueError(f"field {number} is cut short")
-        found[number] = data[at : at + size]
+        yield number, data[at : at + size]
         at += size
-    return found
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:

@@ -89,11 +89,30 @@ class Contexts:
             sent = stack.enter_context(tempfile.TemporaryFile(dir=self._directory))
             plain = stack.enter_context(tempfile.TemporaryFile(dir=self._directory))
             await self._fetch(keys, sent)
-            await _make_plain(sent, plain, self._limits)
-            plain.seek(0)
-            opened = open_archive(plain, self._limits)
-            archive = await asyncio.to_thread(stack.enter_context, opened)
-            yield archive
+            yield await self._read(sent, plain, stack)
+
+    async def _read(
+        self, sent: IO[bytes], plain: IO[bytes], stack: contextlib.ExitStack
+    ) -> Archive:
+        await _make_plain(sent, plain, self._limits)
+        plain.seek(0)
+        opened = open_archive(plain, self._limits)
+        return await asyncio.to_thread(stack.enter_context, opened)
+
+    @contextlib.asynccontextmanager
+    async def open_tree(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[Archive]:
+        """The files of a tar that a sandbox sent, which is believed as little.
+
+        Raises InvalidBuild.
+        """
+        with contextlib.ExitStack() as stack:
+            sent = stack.enter_context(tempfile.TemporaryFile(dir=self._directory))
+            plain = stack.enter_context(tempfile.TemporaryFile(dir=self._directory))
+            async for piece in self._bounded(pieces):
+                await asyncio.to_thread(sent.write, piece)
+            sent.flush()
+            sent.seek(0)
+            yield await self._read(sent, plain, stack)
 
     async def _fetch(self, keys: list[str], into: IO[bytes]) -> None:
         for key in keys:

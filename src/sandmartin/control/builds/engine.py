@@ -16,10 +16,12 @@ from sqlalchemy import update
 from sandmartin.control import audit, events
 from sandmartin.control.builds import plan
 from sandmartin.control.builds.actions import Action, Place, Settled, settle
+from sandmartin.control.builds.contexts import Contexts
 from sandmartin.control.builds.grounds import Ground, Grounds
 from sandmartin.control.builds.layers import Layers
 from sandmartin.control.builds.lease import Lease, lease_of
 from sandmartin.control.builds.log import Log
+from sandmartin.control.builds.placing import Placing, digest_of_other
 from sandmartin.control.builds.request import NewBuild
 from sandmartin.control.builds.service import tell_end
 from sandmartin.control.builds.settings import BuildSettings
@@ -57,14 +59,14 @@ class Engine:
         sandboxes: Sandboxes,
         layers: Layers,
         grounds: Grounds,
-        happenings: events.Events,
+        contexts: Contexts,
         settings: BuildSettings,
     ) -> None:
         self._db = db
         self._sandboxes = sandboxes
         self._layers = layers
         self._grounds = grounds
-        self._events = happenings
+        self.contexts = contexts
         self._settings = settings
 
     async def build(self, work: Work) -> None:
@@ -163,16 +165,18 @@ class Stages:
         self._work = work
         self._shop = shop
         self._plan = what
-        self._stack = stack
+        self._placing = Placing(
+            engine.contexts, work.row.team_id, work.new.context, stack, self._reach
+        )
         self._settled: dict[str, Settled] = {}
         self._at_work: dict[str, StageAtWork] = {}
         self._grounds: dict[plan.Ground, Ground] = {}
-        self._numbers: dict[int, int] = {}
         self._done = self._cached = 0
 
     async def do(self) -> StageAtWork:
         """Do what is not there already; the last stage."""
         arguments: Mapping[str, str] = self._work.new.arguments
+        await self._prepare()
         for stage in self._plan.stages:
             ground = await self._ground(stage.ground)
             self._settled[stage.name] = settle(
@@ -195,8 +199,44 @@ class Stages:
             self._grounds[ground] = await self._engine.ground(self._work, ground)
         return self._grounds[ground]
 
-    def _digest_of(self, place: Place) -> str:
-        raise NotImplementedError
+    async def _prepare(self) -> None:
+        """Have what all stages need to be settled. Raises NotFound, InvalidBuild."""
+        copies = [
+            step
+            for stage in self._plan.stages
+            for step in stage.steps
+            if isinstance(step, plan.Copy)
+        ]
+        await self._placing.open(copies)
+        for copy in copies:
+            if isinstance(copy.origin, plan.Image):
+                await self._ground(copy.origin)
+
+    def _digest_of(self, action: Place) -> str:
+        match action.origin:
+            case plan.FromStage(name):
+                return digest_of_other(self._settled[name].key, action)
+            case plan.Image():
+                return digest_of_other(self._grounds[action.origin].key, action)
+        return self._placing.digest_of(action)
+
+    async def _reach(self, origin: plan.FromStage | plan.Image) -> tuple[Agent, str]:
+        """The sandbox of a stage that is done, or of an image as it is."""
+        if isinstance(origin, plan.FromStage):
+            other = await self._stage(origin.name)
+        else:
+            other = await self._as_it_is(origin)
+        return await other.agent(), other.sandbox_id
+
+    async def _as_it_is(self, image: plan.Image) -> StageAtWork:
+        name = f"image {image.reference}"
+        if name not in self._at_work:
+            ground = await self._ground(image)
+            assert ground.template is not None
+            settled = Settled(actions=(), key=ground.key, defaults=ground.defaults, launches=())
+            stage = StageAtWork(self._shop, settled, ground.template, self, self)
+            self._at_work[name] = stage
+        return self._at_work[name]
 
     async def _stage(self, name: str, *, keep_last: bool = False) -> StageAtWork:
         """A stage that is done."""
@@ -213,7 +253,7 @@ class Stages:
         return found
 
     async def place(self, agent: Agent, sandbox_id: str, action: Place) -> None:
-        raise NotImplementedError
+        await self._placing.place(agent, sandbox_id, action)
 
     async def step(self, action: Action, *, cached: bool) -> int:
         """The next step begins, or was found done; its number in the build."""

@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
+from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ImportArchiveRequest, ImportArchiveResponse, ImportImageRequest, ImportImageResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -183,6 +183,19 @@ class HostAgentService(Protocol):
     async def write_template(self, request: AsyncIterator[WriteTemplateRequest], ctx: RequestContext[WriteTemplateRequest, WriteTemplateResponse], /) -> WriteTemplateResponse:
         """
         Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def import_image(self, request: ImportImageRequest, ctx: RequestContext[ImportImageRequest, ImportImageResponse], /) -> AsyncIterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def import_archive(self, request: AsyncIterator[ImportArchiveRequest], ctx: RequestContext[ImportArchiveRequest, ImportArchiveResponse], /) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -590,6 +603,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.CLIENT_STREAM,
                     ),
                     function=svc.write_template,
+                ),
+                "/hostagent.v1.HostAgentService/ImportImage": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="ImportImage",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportImageRequest,
+                        output=ImportImageResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.import_image,
+                ),
+                "/hostagent.v1.HostAgentService/ImportArchive": Endpoint.client_stream(
+                    method=MethodInfo(
+                        name="ImportArchive",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportArchiveRequest,
+                        output=ImportArchiveResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=svc.import_archive,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": Endpoint.unary(
                     method=MethodInfo(
@@ -1386,6 +1421,53 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def import_image(
+        self,
+        request: ImportImageRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportImage",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportImageRequest,
+                output=ImportImageResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def import_archive(
+        self,
+        request: AsyncIterator[ImportArchiveRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
+        """
+        return await self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportArchive",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportArchiveRequest,
+                output=ImportArchiveResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     async def read_console(
         self,
         request: ReadConsoleRequest,
@@ -1739,6 +1821,19 @@ class HostAgentServiceSync(Protocol):
     def write_template(self, request: Iterator[WriteTemplateRequest], ctx: RequestContext[WriteTemplateRequest, WriteTemplateResponse], /) -> WriteTemplateResponse:
         """
         Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def import_image(self, request: ImportImageRequest, ctx: RequestContext[ImportImageRequest, ImportImageResponse], /) -> Iterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def import_archive(self, request: Iterator[ImportArchiveRequest], ctx: RequestContext[ImportArchiveRequest, ImportArchiveResponse], /) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -2144,6 +2239,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.CLIENT_STREAM,
                     ),
                     function=service.write_template,
+                ),
+                "/hostagent.v1.HostAgentService/ImportImage": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="ImportImage",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportImageRequest,
+                        output=ImportImageResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.import_image,
+                ),
+                "/hostagent.v1.HostAgentService/ImportArchive": EndpointSync.client_stream(
+                    method=MethodInfo(
+                        name="ImportArchive",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ImportArchiveRequest,
+                        output=ImportArchiveResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=service.import_archive,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": EndpointSync.unary(
                     method=MethodInfo(
@@ -2934,6 +3051,53 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 service_name="hostagent.v1.HostAgentService",
                 input=WriteTemplateRequest,
                 output=WriteTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def import_image(
+        self,
+        request: ImportImageRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[ImportImageResponse]:
+        """
+        Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
+        what came. Who hangs up ends it, and nothing is left.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportImage",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportImageRequest,
+                output=ImportImageResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def import_archive(
+        self,
+        request: Iterator[ImportArchiveRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> ImportArchiveResponse:
+        """
+        The same of an archive of one image, of OCI's or Docker's form.
+        """
+        return self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="ImportArchive",
+                service_name="hostagent.v1.HostAgentService",
+                input=ImportArchiveRequest,
+                output=ImportArchiveResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.CLIENT_STREAM,
             ),
