@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
+import posixpath
 import shutil
+import tarfile
 import tempfile
 from collections.abc import (
     AsyncGenerator,
@@ -350,6 +353,28 @@ class FakeGuest(Guest):
         content = self._guests.files[path]
         for at in range(0, len(content), 1 << 16):
             yield content[at : at + (1 << 16)]
+
+    async def write_tree(self, directory: str, owner: str, chunks: AsyncIterable[bytes]) -> int:
+        self._check()
+        content = b"".join([chunk async for chunk in chunks])
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            members = tar.getmembers()
+            for each in filter(tarfile.TarInfo.isfile, members):
+                file = tar.extractfile(each)
+                assert file is not None
+                self._guests.files[posixpath.join(directory, each.name)] = file.read()
+        return len(members)
+
+    async def read_tree(self, path: str) -> AsyncGenerator[bytes, None]:
+        self._check()
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for name, content in self._guests.files.items():
+                if posixpath.commonpath([path, name]) == path:
+                    member = tarfile.TarInfo(posixpath.relpath(name, posixpath.dirname(path)))
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        yield packed.getvalue()
 
 
 # The machine.

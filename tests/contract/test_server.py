@@ -38,8 +38,8 @@ from tests.waiting import until
 pytestmark = pytest.mark.qemu_img
 
 SERVICE = "hostagent.v1.HostAgentService"
-STREAMS_IN = {"WriteFileStream", "StreamInput", "WriteTemplate"}
-STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream", "ReadTemplate"}
+STREAMS_IN = {"WriteFileStream", "StreamInput", "WriteTemplate", "WriteTree"}
+STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream", "ReadTemplate", "ReadTree"}
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
 DEADLINE_S = 20.0
 
@@ -266,6 +266,17 @@ async def test_files_and_input(agent: Agent) -> None:
     read = await agent.stream("ReadFileStream", at_a)
     assert len(read) > 1
     assert b"".join(base64.b64decode(each["chunk"]) for each in read) == big
+    tar = await agent.stream("ReadTree", {"sandboxId": "sb1", "path": "/a"})
+    into = {"meta": {"sandboxId": "sb1", "directory": "/tree"}}
+    assert await agent.stream("WriteTree", into, *tar) == [{"members": "1"}]
+    assert await agent.call("ReadFile", sandboxId="sb1", path="/tree/a") == await agent.call(
+        "ReadFile", **at_a
+    )
+    for path in ("tree", "", "/tree/../a"):
+        with pytest.raises(errors.Invalid):
+            await agent.stream("WriteTree", {"meta": {"sandboxId": "sb1", "directory": path}})
+        with pytest.raises(errors.Invalid):
+            await agent.stream("ReadTree", {"sandboxId": "sb1", "path": path})
     meta = {"sandboxId": "sb1", "pid": 7}
     await agent.stream("StreamInput", {"meta": meta}, {"chunk": encoded(b"in")})
     assert agent.fakes.guests.inputs == {7: b"in<end>"}

@@ -103,6 +103,16 @@ class LivingGuest(FakeGuest):
             async for chunk in chunks:
                 yield chunk
 
+    async def write_tree(self, directory: str, owner: str, chunks: AsyncIterable[bytes]) -> int:
+        self._check()
+        return await self._inside.write_tree(directory, owner, chunks)
+
+    async def read_tree(self, path: str) -> AsyncGenerator[bytes, None]:
+        self._check()
+        async with contextlib.aclosing(self._inside.read_tree(path)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
 
 @contextlib.asynccontextmanager
 async def living_guest(binary: Path) -> AsyncIterator[RunningAgent]:

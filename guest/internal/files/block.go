@@ -9,30 +9,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// block is what content is moved in. Where it is large it goes past the page cache: through it,
+// Block is what content is moved in. Where it is large it goes past the page cache: through it,
 // each page costs more than its disk does, and stays behind as memory that every pause, fork and
 // snapshot of the machine then has to carry.
-type block struct {
+type Block struct {
 	// Begins at a page, as direct input and output demand.
 	bytes []byte
 }
 
-const blockSize = 1 << 20
+// BlockSize is how much a block holds.
+const BlockSize = 1 << 20
 
-func newBlock() (*block, error) {
-	bytes, err := unix.Mmap(-1, 0, blockSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+// NewBlock returns one to be given back by Free.
+func NewBlock() (*Block, error) {
+	bytes, err := unix.Mmap(-1, 0, BlockSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, err
 	}
-	return &block{bytes}, nil
+	return &Block{bytes}, nil
 }
 
-func (b *block) free() {
+// Free gives its memory back.
+func (b *Block) Free() {
 	_ = unix.Munmap(b.bytes)
 }
 
 // writeTo writes the first n bytes; only whole blocks have gone to this file before.
-func (b *block) writeTo(file *os.File, n int) error {
+func (b *Block) writeTo(file *os.File, n int) error {
 	written := 0
 	if n == len(b.bytes) && setDirect(file, true) {
 		var err error
@@ -47,17 +50,52 @@ func (b *block) writeTo(file *os.File, n int) error {
 	return err
 }
 
+// Load reads the beginning of a file, as much as there is and fits.
+func (b *Block) Load(file *os.File) ([]byte, error) {
+	n, err := io.ReadFull(file, b.bytes)
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = nil
+	}
+	return b.bytes[:n], err
+}
+
+// Send copies the next size bytes of a file. What is not in memory goes past the page cache.
+func Send(to io.Writer, file *os.File, size int64) error {
+	sent := &counter{to: to}
+	if size < BlockSize || cached(file, size/2) || !sendDirect(sent, file, size) {
+		_, err := io.CopyN(sent, file, size)
+		return err
+	}
+	if sent.err == nil && sent.n < size {
+		return io.ErrUnexpectedEOF
+	}
+	return sent.err
+}
+
+// counter counts what is written, and keeps the error of that.
+type counter struct {
+	to  io.Writer
+	n   int64
+	err error
+}
+
+func (c *counter) Write(content []byte) (n int, err error) {
+	n, c.err = c.to.Write(content)
+	c.n += int64(n)
+	return n, c.err
+}
+
 // sendDirect copies size bytes of a file, from where it stands, past the page cache; false when
 // that cannot be done and nothing was read.
 func sendDirect(to io.Writer, file *os.File, size int64) bool {
 	if !setDirect(file, true) {
 		return false
 	}
-	block, err := newBlock()
+	block, err := NewBlock()
 	if err != nil {
 		return !setDirect(file, false)
 	}
-	defer block.free()
+	defer block.Free()
 	for first := true; size > 0; first = false {
 		n, err := file.Read(block.bytes)
 		if first && errors.Is(err, unix.EINVAL) {

@@ -35,7 +35,7 @@ func Composer(locate Locate) http.Handler {
 		}
 		made, err := compose(places{locate, r.Header, order.User}, order)
 		if err != nil {
-			refuseError(w, err)
+			RefuseError(w, err)
 			return
 		}
 		answer(w, made)

@@ -157,26 +157,12 @@ func sendPacked(w http.ResponseWriter, r *http.Request, file *os.File, size int6
 }
 
 func pack(to io.Writer, file *os.File, size int64) error {
-	packed := &counter{to: to}
-	if size >= blockSize && !cached(file, size/2) && sendDirect(packed, file, size) {
-		if packed.n < size {
-			return io.ErrUnexpectedEOF
-		}
-		return nil
+	if size >= BlockSize {
+		return Send(to, file, size)
 	}
+	// Files of the kernel have sizes that mean nothing.
 	_, err := io.Copy(to, file)
 	return err
-}
-
-type counter struct {
-	to io.Writer
-	n  int64
-}
-
-func (c *counter) Write(content []byte) (int, error) {
-	n, err := c.to.Write(content)
-	c.n += int64(n)
-	return n, err
 }
 
 // send answers with the content of a file. The size of a short one is what can be read: files of
@@ -201,7 +187,7 @@ func send(w http.ResponseWriter, file *os.File, size int64) error {
 		return nil
 	}
 	left := size - int64(n)
-	if left >= blockSize && !cached(file, size/2) && sendDirect(w, file, left) {
+	if left >= BlockSize && !cached(file, size/2) && sendDirect(w, file, left) {
 		return nil
 	}
 	// A file that shrinks meanwhile cuts the answer short, which the client notices.

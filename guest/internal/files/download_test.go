@@ -54,7 +54,7 @@ func settledFile(t *testing.T, size int) (string, []byte) {
 
 func TestRanges(t *testing.T) {
 	base := serve(t)
-	for _, size := range []int{26, chunkSize, chunkSize + 1, 3 * blockSize} {
+	for _, size := range []int{26, chunkSize, chunkSize + 1, 3 * BlockSize} {
 		path, content := settledFile(t, size)
 		last := strconv.Itoa(size - 1)
 		for given, expected := range map[string][]byte{
@@ -133,7 +133,7 @@ func TestConditions(t *testing.T) {
 
 func TestHead(t *testing.T) {
 	base := serve(t)
-	for _, size := range []int{0, 100, 3 * blockSize} {
+	for _, size := range []int{0, 100, 3 * BlockSize} {
 		path, _ := settledFile(t, size)
 		answer, body := fetch(t, http.MethodHead, base, path)
 		if answer.StatusCode != http.StatusOK || answer.ContentLength != int64(size) || len(body) != 0 || answer.Header.Get("Accept-Ranges") != "bytes" {
@@ -147,7 +147,7 @@ func TestHead(t *testing.T) {
 
 func TestPackedDownloads(t *testing.T) {
 	base := serve(t)
-	for _, size := range []int{0, 100, 3 * blockSize} {
+	for _, size := range []int{0, 100, 3 * BlockSize} {
 		path, content := settledFile(t, size)
 		answer, body := fetch(t, http.MethodGet, base, path, "Accept-Encoding", "gzip")
 		unpacked, err := gzip.NewReader(bytes.NewReader(body))

@@ -42,7 +42,7 @@ func Handler(locate Locate, idle time.Duration) http.Handler {
 			err = refusal{http.StatusMethodNotAllowed, "use GET, HEAD or POST"}
 		}
 		if err != nil {
-			refuseError(w, err)
+			RefuseError(w, err)
 		}
 	})
 }
@@ -86,6 +86,9 @@ type refusal struct {
 
 func (r refusal) Error() string { return r.reason }
 
+// Invalid is the error of a request that can never work as it is.
+func Invalid(reason string) error { return refusal{http.StatusBadRequest, reason} }
+
 // Refuse answers with an error in the form E2B's clients read.
 func Refuse(w http.ResponseWriter, status int, message string) {
 	w.Header().Set("Content-Type", "application/json")
@@ -93,7 +96,8 @@ func Refuse(w http.ResponseWriter, status int, message string) {
 	_ = json.NewEncoder(w).Encode(map[string]any{"code": status, "message": message})
 }
 
-func refuseError(w http.ResponseWriter, err error) {
+// RefuseError answers with an error, and the status that tells its kind.
+func RefuseError(w http.ResponseWriter, err error) {
 	status := http.StatusInternalServerError
 	var known refusal
 	switch {

@@ -41,7 +41,7 @@ func create(user *users.User, path string, kept map[string]string, announced int
 		err = fmt.Errorf("path '%s' %w", path, errNotRegular)
 	}
 	if err == nil {
-		err = enoughSpace(file, announced-stat.Blocks*statBlock)
+		err = EnoughSpace(int(file.Fd()), announced-stat.Blocks*statBlock)
 	}
 	if err == nil {
 		err = metadata.Replace(file, kept)
@@ -115,23 +115,28 @@ func (c content) Read(buffer []byte) (int, error) {
 }
 
 func copyChecked(to *os.File, from io.Reader) error {
-	block, err := newBlock()
+	block, err := NewBlock()
 	if err != nil {
 		return err
 	}
-	defer block.free()
+	defer block.Free()
+	return block.Store(to, from)
+}
+
+// Store copies what comes to a file that is empty, and looks at the free space on the way.
+func (b *Block) Store(to *os.File, from io.Reader) error {
 	for unchecked := 0; ; {
-		n, err := io.ReadFull(content{from}, block.bytes)
+		n, err := io.ReadFull(content{from}, b.bytes)
 		// Compared as they are: content that is cut short wraps the same error.
 		if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 			return err
 		}
-		if writeErr := block.writeTo(to, n); writeErr != nil || err != nil {
+		if writeErr := b.writeTo(to, n); writeErr != nil || err != nil {
 			return writeErr
 		}
 		// What comes before the next look fits into what is kept free.
 		if unchecked += n; unchecked >= checkEvery {
-			if err := enoughSpace(to, 0); err != nil {
+			if err := EnoughSpace(int(to.Fd()), 0); err != nil {
 				return err
 			}
 			unchecked = 0
@@ -139,16 +144,17 @@ func copyChecked(to *os.File, from io.Reader) error {
 	}
 }
 
-func enoughSpace(file *os.File, wanted int64) error {
+// EnoughSpace makes sure that so many bytes more leave a reserve on the file system of fd.
+func EnoughSpace(fd int, wanted int64) error {
 	var stat unix.Statfs_t
-	if err := unix.Fstatfs(int(file.Fd()), &stat); err != nil {
+	if err := unix.Fstatfs(fd, &stat); err != nil {
 		return err
 	}
 	if stat.Blocks == 0 {
 		return nil // the kernel's own files take no space
 	}
 	kept := min(reserve, int64(stat.Blocks)*stat.Bsize/reservePart)
-	if left := int64(stat.Bavail) * stat.Bsize; max(wanted, 0)+kept > left {
+	if left := int64(stat.Bavail) * stat.Bsize; max(wanted, 0) > left-kept {
 		return fmt.Errorf("%d bytes are left, of which %d are kept free: %w", left, kept, syscall.ENOSPC)
 	}
 	return nil

@@ -27,7 +27,7 @@ func upload(w http.ResponseWriter, r *http.Request, at places, given string, idl
 	kind, parameters, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	form := err == nil && strings.HasPrefix(kind, "multipart/")
 	control := http.NewResponseController(w)
-	body, announced, err := unpack(&arriving{r.Body, control, idle}, r)
+	body, announced, err := unpack(Arriving(r, control, idle), r)
 	if err != nil {
 		return err
 	}
@@ -44,6 +44,11 @@ func upload(w http.ResponseWriter, r *http.Request, at places, given string, idl
 	_ = control.SetReadDeadline(time.Time{})
 	answer(w, all)
 	return nil
+}
+
+// Arriving is the body of a request, which fails when nothing comes for so long.
+func Arriving(r *http.Request, control *http.ResponseController, idle time.Duration) io.Reader {
+	return &arriving{r.Body, control, idle}
 }
 
 // arriving is content on its way: it may take as long as it likes, but must not stand still.

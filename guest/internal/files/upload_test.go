@@ -51,7 +51,7 @@ func holds(t *testing.T, path, expected string) {
 func TestForms(t *testing.T) {
 	base, directory := serve(t), t.TempDir()
 	at := func(name string) string { return filepath.Join(directory, name) }
-	large := strings.Repeat("x", 3*blockSize)
+	large := strings.Repeat("x", 3*BlockSize)
 	body, kind := form(t, formPart{"file", at("made/ü 1"), "one"}, formPart{"other", "ignored", "no"}, formPart{"file", at("2"), large})
 	status, answer := post(t, base, "", body, "Content-Type", kind)
 	var told []written
@@ -81,7 +81,7 @@ func TestForms(t *testing.T) {
 		}
 	}
 	body, kind = form(t, formPart{"file", at("cut"), large})
-	cut := io.LimitReader(body, blockSize)
+	cut := io.LimitReader(body, BlockSize)
 	if status, answer := post(t, base, "", cut, "Content-Type", kind); status != http.StatusBadRequest {
 		t.Errorf("cut short: %d %s", status, answer)
 	}
@@ -199,7 +199,7 @@ func TestCompositions(t *testing.T) {
 		content, _ := io.ReadAll(answer.Body)
 		return answer.StatusCode, string(content)
 	}
-	large := strings.Repeat("y", 3*blockSize+7)
+	large := strings.Repeat("y", 3*BlockSize+7)
 	for name, content := range map[string]string{"1": "one", "2": large, "3": "", "kept": "k"} {
 		if err := os.WriteFile(at(name), []byte(content), 0o644); err != nil {
 			t.Fatal(err)

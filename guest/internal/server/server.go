@@ -32,6 +32,7 @@ import (
 	"sandmartin.dev/guest/internal/identity"
 	"sandmartin.dev/guest/internal/metrics"
 	"sandmartin.dev/guest/internal/process"
+	"sandmartin.dev/guest/internal/trees"
 	"sandmartin.dev/guest/internal/tunnel"
 	"sandmartin.dev/guest/internal/users"
 )
@@ -125,6 +126,7 @@ func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystem.NewService(a.locate), limit))
 	mux.Handle("/files", files.Handler(a.locateNamed, files.UploadIdle))
 	mux.Handle("POST /files/compose", files.Composer(a.locateNamed))
+	mux.Handle("/tree", trees.Handler(files.UploadIdle))
 	mux.HandleFunc("GET /envs", a.tellEnvs)
 	mux.Handle("GET /metrics", &metrics.Meter{})
 	mux.Handle("GET /tunnel", tunnel.Handler(gateway))

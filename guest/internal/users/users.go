@@ -73,6 +73,25 @@ func numeric(name string) (*User, error) {
 	return user, nil
 }
 
+// FindGroup returns the number of the group called name; a number is taken as it is.
+func FindGroup(name string) (uint32, error) {
+	if gid, err := strconv.ParseUint(name, 10, 32); err == nil && gid != math.MaxUint32 {
+		return uint32(gid), nil
+	}
+	found, known := uint32(0), false
+	err := scan("/etc/group", 4, func(fields []string) bool {
+		gid, err := strconv.ParseUint(fields[2], 10, 32)
+		if err == nil && fields[0] == name && gid != math.MaxUint32 {
+			found, known = uint32(gid), true
+		}
+		return !known
+	})
+	if err == nil && !known {
+		err = fmt.Errorf("unknown group: '%s'", name)
+	}
+	return found, err
+}
+
 func scanPasswd(match func([]string) bool) (*User, error) {
 	var found *User
 	err := scan("/etc/passwd", 7, func(fields []string) bool {

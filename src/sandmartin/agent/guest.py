@@ -20,10 +20,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import pyqwest
 from protobuf import Message, Oneof
 
+from sandmartin.agent.body import Body
 from sandmartin.agent.passage import Passage
 from sandmartin.errors import (
     AlreadyExists,
@@ -38,6 +40,7 @@ from sandmartin.errors import (
     SandmartinError,
     TimedOut,
     ToolFailed,
+    Unimplemented,
 )
 from sandmartin.relay.line import Line
 from sandmartin.relay.target import GUEST_PORT
@@ -59,6 +62,12 @@ _MAX_REPLY_BYTES = 1 << 20
 _MAX_MESSAGE_BYTES = 1 << 20
 _ENTROPY_BYTES = 64
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}")
+
+#: Said after the last byte of a tree.
+_OUTCOME, _WHOLE = "sandmartin-outcome", "whole"
+#: What agents of earlier releases answer on a path that they do not know.
+_NO_ROUTE = "there is no such route"
+_MAX_REASON = 500
 
 #: The Connect protocol's envelope: flags and size, then the message.
 _ENVELOPE = struct.Struct(">BI")
@@ -497,11 +506,49 @@ class Guest:
 
         What `chunks` raises is passed on, and nothing of the file is left.
         """
-        headers = self._headers() | {"content-type": "application/octet-stream"}
-        body = _Body(chunks, self._deadlines.upload_s)
+        await self._upload("files", {"path": path, "username": user}, chunks)
+
+    async def download(self, path: str, user: str) -> AsyncGenerator[bytes]:
+        """Read a file of any size. Raises NotFound, Denied, Invalid, GuestSilent."""
         query: dict[str, str | None] = {"path": path, "username": user}
+        async with contextlib.aclosing(self._download("files", query)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def write_tree(self, directory: str, owner: str, chunks: AsyncIterable[bytes]) -> int:
+        """Unpack a tar below a directory, with root's rights; how many members it had.
+
+        All becomes the owner's; without one the numbers of the tar hold. Raises DiskFull, Invalid,
+        NotFound, Unimplemented, GuestSilent, and what `chunks` raises; what was unpacked stays.
+        """
+        reply = await self._upload("tree", {"path": directory, "owner": owner}, chunks)
+        members = reply.get("members")
+        if not isinstance(members, int):
+            raise ToolFailed("the guest agent did not say what it unpacked")
+        return members
+
+    async def read_tree(self, path: str) -> AsyncGenerator[bytes]:
+        """A file, a link or a directory as a tar. Raises NotFound, Invalid, GuestSilent.
+
+        ToolFailed says what kept it from being whole.
+        """
+        trailers: dict[str, str] = {}
+        async with contextlib.aclosing(self._download("tree", {"path": path}, trailers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        outcome = unquote(trailers.get(_OUTCOME, ""))
+        if not outcome:
+            raise GuestSilent("the guest agent broke off before the end of the tree")
+        if outcome != _WHOLE:
+            raise ToolFailed(f"the tree could not be read to its end: {outcome[:_MAX_REASON]}")
+
+    async def _upload(
+        self, route: str, query: dict[str, str | None], chunks: AsyncIterable[bytes]
+    ) -> dict[str, Any]:
+        headers = self._headers() | {"content-type": "application/octet-stream"}
+        body = Body(chunks, self._deadlines.upload_s)
         sending = self._http.stream(
-            "POST", f"{self._url}/files", headers, body.read(), params=query
+            "POST", f"{self._url}/{route}", headers, body.read(), params=query
         )
         try:
             with _translated():
@@ -509,21 +556,25 @@ class Guest:
                     reply = await self._reply(response)
                     if response.status != 200:
                         raise _file_error(response.status, reply)
+                    return reply
         except SandmartinError as error:
             if body.failure is not None:
                 raise body.failure from error
             raise
 
-    async def download(self, path: str, user: str) -> AsyncGenerator[bytes]:
-        """Read a file of any size. Raises NotFound, Denied, Invalid, GuestSilent."""
-        query: dict[str, str | None] = {"path": path, "username": user}
-        asking = self._http.stream("GET", f"{self._url}/files", self._headers(), params=query)
+    async def _download(
+        self, route: str, query: dict[str, str | None], trailers: dict[str, str] | None = None
+    ) -> AsyncGenerator[bytes]:
+        """The content of an answer; what is told after it goes into `trailers`."""
+        asking = self._http.stream("GET", f"{self._url}/{route}", self._headers(), params=query)
         with _translated():
             async with _opened(asking, asyncio.timeout(self._deadlines.call_s)) as response:
                 if response.status != 200:
                     raise _file_error(response.status, await self._reply(response))
                 async for chunk in _audible(response.content, self._deadlines.stream_s):
                     yield chunk
+                if trailers is not None:
+                    trailers.update(response.trailers)
 
 
 def _not_booted(deadline_s: float) -> TimedOut:
@@ -671,38 +722,6 @@ async def _messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 return
 
 
-class _Body:
-    """The content of an upload. Only the guest's slowness counts as silence, not the source's."""
-
-    def __init__(self, chunks: AsyncIterable[bytes], silence_s: float) -> None:
-        self._chunks = chunks
-        self._silence_s = silence_s
-        self.silence = asyncio.timeout(silence_s)
-        #: What the source raised.
-        self.failure: Exception | None = None
-
-    async def read(self) -> AsyncIterator[bytes]:
-        chunks = aiter(self._chunks)
-        while True:
-            self._wait_for_guest(None)
-            try:
-                chunk = await anext(chunks)
-            except StopAsyncIteration:
-                return
-            except Exception as error:
-                self.failure = error
-                raise
-            finally:
-                self._wait_for_guest(self._silence_s)
-            yield chunk
-
-    def _wait_for_guest(self, at_most_s: float | None) -> None:
-        now = asyncio.get_running_loop().time()
-        # The guest may have answered already, and then there is nothing to wait for.
-        with contextlib.suppress(RuntimeError):
-            self.silence.reschedule(None if at_most_s is None else now + at_most_s)
-
-
 async def _read_bounded(response: pyqwest.Response) -> bytes:
     content = bytearray()
     async for chunk in response.content:
@@ -721,7 +740,7 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 def _message(reply: Mapping[str, Any]) -> str:
-    return str(reply.get("message", "no reason given"))[:500]
+    return str(reply.get("message", "no reason given"))[:_MAX_REASON]
 
 
 _FILE_ERRORS: dict[int, type[SandmartinError]] = {
@@ -734,6 +753,11 @@ _FILE_ERRORS: dict[int, type[SandmartinError]] = {
 
 
 def _file_error(status: int, reply: Mapping[str, Any]) -> SandmartinError:
+    if _message(reply) == _NO_ROUTE:
+        return Unimplemented(
+            "the sandbox's guest agent is of an earlier release, which cannot do this",
+            hint="use a sandbox of a template that was made since",
+        )
     error = _FILE_ERRORS.get(status, ToolFailed)
     hint = "remove files in the sandbox, or create it with a larger disk" if status == 507 else ""
     return error(_message(reply), hint=hint)

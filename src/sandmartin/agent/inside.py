@@ -167,6 +167,18 @@ class Inside(Recorded):
                 self.touch()
                 yield chunk
 
+    async def write_tree(self, directory: str, owner: str, chunks: AsyncIterator[bytes]) -> int:
+        """Unpack a tar below a directory, with root's rights; how many members it had."""
+        async with self._talking() as guest:
+            return await guest.write_tree(directory, owner, self._active(chunks))
+
+    async def read_tree(self, path: str) -> AsyncGenerator[bytes, None]:
+        """A file, a link or a directory as a tar."""
+        async with self._talking() as guest, contextlib.aclosing(guest.read_tree(path)) as chunks:
+            async for chunk in chunks:
+                self.touch()
+                yield chunk
+
     async def resize(self, pid: int, size: Terminal) -> None:
         async with self._talking() as guest:
             await guest.resize(pid, size)

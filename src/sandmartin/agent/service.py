@@ -54,6 +54,13 @@ def check_guest_path(path: str) -> str:
     return path
 
 
+def check_absolute(path: str) -> str:
+    """Return a path in the guest if it is plain and begins at its root. Raises Invalid."""
+    if not check_guest_path(path).startswith("/"):
+        raise Invalid(f"path {path[:200]!r} is not absolute")
+    return path
+
+
 def spec_of(request: pb.CreateSandboxRequest, shape_of: Callable[[str], Shape]) -> SandboxSpec:
     """The specification a request asks for, defaults filled in. Raises Invalid.
 
@@ -332,6 +339,27 @@ class HostAgent(HostAgentService):
         async with contextlib.aclosing(reading) as chunks:
             async for chunk in chunks:
                 yield pb.ReadFileStreamResponse(chunk=chunk)
+
+    async def write_tree(
+        self, request: AsyncIterator[pb.WriteTreeRequest], _ctx: _Context
+    ) -> pb.WriteTreeResponse:
+        content = (await _first(request, "the meta data")).content
+        if content is None or content.field != "meta":
+            raise Invalid("the first message of the stream must carry meta data")
+        meta = content.value
+        sandbox = self._host.get(meta.sandbox_id)
+        directory = check_absolute(meta.directory)
+        members = await sandbox.write_tree(directory, meta.owner, _chunks(request))
+        return pb.WriteTreeResponse(members=members)
+
+    async def read_tree(
+        self, request: pb.ReadTreeRequest, _ctx: _Context
+    ) -> AsyncIterator[pb.ReadTreeResponse]:
+        sandbox = self._host.get(request.sandbox_id)
+        reading = sandbox.read_tree(check_absolute(request.path))
+        async with contextlib.aclosing(reading) as chunks:
+            async for chunk in chunks:
+                yield pb.ReadTreeResponse(chunk=chunk)
 
     # Pausing, forking, snapshots.
 

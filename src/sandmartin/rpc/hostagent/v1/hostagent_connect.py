@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ImportArchiveRequest, ImportArchiveResponse, ImportImageRequest, ImportImageResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
+from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ImportArchiveRequest, ImportArchiveResponse, ImportImageRequest, ImportImageResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, ReadTreeRequest, ReadTreeResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse, WriteTreeRequest, WriteTreeResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -223,6 +223,19 @@ class HostAgentService(Protocol):
     async def remove_file(self, request: RemoveFileRequest, ctx: RequestContext[RemoveFileRequest, RemoveFileResponse], /) -> RemoveFileResponse:
         """
         Removes a file or a whole tree; one that is not there is no error.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def write_tree(self, request: AsyncIterator[WriteTreeRequest], ctx: RequestContext[WriteTreeRequest, WriteTreeResponse], /) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def read_tree(self, request: ReadTreeRequest, ctx: RequestContext[ReadTreeRequest, ReadTreeResponse], /) -> AsyncIterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -691,6 +704,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.UNARY,
                     ),
                     function=svc.remove_file,
+                ),
+                "/hostagent.v1.HostAgentService/WriteTree": Endpoint.client_stream(
+                    method=MethodInfo(
+                        name="WriteTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=WriteTreeRequest,
+                        output=WriteTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=svc.write_tree,
+                ),
+                "/hostagent.v1.HostAgentService/ReadTree": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="ReadTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadTreeRequest,
+                        output=ReadTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.read_tree,
                 ),
                 "/hostagent.v1.HostAgentService/DescribeHost": Endpoint.unary(
                     method=MethodInfo(
@@ -1597,6 +1632,53 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    async def write_tree(
+        self,
+        request: AsyncIterator[WriteTreeRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        return await self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="WriteTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=WriteTreeRequest,
+                output=WriteTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def read_tree(
+        self,
+        request: ReadTreeRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ReadTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadTreeRequest,
+                output=ReadTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     async def describe_host(
         self,
         request: DescribeHostRequest,
@@ -1861,6 +1943,19 @@ class HostAgentServiceSync(Protocol):
     def remove_file(self, request: RemoveFileRequest, ctx: RequestContext[RemoveFileRequest, RemoveFileResponse], /) -> RemoveFileResponse:
         """
         Removes a file or a whole tree; one that is not there is no error.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def write_tree(self, request: Iterator[WriteTreeRequest], ctx: RequestContext[WriteTreeRequest, WriteTreeResponse], /) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def read_tree(self, request: ReadTreeRequest, ctx: RequestContext[ReadTreeRequest, ReadTreeResponse], /) -> Iterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -2327,6 +2422,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.UNARY,
                     ),
                     function=service.remove_file,
+                ),
+                "/hostagent.v1.HostAgentService/WriteTree": EndpointSync.client_stream(
+                    method=MethodInfo(
+                        name="WriteTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=WriteTreeRequest,
+                        output=WriteTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.CLIENT_STREAM,
+                    ),
+                    function=service.write_tree,
+                ),
+                "/hostagent.v1.HostAgentService/ReadTree": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="ReadTree",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=ReadTreeRequest,
+                        output=ReadTreeResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.read_tree,
                 ),
                 "/hostagent.v1.HostAgentService/DescribeHost": EndpointSync.unary(
                     method=MethodInfo(
@@ -3229,6 +3346,53 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 output=RemoveFileResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def write_tree(
+        self,
+        request: Iterator[WriteTreeRequest],
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> WriteTreeResponse:
+        """
+        Whole directories as plain tar, with root's rights. The first message of a tree on its way in
+        says where it goes; what was unpacked before an error stays.
+        """
+        return self.execute_client_stream(
+            request=request,
+            method=MethodInfo(
+                name="WriteTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=WriteTreeRequest,
+                output=WriteTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def read_tree(
+        self,
+        request: ReadTreeRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[ReadTreeResponse]:
+        """
+        A file, a link or a whole directory; names are relative to the directory above it.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="ReadTree",
+                service_name="hostagent.v1.HostAgentService",
+                input=ReadTreeRequest,
+                output=ReadTreeResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
             ),
             headers=headers,
             timeout_ms=timeout_ms,
