@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import tarfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,7 +50,7 @@ def recipe(text: str) -> dict[str, Any]:
 
 def test_a_recipe_becomes_a_template(one: Up) -> None:
     text = (
-        "ENV COLOUR=sand\nWORKDIR /work\nRUN echo $COLOUR > made && echo told\n"
+        "ENV COLOUR=sand\nWORKDIR /work\nRUN echo $COLOUR > made && chmod 777 .; echo told\n"
         "USER bird\nRUN id -un >> who\n"
     )
     built = build(one, "first", recipe(text), skip_pre_post=True)
@@ -54,9 +58,74 @@ def test_a_recipe_becomes_a_template(one: Up) -> None:
     assert "told" in built["log"].splitlines()
     assert (built["steps_total"], built["steps_done"], built["steps_cached"]) == (4, 4, 0)
     sandbox = one.create(template="first")
-    assert one.sh(sandbox, "cat /work/made /work/who; pwd; id -un; echo $COLOUR").split() == [
-        *("sand", "bird"),
-        *("/work", "bird", "sand"),
-    ]
+    said = one.sh(sandbox, "cat /work/made who; pwd; id -un; sudo id -un; echo $COLOUR")
+    assert said.split() == ["sand", "bird", "/work", "bird", "root", "sand"]
     one.curl("DELETE", sandbox, expect=204)
     assert one.ask("GET", "/sandboxes")["items"] == []
+
+
+def test_a_step_that_fails_says_how(one: Up) -> None:
+    built = build(one, "broken", recipe("RUN echo before; exit 7"), skip_pre_post=True)
+    assert built["state"] == "failed"
+    assert built["error"]["code"] == "build_failed" and built["error"]["step"] == 1
+    assert "exited with 7: before" in built["error"]["message"]
+    refused = one.ask("POST", "/builds", {"name": "x", "source": recipe("RUN a\nNOPE b")}, 400)
+    assert refused["error"]["message"].startswith("recipe:2:1: ")
+
+
+# Dockerfiles.
+
+
+def send(one: Up, files: dict[str, bytes], tmp_path: Path) -> str:
+    """Upload a context; its digest."""
+    archive = tmp_path / "context.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), 0o644
+            tar.addfile(info, io.BytesIO(content))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    one.curl("PUT", f"/builds/contexts/{digest}", "-T", str(archive), expect=204)
+    return digest
+
+
+def dockerfile(text: str) -> dict[str, Any]:
+    return {"kind": "dockerfile", "text": text}
+
+
+STAGES = """\
+FROM base AS made
+WORKDIR /out
+RUN --mount=type=secret,id=word sha256sum < /run/secrets/word > digest; cat /run/secrets/word
+RUN ls /run/secrets /run | grep -c word > left; ln -s digest named; mkdir deep; echo d > deep/er
+
+FROM base
+COPY --chown=user --chmod=640 a.txt b/*.txt /data/
+COPY --from=made /out/named /data/one
+COPY --from=made /out /data/all
+RUN <<"END"
+#!/usr/bin/env python3
+import os
+print(sorted(os.listdir("/data")), oct(os.stat("/data/a.txt").st_mode), os.stat("/data/a.txt").st_uid)
+END
+LABEL colour=sand
+"""
+
+
+def test_stages_secrets_and_files(one: Up, tmp_path: Path) -> None:
+    context = send(one, {"a.txt": b"a", "b/x.txt": b"x", "b/y.md": b"y"}, tmp_path)
+    secret = "a word that nobody says"
+    more = {"context": context, "secrets": {"word": secret}}
+    built = build(one, "stages", dockerfile(STAGES), **more)
+    assert built["state"] == "ready", (built["error"], built["log"])
+    assert "['a.txt', 'all', 'one', 'x.txt'] 0o100640 1000" in built["log"], built["log"]
+    assert secret not in built["log"] and "***" in built["log"]
+    sandbox = one.create(template="stages")
+    told = one.sh(
+        sandbox, "cat /data/one /data/all/left /data/all/deep/er; ls /run/secrets /out | wc -l"
+    )
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    assert told.split() == [digest, "-", "0", "d", "0"]
+    one.curl("DELETE", sandbox, expect=204)
+    again = build(one, "stages", dockerfile(STAGES), **more)
+    assert again["state"] == "ready" and again["steps_cached"] > 0, again["log"]
