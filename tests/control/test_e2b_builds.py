@@ -119,6 +119,8 @@ async def test_a_build_is_reserved_and_begun(platform: Platform, team: Team) -> 
     assert (asked.source.start_cmd, asked.source.ready_cmd) == ("serve", "check")
     (stage,) = asked.read().stages
     assert [(type(each).__name__, each.force) for each in stage.steps] == [
+        ("User", True),
+        ("Workdir", False),
         ("Run", True),
         ("Copy", False),
         ("Env", False),
@@ -193,8 +195,8 @@ async def test_the_log_is_read_from_an_offset_to_an_empty_page(
         platform,
         build_id,
         state=BuildState.FAILED,
-        error_message="it broke",
-        error_step=3,
+        error_message="steps:3:1: it broke",
+        error_step=5,
         finished_at=2.0,
     )
     found = await status(team, build_id)

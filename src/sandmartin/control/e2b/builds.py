@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -34,6 +35,8 @@ _STATUS: Mapping[str, Literal["waiting", "building", "ready"]] = {
     BuildState.BUILDING: "building",
     BuildState.READY: "ready",
 }
+#: What is said of a step begins with its place.
+_STEP = re.compile(r"steps:(?P<step>[0-9]+):[0-9]+: ")
 Offset = Annotated[int, Query(alias="logsOffset", ge=0, lt=1 << 31)]
 
 
@@ -98,7 +101,11 @@ async def begin(
         for each in body.steps
     ]
     source = Source(
-        kind="steps", steps=steps, start_cmd=body.start_cmd or "", ready_cmd=body.ready_cmd or ""
+        kind="steps",
+        steps=steps,
+        start_cmd=body.start_cmd or "",
+        ready_cmd=body.ready_cmd or "",
+        as_user=not image and await _has_no_user(platform, caller, template or "base"),
     )
     registry = _registry(body.from_image_registry)
     await platform.builds.begin(
@@ -114,6 +121,12 @@ async def begin(
         ),
     )
     return Response(status_code=202)
+
+
+async def _has_no_user(platform: Platform, caller: Caller, template: str) -> bool:
+    """Whether a template leaves it to its sandboxes whose commands run. Raises NotFound."""
+    row = await platform.templates.get(caller, template)
+    return not row.defaults.get("user")
 
 
 def _registry(registry: bodies.Registry | None) -> tuple[str, str] | None:
@@ -176,8 +189,10 @@ def _reason(row: tables.Build) -> bodies.BuildReason | None:
         return bodies.BuildReason(message="the build was cancelled")
     if row.state != BuildState.FAILED:
         return None
-    step = row.error_step
-    return bodies.BuildReason(message=row.error_message, step=str(step) if step else None)
+    place = _STEP.match(row.error_message)
+    if place is None:
+        return bodies.BuildReason(message=row.error_message)
+    return bodies.BuildReason(message=row.error_message[place.end() :], step=place["step"])
 
 
 def _entry(line: tables.BuildLine) -> bodies.BuildLogEntry:
