@@ -47,7 +47,7 @@ from sandmartin.transport import (
     PtySize,
     SandboxInfo,
     Snapshot,
-    Template,
+    TemplateInfo,
     find_sandbox,
 )
 
@@ -218,9 +218,9 @@ class FakeTransport:
         if self.snapshots.pop(name, None) is None:
             raise NotFound("no such template")
 
-    async def list_templates(self) -> tuple[Template, ...]:
+    async def list_templates(self) -> tuple[TemplateInfo, ...]:
         return tuple(
-            Template(
+            TemplateInfo(
                 name=each.name,
                 kind="snapshot",
                 vcpus=1,
@@ -769,7 +769,9 @@ def _file_info(path: Path) -> pb.FileInfo:
     )
 
 
-class _Server(uvicorn.Server):
+class QuietServer(uvicorn.Server):
+    """Leaves signals to the tests."""
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -782,7 +784,7 @@ async def serving(agent: HostAgentService, path: Path) -> AsyncGenerator[None, N
     config = uvicorn.Config(
         application, lifespan="off", log_config=None, ws="none", timeout_graceful_shutdown=2
     )
-    server = _Server(config)
+    server = QuietServer(config)
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
         listener.bind(os.fspath(path))
         listener.listen()

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sandmartin.client.asynchronous import AsyncSandbox as AsyncSandbox
+    from sandmartin.client.builds import BuildFailed as BuildFailed
     from sandmartin.client.code import CodeContext as CodeContext
     from sandmartin.client.execution import CodeOutput as CodeOutput
     from sandmartin.client.execution import Execution as Execution
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sandmartin.client.synchronous import Sandbox as Sandbox
     from sandmartin.client.synchronous import Templates as Templates
     from sandmartin.client.synchronous import Watch as Watch
+    from sandmartin.client.template import Template as Template
     from sandmartin.client.templates import AsyncTemplates as AsyncTemplates
     from sandmartin.client.trees import Copied as Copied
     from sandmartin.client.trees import CopyProgress as CopyProgress
@@ -50,16 +52,21 @@ if TYPE_CHECKING:
     from sandmartin.transport import Snapshot as Snapshot
     from sandmartin.transport import Stderr as Stderr
     from sandmartin.transport import Stdout as Stdout
-    from sandmartin.transport import Template as Template
+    from sandmartin.transport import TemplateInfo as TemplateInfo
+    from sandmartin.transport.builds import Build as Build
+    from sandmartin.transport.builds import BuildLog as BuildLog
+    from sandmartin.transport.builds import Tag as Tag
 
 _HOMES = {
     "client.asynchronous": ("AsyncSandbox",),
+    "client.builds": ("BuildFailed",),
     "client.code": ("CodeContext",),
     "client.execution": ("CodeOutput", "Execution", "ExecutionError", "Logs", "Result"),
     "client.git": ("Credentials", "GitBranches", "GitFile", "GitStatus"),
     "client.handle": ("AsyncCommandHandle",),
     "client.results": ("CommandFailed", "CommandResult", "CommandTimedOut"),
     "client.synchronous": ("CommandHandle", "Sandbox", "Templates", "Watch"),
+    "client.template": ("Template",),
     "client.templates": ("AsyncTemplates",),
     "client.trees": ("Copied", "CopyProgress"),
     "client.watch": ("AsyncWatch", "FileEvent", "FileEventType"),
@@ -73,8 +80,9 @@ _HOMES = {
         "Snapshot",
         "Stderr",
         "Stdout",
-        "Template",
+        "TemplateInfo",
     ),
+    "transport.builds": ("Build", "BuildLog", "Tag"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -22,6 +22,7 @@ from sandmartin.errors import Conflict, Invalid
 
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHAPE = re.compile(r"([0-9]{1,3})x([0-9]{1,8})")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _T = TypeVar("_T")
@@ -32,6 +33,8 @@ DEFAULT_DISK_SIZE_MB = 5120
 MIN_MEMORY_MB = 128
 MAX_VCPUS = 64
 DEFAULT_EXEC_TIMEOUT_S = 30
+#: Of a template that is named without one.
+DEFAULT_TAG = "default"
 #: In each of the lists of a network policy.
 MAX_NETWORK_RULES = 256
 
@@ -54,6 +57,27 @@ def check_name(name: str, what: str) -> str:
             hint="use 1 to 64 of a-z, 0-9, dot, dash, underscore; begin with a letter or digit",
         )
     return name
+
+
+def split_tag(name: str) -> tuple[str, str]:
+    """The template's name and the tag in `NAME` or `NAME:TAG`; no tag is the tag `default`.
+
+    Raises Invalid.
+    """
+    plain, colon, tag = name.partition(":")
+    check_name(plain, "template name")
+    return plain, check_tag(tag) if colon else DEFAULT_TAG
+
+
+def check_tag(tag: str) -> str:
+    """Return `tag` if a template may have it. Raises Invalid."""
+    if not _TAG.fullmatch(tag):
+        raise Invalid(
+            f"tag {tag[:80]!r} is not valid",
+            hint="use 1 to 128 of letters, digits, dot, dash, underscore; begin with neither "
+            "dot nor dash",
+        )
+    return tag
 
 
 @dataclass(frozen=True, kw_only=True)

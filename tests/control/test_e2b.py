@@ -350,7 +350,7 @@ async def test_snapshots(
     assert made == ["mine:default", "ours:default", "theirs:default"]
     unnamed = (await team.http.post(f"/sandboxes/{one}/snapshots")).json()
     assert unnamed["names"] == [unnamed["snapshotID"]]
-    for wrong, status in (("mine", 409), ("base", 409), ("a:b", 404), ("x/a", 404), ("A b", 400)):
+    for wrong, status in (("mine", 409), ("base", 409), ("a:b", 400), ("x/a", 404), ("A b", 400)):
         answer = await team.http.post(f"/sandboxes/{one}/snapshots", json={"name": wrong})
         refused(answer, status)
     first = await team.http.get("/snapshots?limit=3")
@@ -406,16 +406,6 @@ async def test_templates(team: Team, other_team: Team) -> None:
     assert kept.json() == {"names": ["mine:default"]}
     refused(await team.http.patch("/v2/templates/mine", json={"public": True}), 501)
     refused(await team.http.patch("/v2/templates/base", json={"public": False}), 403)
-    for method, path in (
-        ("POST", "/v3/templates"),
-        ("GET", "/templates/mine/files/0123"),
-        ("POST", "/v2/templates/mine/builds/1"),
-        ("GET", "/templates/mine/builds/1/status"),
-        ("POST", "/templates/tags"),
-        ("DELETE", "/templates/tags"),
-        ("GET", "/templates/mine/tags"),
-    ):
-        refused(await team.http.request(method, path), 501)
 
 
 async def test_metrics_and_logs(team: Team, host: RunningHost) -> None:

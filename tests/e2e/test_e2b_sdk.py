@@ -139,6 +139,25 @@ def test_code_by_the_package_for_javascript(served: Up, tmp_path: Path) -> None:
     assert live(served, JAVASCRIPT, beside_packages(tmp_path, "interpret.mjs")) == steps
 
 
+@pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "environment",
+    [NEWEST, *(pytest.param(each, marks=pytest.mark.full) for each in OLDER)],
+    ids=lambda each: each.name,
+)
+def test_templates_by_the_package_for_python(
+    served: Up, environment: Environment, kind: str
+) -> None:
+    steps = ["builds", "exists", "starts", "again", "tags", "failing", "background"]
+    assert live(served, environment, str(_STOCK / "build.py"), kind) == steps
+
+
+@pytest.mark.full
+def test_templates_by_the_package_for_javascript(served: Up, tmp_path: Path) -> None:
+    steps = ["builds", "exists", "starts", "tags", "failing"]
+    assert live(served, JAVASCRIPT, beside_packages(tmp_path, "build.mjs")) == steps
+
+
 def beside_packages(directory: Path, name: str) -> str:
     """A program in JavaScript where its packages are looked for: beside it."""
     program = directory / name

@@ -84,13 +84,18 @@ def add_env_flag(parser: argparse.ArgumentParser) -> None:
 
 def environment(pairs: Iterable[str]) -> dict[str, str]:
     """What the words of --env set. Raises Invalid."""
-    envs = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
+    return pairs_of(pairs, "--env")
+
+
+def pairs_of(words: Iterable[str], flag: str) -> dict[str, str]:
+    """Names and values of a repeatable flag. Raises Invalid."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
         if not (name and equals):
-            raise Invalid(f"--env {pair!r} is not valid", hint="use NAME=VALUE")
-        envs[name] = value
-    return envs
+            raise Invalid(f"{flag} {word!r} is not valid", hint="use NAME=VALUE")
+        found[name] = value
+    return found
 
 
 def check_utf8(*words: str) -> None:

@@ -1,4 +1,4 @@
-"""What the command line says: data on stdout, everything else on stderr, never a colour.
+"""What the command line says: data on stdout, everything else on stderr, in no colour.
 
 Much of it was said by others first, guests among them: what would steer a terminal is taken out.
 """

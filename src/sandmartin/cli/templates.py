@@ -1,4 +1,7 @@
-"""Templates, and snapshots that become some: `snapshot` and `template ls|rm|pull|push`."""
+"""Templates, and snapshots that become some: `snapshot` and `template ls|rm|pull|push`.
+
+How they are built is in `builds`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sandmartin.cli import builds
 from sandmartin.cli.connection import add_id, ask, ask_sandbox, connected, do_each
 from sandmartin.cli.files import local_errors
 from sandmartin.cli.options import add_json_flag, add_place_flags
@@ -18,7 +22,7 @@ from sandmartin.cli.pipes import ByteSource
 from sandmartin.cli.progress import Progress
 from sandmartin.cli.talk import print_json, print_table
 from sandmartin.model import check_name, random_id
-from sandmartin.transport import Template, Transport
+from sandmartin.transport import TemplateInfo, Transport
 
 _HEAD = ("NAME", "KIND", "VCPUS", "MEMORY_MB", "DISK_MB", "BYTES")
 
@@ -41,7 +45,7 @@ def configure_snapshot(verbs: Any) -> None:
 def configure_template(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "template",
-        help="list, delete, fetch and bring templates",
+        help="build, list, delete, fetch and bring templates",
         description="What sandboxes start from.",
     )
     nouns = parser.add_subparsers(dest="template_verb", metavar="VERB", required=True)
@@ -58,6 +62,8 @@ def configure_template(verbs: Any) -> None:
     add_place_flags(removal)
     add_json_flag(removal)
     removal.set_defaults(act=_remove)
+    builds.configure_build(nouns)
+    builds.configure_others(nouns)
     _configure_content(nouns)
 
 
@@ -104,7 +110,7 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(template: Template) -> tuple[str, ...]:
+def _row(template: TemplateInfo) -> tuple[str, ...]:
     shape = (template.vcpus, template.memory_mb, template.disk_size_mb)
     numbers = [str(number or "-") for number in shape]
     return (template.name, template.kind, *numbers, str(template.size_bytes))

@@ -26,6 +26,7 @@ from sandmartin.errors import (
     Unavailable,
 )
 from sandmartin.transport import SandboxInfo
+from sandmartin.transport.builds import Builds
 from sandmartin.transport.connect import FROM_CONNECT
 from sandmartin.transport.fields import parts, text
 from sandmartin.transport.rest import Rest, sandbox_info
@@ -73,6 +74,11 @@ class Server:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=10),
         )
         self._tokens: dict[str, Tokens] = {}
+
+    @property
+    def builds(self) -> Builds:
+        """Builds of templates, and their tags."""
+        return Builds(self._api)
 
     async def aclose(self) -> None:
         """Close the connections to the ports of sandboxes."""

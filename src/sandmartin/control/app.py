@@ -37,17 +37,21 @@ from sandmartin.control.api import (
     keys,
     metrics,
     sandboxes,
+    tags,
     teams,
     templates,
     usage,
 )
+from sandmartin.control.e2b import builds as e2b_builds
 from sandmartin.control.e2b import errors as e2b_errors
 from sandmartin.control.e2b import network as e2b_network
 from sandmartin.control.e2b import records as e2b_records
 from sandmartin.control.e2b import sandboxes as e2b_sandboxes
 from sandmartin.control.e2b import snapshots as e2b_snapshots
+from sandmartin.control.e2b import tags as e2b_tags
 from sandmartin.control.e2b import teams as e2b_teams
 from sandmartin.control.e2b import templates as e2b_templates
+from sandmartin.control.e2b import uploads as e2b_uploads
 from sandmartin.control.e2b.paths import RawPaths, is_theirs
 from sandmartin.control.limits import TooMany
 from sandmartin.control.platform import Platform
@@ -91,6 +95,7 @@ _MAX_BODY_S = 30.0
 _CONTENT = re.compile(
     r"/v1/(?:sandboxes|capsules)/[^/]+/(?:files(?:/(?:stream/)?write)?|processes/[^/]+/stdin)$"
     r"|/v1/builds/contexts/[^/]+$"
+    r"|/templates/uploads/[^/]+$"
 )
 _REQUEST_ID = "sandmartin.request_id"
 
@@ -136,7 +141,7 @@ def create_app(platform: Platform) -> FastAPI:
     app.include_router(accounts.router)
     app.include_router(accounts.pages)
     app.include_router(hosts.router, prefix="/v1/hosts")
-    for module in (builds, templates, teams, keys, admin, events, channels, audit):
+    for module in (builds, templates, tags, teams, keys, admin, events, channels, audit):
         app.include_router(module.router, prefix="/v1")
     app.include_router(metrics.router)
     _include_e2b(app)
@@ -168,9 +173,11 @@ def create_app(platform: Platform) -> FastAPI:
 
 def _include_e2b(app: FastAPI) -> None:
     """E2B's interface, for their clients."""
-    modules = (e2b_sandboxes, e2b_network, e2b_records, e2b_snapshots, e2b_templates, e2b_teams)
-    for router in (*(each.router for each in modules), e2b_templates.unbuilt):
-        app.include_router(router, tags=["e2b"], responses=e2b_errors.RESPONSES)
+    of_sandboxes = (e2b_sandboxes, e2b_network, e2b_records, e2b_snapshots)
+    # `e2b_tags` before what would take `tags` for a name.
+    of_templates = (e2b_tags, e2b_builds, e2b_uploads, e2b_templates)
+    for module in (*of_sandboxes, *of_templates, e2b_teams):
+        app.include_router(module.router, tags=["e2b"], responses=e2b_errors.RESPONSES)
 
 
 # Errors.

@@ -23,7 +23,7 @@ from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement
 from sandmartin.control.templates import Row, Templates, find_template, new_agent_name
 from sandmartin.errors import Denied, SandmartinError, Unavailable
 from sandmartin.model import check_name
-from sandmartin.transport import Template as AgentTemplate
+from sandmartin.transport import TemplateInfo as AgentTemplate
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)

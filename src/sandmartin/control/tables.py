@@ -402,6 +402,8 @@ class Build(Base):
     state: Mapped[str]
     #: What is to be done, sealed, as there may be secrets in it; None once that is over.
     sealed_request: Mapped[bytes | None] = mapped_column(LargeBinary)
+    #: It was reserved, and its steps are awaited until then; None for what may be begun.
+    awaited_until: Mapped[float | None]
     template_id: Mapped[str | None]
     #: Code of the error it ended with; empty for none. `error_step` counts from 1.
     error_code: Mapped[str] = mapped_column(default="")

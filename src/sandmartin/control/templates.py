@@ -29,7 +29,7 @@ from sandmartin.control.states import ALIVE, TemplateState
 from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement, TemplateTag
 from sandmartin.errors import AlreadyExists, Conflict, Denied, Invalid, NotFound, SandmartinError
 from sandmartin.model import check_name, random_id
-from sandmartin.transport import Template as AgentTemplate
+from sandmartin.transport import TemplateInfo as AgentTemplate
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)

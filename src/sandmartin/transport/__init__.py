@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sandmartin.errors import NotFound, SandmartinError
-from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec
+from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec, split_tag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class NewSandbox:
         # The rules stand in SandboxSpec; asking it here refuses a bad request before any start.
         SandboxSpec(
             sandbox_id=self.sandbox_id,
-            template=self.template,
+            template=split_tag(self.template)[0],
             timeout_s=self.timeout_s,
             network=self.network,
             **{name: value for name, value in shape.items() if value is not None},
@@ -127,7 +127,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Template:
+class TemplateInfo:
     """What sandboxes start from."""
 
     name: str
@@ -389,7 +389,7 @@ class Transport(Protocol):
     async def delete_snapshot(self, name: str) -> None:
         """Delete a template. Raises Conflict while something depends on it."""
 
-    async def list_templates(self) -> tuple[Template, ...]: ...
+    async def list_templates(self) -> tuple[TemplateInfo, ...]: ...
 
     def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
         """The whole of a template as one archive, chunk by chunk. Raises NotFound."""

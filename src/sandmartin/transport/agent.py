@@ -44,7 +44,7 @@ from sandmartin.transport import (
     Started,
     Stderr,
     Stdout,
-    Template,
+    TemplateInfo,
     find_sandbox,
 )
 from sandmartin.transport import protobuf as wire
@@ -243,7 +243,7 @@ class Agent(ABC):
     async def delete_snapshot(self, name: str) -> None:
         await self._call("DeleteSnapshot", {"name": name}, deadline_s=_DESTROY_S)
 
-    async def list_templates(self) -> tuple[Template, ...]:
+    async def list_templates(self) -> tuple[TemplateInfo, ...]:
         answer = await self._call("ListTemplates", {})
         return tuple(_template(each) for each in _parts(answer, "templates"))
 
@@ -679,9 +679,9 @@ def _checkpoint(message: Message) -> Checkpoint:
     )
 
 
-def _template(message: Message) -> Template:
+def _template(message: Message) -> TemplateInfo:
     kind = _text(message, "kind")
-    return Template(
+    return TemplateInfo(
         name=_text(message, "name"),
         kind=kind,
         vcpus=_int(message, "vcpus"),

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import httpx
 
 from sandmartin import __version__, errors
-from sandmartin.errors import Invalid, SandmartinError, TimedOut, Unavailable
+from sandmartin.errors import Invalid, NotFound, SandmartinError, TimedOut, Unavailable
 
 _T = TypeVar("_T")
 Params = Mapping[str, Any]
@@ -120,6 +120,19 @@ class Api:
             raise self._late() from error
         return self._parsed(answer)
 
+    async def exists(self, path: str) -> bool:
+        """Whether there is something at `path`."""
+        timeout = httpx.Timeout(_QUIET_S, connect=_CONNECT_S)
+
+        async def attempt() -> bool:
+            async with self._request("HEAD", path, timeout=timeout):
+                return True
+
+        try:
+            return await _repeated(attempt, repeatable=True)
+        except NotFound:
+            return False
+
     async def read(
         self, method: str, path: str, *, params: Params | None = None
     ) -> AsyncGenerator[bytes, None]:
@@ -156,12 +169,22 @@ class Api:
             await _read_whole(response)
 
     async def events(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        params: Params | None = None,
     ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Server-sent events as kind and fields. Raises what an event `error` says."""
-        timeout = httpx.Timeout(_QUIET_S, connect=_CONNECT_S)
+        options = {
+            "json": body,
+            "params": params,
+            "headers": {"accept": "text/event-stream"},
+            "timeout": httpx.Timeout(_QUIET_S, connect=_CONNECT_S),
+        }
         async with (
-            self._request(method, path, json=body, timeout=timeout) as response,
+            self._request(method, path, **options) as response,
             aclosing(_blocks(response)) as blocks,
         ):
             async for block in blocks:
@@ -195,7 +218,10 @@ class Api:
         try:
             async with self._http.stream(method, path, **options) as response:
                 if not response.is_success:
-                    raise self._refusal(response.status_code, await _read_whole(response))
+                    answer = await _read_whole(response)
+                    if method == "HEAD":
+                        raise _refusal_without_words(self.url, response.status_code)
+                    raise self._refusal(response.status_code, answer)
                 yield response
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Unreached(
@@ -235,6 +261,11 @@ class Api:
         if isinstance(told, dict):
             return _error_of(told, status)
         return self._foreign(f"HTTP {status} that does not say why")
+
+
+def _refusal_without_words(url: str, status: int) -> SandmartinError:
+    """What an answer means that has no body, as those to HEAD."""
+    return _FROM_STATUS.get(status, Unavailable)(f"{url} answers with HTTP {status}")
 
 
 def _error_of(told: Mapping[str, Any], status: int) -> SandmartinError:

@@ -40,7 +40,7 @@ from sandmartin.transport import (
     Started,
     Stderr,
     Stdout,
-    Template,
+    TemplateInfo,
 )
 from sandmartin.transport.api import CALL_S, Api, Unreached
 from sandmartin.transport.fields import (
@@ -233,7 +233,7 @@ class Rest:
         path = f"/v1/templates/{check_name(name, 'template name')}"
         await self._api.ask("DELETE", path, deadline_s=_DESTROY_S)
 
-    async def list_templates(self) -> tuple[Template, ...]:
+    async def list_templates(self) -> tuple[TemplateInfo, ...]:
         return tuple(_template(each) for each in _all(await self._api.ask("GET", "/v1/templates")))
 
     async def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
@@ -468,9 +468,9 @@ def _checkpoint(body: Message) -> Checkpoint:
     )
 
 
-def _template(body: Message) -> Template:
+def _template(body: Message) -> TemplateInfo:
     kind = text(body, "type")
-    return Template(
+    return TemplateInfo(
         name=text(body, "name"),
         kind="image" if kind == "base" else kind,
         vcpus=integer(body, "vcpus"),

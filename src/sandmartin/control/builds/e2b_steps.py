@@ -73,18 +73,20 @@ def read_steps(
     start: str = "",
     ready: str = "",
     force: bool = False,
+    as_user: bool = False,
 ) -> plan.Build:
     """The build of these steps on `ground`; `start` is left running, and then `ready` must exit 0.
 
-    On an image the user is made first whom sandboxes have by default. Raises InvalidBuild, which
-    names the step.
+    On an image the user is made first whom sandboxes have by default, on a template if `as_user`.
+    Raises InvalidBuild, which names the step.
     """
     if len(steps) > MAX_STEPS:
         raise InvalidBuild(f"there are {len(steps)} steps; {MAX_STEPS} are the most")
     given = [_given(number, raw) for number, raw in enumerate(steps, 1)]
     if sum(len(arg) for each in given for arg in each.args) > MAX_SOURCE_BYTES:
         raise InvalidBuild(f"the steps are larger than {MAX_SOURCE_BYTES} bytes")
-    read: list[plan.AnyStep] = [] if isinstance(ground, plan.Template) else _default_user()
+    is_ours = isinstance(ground, plan.Template) and not as_user
+    read: list[plan.AnyStep] = [] if is_ours else _default_user()
     for each in given:
         reader = _READERS.get(each.word.upper())
         if reader is None:

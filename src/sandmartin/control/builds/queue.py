@@ -117,7 +117,11 @@ class Queue:
         """The next build, which is this replica's then."""
         now = time.time()
         open_to_us = or_(
-            and_(Build.state == BuildState.WAITING, Build.finished_at.is_(None)),
+            and_(
+                Build.state == BuildState.WAITING,
+                Build.finished_at.is_(None),
+                Build.awaited_until.is_(None),
+            ),
             and_(Build.state == BuildState.BUILDING, Build.lease_expires_at < now),
         )
         other = aliased(Build)

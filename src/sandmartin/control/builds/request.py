@@ -35,6 +35,8 @@ class Source:
     steps: Sequence[Mapping[str, Any]] = ()
     start_cmd: str = ""
     ready_cmd: str = ""
+    #: Of steps: begin as the account `user`, on a template too.
+    as_user: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -129,6 +131,7 @@ class NewBuild:
             start=source.start_cmd,
             ready=source.ready_cmd,
             force=self.no_cache,
+            as_user=source.as_user,
         )
 
     def _ground(self) -> plan.Ground:

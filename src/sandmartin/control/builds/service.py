@@ -6,7 +6,7 @@ What is done with them is in `queue` and `engine`, on whichever replica has room
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,15 @@ from sandmartin.control.seal import Sealer
 from sandmartin.control.states import BuildState
 from sandmartin.control.tables import PLATFORM_TEAM_ID, BuildLine, Team
 from sandmartin.control.templates import find_template
-from sandmartin.errors import Denied, Exhausted, NotFound
+from sandmartin.errors import Conflict, Denied, Exhausted, NotFound
 from sandmartin.model import random_id
 
 Row = tables.Build
 _FOLLOW_S = 1.0
 #: Lines of a log that are given at a time while it is followed.
 _BATCH = 500
+#: How long a reserved build waits for what it is to do.
+AWAITED_S = 3600.0
 OPEN = frozenset({BuildState.WAITING, BuildState.BUILDING})
 
 
@@ -60,13 +62,44 @@ class Builds:
 
     async def create(self, caller: Caller, new: NewBuild) -> Row:
         """Have a template built. Raises Invalid, NotFound (uploads), Denied, Exhausted."""
-        # What can never work is refused before it waits.
+        await self._check(caller, new)
+        return await self._add(caller, new)
+
+    async def reserve(self, caller: Caller, new: NewBuild) -> Row:
+        """Note a build that waits for `begin`, and is over if that does not come in time.
+
+        Raises Invalid, Denied, Exhausted.
+        """
+        return await self._add(caller, new, awaited_until=time.time() + AWAITED_S)
+
+    async def begin(
+        self, caller: Caller, build_id: str, complete: Callable[[NewBuild], NewBuild]
+    ) -> Row:
+        """Let a reserved build begin, with what `complete` makes of what was asked for.
+
+        Raises Invalid, NotFound, and Conflict when it waits for nothing.
+        """
+        reserved = await self.get(caller, build_id)
+        _check_awaited(reserved)
+        new = complete(NewBuild.from_json(self._sealer.unseal(reserved.sealed_request or b"")))
+        await self._check(caller, new)
+        async with self._db.write() as session:
+            row = await _find(session, caller, build_id, to_change=True)
+            _check_awaited(row)
+            row.sealed_request, row.awaited_until = self._sealer.seal(new.to_json()), None
+        self._events.wake()
+        return row
+
+    async def _check(self, caller: Caller, new: NewBuild) -> None:
+        """What can never work is refused before it waits."""
         new.read()
         for digest in filter(None, (new.context, new.from_archive)):
             if not await self.contexts.has(caller, digest):
                 raise NotFound(
                     f"the upload {digest} is not there", hint="PUT /v1/builds/contexts/SHA256"
                 )
+
+    async def _add(self, caller: Caller, new: NewBuild, awaited_until: float | None = None) -> Row:
         row = Row(
             build_id=f"bd{random_id(20)}",
             team_id=caller.team_id,
@@ -74,6 +107,7 @@ class Builds:
             tags=list(new.all_tags),
             state=BuildState.WAITING,
             sealed_request=self._sealer.seal(new.to_json()),
+            awaited_until=awaited_until,
             created_by=caller.actor_id,
             created_at=time.time(),
         )
@@ -176,8 +210,15 @@ class Builds:
         return row
 
     async def prune(self, now: float, keep_s: float) -> None:
-        """Forget builds that ended long ago, with their logs, and uploads that are too old."""
+        """Forget builds that ended long ago, with their logs, and uploads that are too old.
+
+        Those that were reserved and never begun are over.
+        """
         async with self._db.write() as session:
+            late = select(Row).where(Row.awaited_until < now, Row.finished_at.is_(None))
+            for each in (await session.scalars(late.limit(_BATCH))).all():
+                each.state, each.finished_at, each.sealed_request = BuildState.CANCELLED, now, None
+                tell_end(session, each)
             old = select(Row.build_id).where(Row.finished_at < now - keep_s).limit(_BATCH)
             for build_id in (await session.scalars(old)).all():
                 row = await session.get(Row, build_id)
@@ -213,6 +254,11 @@ async def _find(
     if row is None or row.team_id != caller.team_id:
         raise NotFound(f"there is no build {build_id[:80]!r}")
     return row
+
+
+def _check_awaited(row: Row) -> None:
+    if row.awaited_until is None or row.finished_at is not None:
+        raise Conflict(f"build {row.build_id} waits for nothing", hint="reserve another one")
 
 
 async def _check_name(session: AsyncSession, caller: Caller, name: str) -> None:

@@ -25,6 +25,7 @@ from sandmartin.control.builds.actions import (
     Settled,
 )
 from sandmartin.control.builds.commands import execute
+from sandmartin.control.builds.failure import StepFailed
 from sandmartin.control.builds.layers import Layers, layer_key
 from sandmartin.control.builds.log import Log
 from sandmartin.control.builds.startup import Launched, wait_until_ready
@@ -173,7 +174,11 @@ class StageAtWork:
         await log.say(_shown(action))
         agent = await self.agent()
         began_at = time.monotonic()
-        await self._perform(agent, action)
+        try:
+            await self._perform(agent, action)
+        except StepFailed as error:
+            where = action.step.position
+            raise StepFailed(f"{where}: {error.message}", hint=error.hint) from error
         self.layer = None
         await log.say(f"done in {time.monotonic() - began_at:.1f} s", "debug")
         has_secrets = isinstance(action, Execute) and bool(action.secrets)

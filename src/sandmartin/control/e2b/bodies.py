@@ -125,6 +125,48 @@ class TemplateUpdate(Body):
     public: bool | None = None
 
 
+class NewTemplate(Body):
+    name: str | None = Field(default=None, max_length=300, description="`name[:tag]`.")
+    alias: str | None = Field(default=None, max_length=300, description="What was `name` before.")
+    tags: list[str] | None = Field(default=None, max_length=32)
+    cpu_count: int | None = Field(default=None, ge=1, le=64)
+    memory_mb: int | None = Field(default=None, ge=128, le=1 << 20)
+    min_free_disk_mb: int | None = Field(default=None, ge=0, le=1 << 20, alias="minFreeDiskMb")
+
+
+class BuildStep(Body):
+    type: str = Field(max_length=32)
+    args: list[str] | None = None
+    files_hash: str | None = Field(default=None, max_length=128)
+    force: bool | None = None
+
+
+class Registry(Body):
+    type: str = Field(max_length=32)
+    username: str | None = Field(default=None, max_length=255)
+    password: str | None = Field(default=None, max_length=1 << 14)
+
+
+class BuildSteps(Body):
+    from_image: str | None = Field(default=None, max_length=512)
+    from_template: str | None = Field(default=None, max_length=300)
+    from_image_registry: Registry | None = None
+    steps: list[BuildStep] = Field(default_factory=list)
+    start_cmd: str | None = None
+    ready_cmd: str | None = None
+    force: bool | None = None
+
+
+class TagAssignment(Body):
+    target: str = Field(max_length=300, description="`name[:tag]`.")
+    tags: list[str] = Field(min_length=1, max_length=32)
+
+
+class TagRemoval(Body):
+    name: str = Field(max_length=300)
+    tags: list[str] = Field(min_length=1, max_length=32)
+
+
 # What goes.
 
 
@@ -286,6 +328,56 @@ class Template(Body):
     build_count: int = 1
     envd_version: str = ENVD_VERSION
     build_status: Literal["ready"] = "ready"
+
+
+class RequestedTemplate(Body):
+    template_id: str
+    build_id: str
+    names: list[str]
+    tags: list[str]
+    aliases: list[str]
+    public: bool = False
+
+
+class FileUpload(Body):
+    present: bool
+    url: str = Field(description="For a PUT, which needs no key.")
+
+
+class BuildLogEntry(Body):
+    timestamp: datetime
+    message: str
+    level: str
+    step: str | None = None
+
+
+class BuildReason(Body):
+    message: str
+    step: str | None = None
+
+
+class BuildStatus(Body):
+    template_id: str
+    build_id: str
+    status: Literal["waiting", "building", "ready", "error"]
+    logs: list[str] = Field(default=[], description="Always empty, as theirs.")
+    log_entries: list[BuildLogEntry]
+    reason: BuildReason | None = None
+
+
+class BuildLogs(Body):
+    logs: list[BuildLogEntry]
+
+
+class AssignedTags(Body):
+    build_id: str
+    tags: list[str]
+
+
+class TemplateTag(Body):
+    tag: str
+    build_id: str
+    created_at: datetime
 
 
 class Alias(Body):

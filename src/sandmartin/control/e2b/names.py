@@ -11,14 +11,12 @@ from sandmartin.control.api.access import TheCaller, ThePlatform
 from sandmartin.control.caller import Caller
 from sandmartin.control.platform import Platform
 from sandmartin.errors import NotFound
-
-#: The only tag there is.
-TAG = "default"
+from sandmartin.model import DEFAULT_TAG
 
 
 def full_name(name: str) -> str:
     """What their clients call a template of ours."""
-    return f"{name}:{TAG}"
+    return name if ":" in name else f"{name}:{DEFAULT_TAG}"
 
 
 async def plain_name(platform: Platform, caller: Caller, template: str) -> str:
@@ -26,14 +24,12 @@ async def plain_name(platform: Platform, caller: Caller, template: str) -> str:
     namespace, slash, name = template.rpartition("/")
     name, colon, tag = name.partition(":")
     missing = NotFound(f"there is no template {template[:80]!r}")
-    if colon and tag != TAG:
-        raise missing
     if slash:
         teams = [each.team for each in await platform.teams.list(caller)]
         ours = [each.name for each in teams if each.team_id == caller.team_id]
         if namespace not in {caller.team_id, *ours}:
             raise missing
-    return name
+    return f"{name}:{tag}" if colon and tag != DEFAULT_TAG else name
 
 
 async def _name(

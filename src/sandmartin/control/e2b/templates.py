@@ -1,4 +1,4 @@
-"""`/templates`: those that there are. How theirs are made is not served yet, and says so."""
+"""`/templates`: those that there are. How they are built is in `builds`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from sandmartin.errors import Denied, Unimplemented
 from sandmartin.model import DEFAULT_DISK_SIZE_MB, DEFAULT_MEMORY_MB, DEFAULT_VCPUS
 
 router = APIRouter()
-#: Left out of the documentation: nothing is there.
-unbuilt = APIRouter(include_in_schema=False)
 
 
 @router.get("/templates")
@@ -41,16 +39,12 @@ def _template(row: tables.Template) -> bodies.Template:
 
 @router.get("/templates/aliases/{name}")
 async def alias(name: TheName, caller: TheCaller, platform: ThePlatform) -> bodies.Alias:
-    """Which template a name is of."""
-    row = await platform.templates.get(caller, name)
-    return bodies.Alias(template_id=row.name, public=row.team_id == PLATFORM_TEAM_ID)
-
-
-@router.post("/templates/tags", include_in_schema=False)
-@router.delete("/templates/tags", include_in_schema=False)
-async def refuse_tags(_caller: TheCaller) -> Response:
-    """Before what would take `tags` for a name."""
-    return await _refuse(_caller)
+    """Which template a name is of; a name that only tags have is one, too."""
+    if ":" in name:
+        row = await platform.templates.get(caller, name)
+        return bodies.Alias(template_id=row.name, public=row.team_id == PLATFORM_TEAM_ID)
+    first = (await platform.tags.list(caller, name))[0]
+    return bodies.Alias(template_id=first.name, public=first.team_id == PLATFORM_TEAM_ID)
 
 
 @router.delete("/templates/{name}", status_code=204)
@@ -73,34 +67,3 @@ async def publish(
             "a team's template cannot be made public", hint="the other team can build its own"
         )
     return bodies.Names(names=[full_name(row.name)])
-
-
-# What is to come.
-
-
-async def _refuse(_caller: TheCaller) -> Response:
-    raise Unimplemented(
-        "templates are not built through this interface yet", hint="see docs/e2b.md"
-    )
-
-
-async def _refuse_named(name: TheName, caller: TheCaller, platform: ThePlatform) -> Response:
-    await platform.templates.get(caller, name)
-    return await _refuse(caller)
-
-
-for _method, _path in (
-    ("POST", "/v3/templates"),
-    ("POST", "/v2/templates"),
-    ("POST", "/templates"),
-):
-    unbuilt.add_api_route(_path, _refuse, methods=[_method])
-for _method, _path in (
-    ("GET", "/templates/{name}/files/{digest}"),
-    ("GET", "/templates/{name}/tags"),
-    ("POST", "/v2/templates/{name}/builds/{build}"),
-    ("POST", "/templates/{name}/builds/{build}"),
-    ("GET", "/templates/{name}/builds/{build}/status"),
-    ("GET", "/templates/{name}/builds/{build}/logs"),
-):
-    unbuilt.add_api_route(_path, _refuse_named, methods=[_method])

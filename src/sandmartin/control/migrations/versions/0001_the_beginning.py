@@ -206,6 +206,7 @@ def upgrade() -> None:
         sa.Column("tags", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False),
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("sealed_request", sa.LargeBinary(), nullable=True),
+        sa.Column("awaited_until", sa.Double(), nullable=True),
         sa.Column("template_id", sa.String(), nullable=True),
         sa.Column("error_code", sa.String(), nullable=False),
         sa.Column("error_message", sa.String(), nullable=False),
