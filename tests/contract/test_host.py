@@ -415,6 +415,15 @@ async def test_each_event_and_chunk_is_activity(fakes: Fakes, host: Host) -> Non
     await sandbox.write_file("/a", "root", upload())
     async for _ in sandbox.read_file("/a", "root"):
         times.append(sandbox.entry.last_active_at)
+
+    async def tree() -> AsyncGenerator[bytes, None]:
+        for _ in range(2):
+            times.append(sandbox.entry.last_active_at)
+            yield bytes(512)
+
+    await sandbox.write_tree("/there", "", tree())
+    async for _ in sandbox.read_tree("/a"):
+        times.append(sandbox.entry.last_active_at)
     assert times == sorted(set(times)), "each must be later than the one before"
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
 import sys
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -227,3 +229,40 @@ async def test_what_a_sandbox_tells_of_itself(place: Place) -> None:
     assert points(await place.http.get(metrics, params={"range": "24h"})) is not None
     wrong = await place.http.get(metrics, params={"range": "3m"})
     assert code(wrong) == (400, "invalid")
+
+
+async def test_trees_go_up_and_come_down(place: Place, tmp_path: Path) -> None:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, size in (("app/a", 3 * MIB + 1), ("app/b/c", 7)):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode, member.mtime = size, 0o755, 10**9
+            tar.addfile(member, io.BytesIO(bytes(size)))
+    at, url = str(tmp_path / "there"), f"{place.path}/files/tree"
+    owned = {"path": at, "owner": "12:34"}
+    put = await place.http.put(url, params=owned, content=made.getvalue())
+    assert (put.status_code, put.json()) == (200, {"members": 2})
+    status = Path(at, "app/a").stat()
+    assert (status.st_uid, status.st_gid, status.st_mtime) == (12, 34, 10**9)
+    got = await place.http.get(url, params={"path": f"{at}/app"})
+    assert (got.status_code, got.headers["content-type"]) == (200, "application/x-tar")
+    with tarfile.open(fileobj=io.BytesIO(got.content)) as tar:
+        found = {each.name: each.size for each in tar}
+    assert found == {"app": 0, "app/a": 3 * MIB + 1, "app/b": 0, "app/b/c": 7}
+
+
+async def test_trees_that_are_refused_say_why(place: Place, tmp_path: Path) -> None:
+    made, url = io.BytesIO(), f"{place.path}/files/tree"
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name in ("good", "../evil"):
+            tar.addfile(tarfile.TarInfo(name))
+    at = {"path": str(tmp_path / "there")}
+    put = await place.http.put(url, params=at, content=made.getvalue())
+    assert code(put) == (400, "invalid")
+    assert "'../evil': its name leads up" in put.json()["error"]["message"]
+    assert "(unpacked before: 1)" in put.json()["error"]["message"]
+    for params in ({"path": "relative"}, {"path": "/a/../b"}, at | {"owner": "no-one-at-all"}):
+        assert code(await place.http.put(url, params=params, content=b"")) == (400, "invalid")
+    assert code(await place.http.get(url, params={"path": "relative"})) == (400, "invalid")
+    assert code(await place.http.get(url, params={"path": "/no/such"})) == (404, "not_found")
+    assert code(await place.http.get(url, params={"path": "/dev/null"})) == (400, "invalid")

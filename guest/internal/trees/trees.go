@@ -87,6 +87,8 @@ func read(w http.ResponseWriter, r *http.Request, at string) {
 	defer from.close()
 	w.Header().Set("Content-Type", "application/x-tar")
 	w.Header().Set("Trailer", outcomeTrailer)
+	// Whoever waits learns that it has begun, however long it takes until there is much to send.
+	_ = http.NewResponseController(w).Flush()
 	outcome := whole
 	if err := from.pack(r.Context(), w); err != nil {
 		outcome = url.PathEscape(err.Error())

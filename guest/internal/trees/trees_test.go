@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -251,6 +252,7 @@ func TestLinksThatWereThereAreFollowedWhereRootAloneMakesThem(t *testing.T) {
 		"writable by the group": {"usr/lib", 0o775, 0, ""},
 		"sticky":                {"usr/lib", 0o777 | fs.ModeSticky, 0, ""},
 		"another's":             {"usr/lib", 0o755, 1000, ""},
+		"another's link":        {"usr/lib", 0o755, 0, ""},
 		"circle":                {"lib", 0o755, 0, ""},
 		"nowhere":               {"none", 0o755, 0, ""},
 		"a file":                {"usr/file", 0o755, 0, ""},
@@ -263,6 +265,9 @@ func TestLinksThatWereThereAreFollowedWhereRootAloneMakesThem(t *testing.T) {
 			os.Symlink("usr/lib", at("second")), os.Symlink(c.target, at("lib")),
 			os.Chown(base, c.uid, 0), os.Chmod(base, c.base),
 		)
+		if name == "another's link" {
+			err = errors.Join(err, os.Lchown(at("lib"), 1000, 0))
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -341,6 +346,17 @@ func TestAnothersDirectoryIsNotGivenAway(t *testing.T) {
 	if stat := info.Sys().(*syscall.Stat_t); stat.Uid != 0 || info.Mode().Perm() != 0o700 {
 		t.Errorf("%+v", stat)
 	}
+	// Nor in a place where everybody may make one.
+	if err := errors.Join(os.Chown(base, 0, 0), os.Chmod(base, 0o777|fs.ModeSticky), os.Chown(secret, 1001, 1001)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unpacked(packed(t, dir("secret")), base, nil); err != nil {
+		t.Fatal(err)
+	}
+	info, _ = os.Stat(secret)
+	if stat := info.Sys().(*syscall.Stat_t); stat.Uid != 1001 || info.Mode().Perm() != 0o700 {
+		t.Errorf("%+v", stat)
+	}
 	info, _ = os.Stat(filepath.Join(base, "new"))
 	if stat := info.Sys().(*syscall.Stat_t); stat.Uid != 1000 || info.Mode().Perm() != 0o755 {
 		t.Errorf("%+v", stat)
@@ -373,6 +389,58 @@ func TestATarThatIsCutIsNotTakenForAWholeOne(t *testing.T) {
 	// Some writers fill up to their own block size.
 	if members, err := unpacked(append(content, make([]byte, 20480)...), base, nil); members != 3 || err != nil {
 		t.Error(members, err)
+	}
+}
+
+func TestWhatCannotBeGivenIsLeftOutOrTold(t *testing.T) {
+	asRoot(t)
+	top := filepath.Join(t.TempDir(), "top")
+	at := func(path string) string { return filepath.Join(top, path) }
+	err := errors.Join(
+		os.MkdirAll(at("mounted/in"), 0o755), syscall.Mkfifo(at("pipe"), 0o600),
+		syscall.Mknod(at("device"), syscall.S_IFCHR, 1<<8|3), os.WriteFile(at("file"), []byte("x"), 0o600),
+		syscall.Mount("none", at("mounted"), "tmpfs", 0, ""), os.WriteFile(at("mounted/other"), nil, 0o600),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(at("mounted"), 0) })
+	base := serve(t)
+	status, content, outcome := fetch(t, base, top)
+	if status != http.StatusOK || outcome != whole {
+		t.Fatal(status, outcome)
+	}
+	var names []string
+	for reader := tar.NewReader(bytes.NewReader(content)); ; {
+		header, err := reader.Next()
+		if err != nil {
+			break
+		}
+		names = append(names, header.Name)
+	}
+	slices.Sort(names)
+	if expected := []string{"top/", "top/file", "top/mounted/"}; !slices.Equal(names, expected) {
+		t.Errorf("%v", names)
+	}
+	// What is asked for by its own name is, wherever it is.
+	if _, content, _ = fetch(t, base, at("mounted")); !bytes.Contains(content, []byte("mounted/other")) {
+		t.Error("a mounted directory has nothing in it")
+	}
+	for path, expected := range map[string]int{at("none"): 404, at("file/below"): 400, at("pipe"): 400, "": 400, "relative": 400} {
+		if status, _, _ := fetch(t, base, path); status != expected {
+			t.Errorf("%s: %d", path, status)
+		}
+	}
+}
+
+func TestTheRootIsATreeToo(t *testing.T) {
+	source, err := find("/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.close()
+	if source.entry != "." || source.name != "." {
+		t.Error(source)
 	}
 }
 

@@ -191,23 +191,22 @@ func (u *unpacker) put(header *tar.Header, content io.Reader) error {
 }
 
 func (u *unpacker) putDirectory(names []string, header *tar.Header, whose owner) error {
-	above := exposed
+	safe := false
 	if len(names) > 0 {
 		parent, err := u.enter(names[:len(names)-1], true)
 		if err != nil {
 			return err
 		}
-		above = parent.trust
+		safe = parent.trust == guarded
 	}
 	here, err := u.enter(names, true)
 	if err != nil {
 		return err
 	}
-	// A directory that somebody has named, or made elsewhere, keeps what it has.
-	if here.linked || len(names) == 0 && !here.made {
-		return nil
-	}
-	if above == exposed && !here.made && !belongs(here.fd, whose) {
+	// The destination itself and what links lead to are nothing that the tree tells of. And where
+	// others may have put a directory, or put another in its place, none is given away.
+	theirs := !safe && !belongs(here.fd, whose)
+	if !here.made && (here.linked || len(names) == 0 || theirs) {
 		return nil
 	}
 	if err := give(here.fd, whose, header.Mode); err != nil {
@@ -317,8 +316,11 @@ func (u *unpacker) inPlaceOf(parent directory, name string, create func() error)
 }
 
 func (u *unpacker) putLink(names []string, header *tar.Header, whose owner) error {
-	if header.Linkname == "" || len(u.brought) >= maxLinks {
-		return files.Invalid(fmt.Sprintf("it is a link that leads nowhere, or one of more than %d", maxLinks))
+	if header.Linkname == "" {
+		return files.Invalid("it is a link that leads nowhere")
+	}
+	if len(u.brought) >= maxLinks {
+		return files.Invalid(fmt.Sprintf("it is one of more than %d links", maxLinks))
 	}
 	parent, name, err := u.parent(names)
 	if err != nil {

@@ -139,8 +139,9 @@ func (w *walker) follow(at directory, name string) (directory, error) {
 	if _, ours := w.brought[inodeOf(&stat)]; ours {
 		return directory{}, files.Invalid("it is a link that the tree itself brought")
 	}
-	if at.trust != guarded {
-		return directory{}, files.Invalid("it is a link in a directory where others than root can make one; name the path it leads to")
+	// One of another's may have been there before the directory became root's.
+	if at.trust != guarded || stat.Uid != 0 {
+		return directory{}, files.Invalid("it is a link that others than root may have made; name the path it leads to")
 	}
 	if w.followed++; w.followed > maxFollowed {
 		return directory{}, unix.ELOOP
@@ -195,14 +196,15 @@ func above(at directory) (directory, error) {
 
 // make makes a directory that no member of the tree has told of yet.
 func (w *walker) make(at directory, name string) (directory, error) {
-	if err := unix.Mkdirat(at.fd, name, private); err != nil && !errors.Is(err, unix.EEXIST) {
-		return directory{}, err
+	making := unix.Mkdirat(at.fd, name, private)
+	if making != nil && !errors.Is(making, unix.EEXIST) {
+		return directory{}, making
 	}
 	fd, err := openAt(at.fd, name, directoryFlags, 0)
 	if err != nil {
 		return directory{}, err
 	}
-	ours := at.trust != exposed || isNew(fd)
+	ours := making == nil && (at.trust != exposed || isNew(fd))
 	if ours {
 		if err := w.settle(fd); err != nil {
 			_ = unix.Close(fd)

@@ -93,7 +93,8 @@ _MAX_BODY_BYTES = 1 << 20
 _MAX_BODY_S = 30.0
 #: What is sent there is streamed, and may be of any size.
 _CONTENT = re.compile(
-    r"/v1/(?:sandboxes|capsules)/[^/]+/(?:files(?:/(?:stream/)?write)?|processes/[^/]+/stdin)$"
+    r"/v1/(?:sandboxes|capsules)/[^/]+/"
+    r"(?:files(?:/(?:tree|(?:stream/)?write))?|processes/[^/]+/stdin)$"
     r"|/v1/builds/contexts/[^/]+$"
     r"|/templates/uploads/[^/]+$"
 )

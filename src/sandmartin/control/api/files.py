@@ -19,6 +19,9 @@ _MAX_PATH = 4096
 _MAX_USER = 256
 _KINDS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "symlink": stat.S_IFLNK}
 _CONTENT = {200: {"content": BINARY, "description": "The content."}}
+_TAR = {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}
+_TREE = {200: {"content": _TAR, "description": "A plain tar."}}
+_TREE_BODY = {"requestBody": {"required": True, "content": _TAR}}
 _FORM = {
     "requestBody": {
         "required": True,
@@ -40,6 +43,13 @@ _FORM = {
 
 ThePath = Annotated[str, Query(min_length=1, max_length=_MAX_PATH)]
 TheUser = Annotated[str, Query(max_length=_MAX_USER, description="Empty is root.")]
+TheOwner = Annotated[
+    str,
+    Query(
+        max_length=2 * _MAX_USER,
+        description="`user`, `user:group` or numbers; empty keeps the numbers of the tar.",
+    ),
+]
 
 
 class _Named(BaseModel):
@@ -95,6 +105,10 @@ class Entries(BaseModel):
     entries: list[EntryBody]
 
 
+class Unpacked(BaseModel):
+    members: int = Field(description="How many the tar had.")
+
+
 def _done() -> Response:
     return Response(status_code=204)
 
@@ -139,6 +153,29 @@ async def read(body: FileName, inside: TheInside) -> Response:
 
 
 # Directories.
+
+
+@router.put("/{sandbox_id}/files/tree", openapi_extra=_TREE_BODY)
+async def put_tree(
+    request: Request, inside: TheInside, path: ThePath, owner: TheOwner = ""
+) -> Unpacked:
+    """Unpack a plain tar, which is the body, below a directory, which is made if it is missing.
+
+    It is done with root's rights. What was unpacked before an error stays.
+    """
+    pieces = pieces_of(request)
+    members = await inside.agent.write_tree(inside.sandbox_id, path, pieces, owner=owner)
+    return Unpacked(members=members)
+
+
+@router.get("/{sandbox_id}/files/tree", response_class=Response, responses=_TREE)  # type: ignore[arg-type]
+async def get_tree(inside: TheInside, path: ThePath) -> Response:
+    """A file, a link or a whole directory as a plain tar, read with root's rights.
+
+    Names are relative to the directory above. An answer that is cut is no whole tree.
+    """
+    pieces = await begun(inside.agent.read_tree(inside.sandbox_id, path))
+    return Streamed(pieces, media_type="application/x-tar")
 
 
 @router.post("/{sandbox_id}/files/list")
