@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
 
 from tests.ociimages import OciImage
 from tests.waiting import until
@@ -51,8 +48,6 @@ class Registry:
 @contextlib.asynccontextmanager
 async def registry(directory: Path, *, protected: bool = False) -> AsyncIterator[Registry]:
     """A registry with its files in a directory; one that is protected knows one user."""
-    if shutil.which("docker-registry") is None or shutil.which("skopeo") is None:
-        pytest.skip("docker-registry or skopeo is not installed")
     address = f"127.0.0.1:{_free_port()}"
     lines = ["version: 0.1", f"http: {{addr: '{address}'}}"]
     lines.append(f"storage: {{filesystem: {{rootdirectory: '{directory}'}}}}")

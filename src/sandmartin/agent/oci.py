@@ -194,7 +194,7 @@ class _Draft:
         self._path = path
         self._report = report
         uid = machine.settings.unpack_uid_base
-        self.cell = Cell(work=path / "cell", uid=uid, file_bytes=_MAX_ARCHIVE_BYTES)
+        self.cell = Cell(work=path / "cell", uid=uid, file_bytes=_DISK_BYTES)
         self.layout = self.cell.work / _LAYOUT
 
     def open(self) -> None:
@@ -227,13 +227,13 @@ class _Draft:
         archive = self.cell.work / _ARCHIVE
         # One that says of itself that it is both is OCI's.
         for kind in ("oci-archive", "docker-archive"):
-            words = ["copy", "--dest-oci-accept-uncompressed-layers", f"{kind}:{archive}"]
-            command = [*SKOPEO, *words, f"oci:{self.layout}:{IMAGE}"]
+            words = [f"{kind}:{archive}", f"oci:{self.layout}:{IMAGE}"]
+            command = [*SKOPEO, f"--tmpdir={self.cell.work}", "copy", *words]
             copying = self.cell.run(command, deadline_s=_CONVERT_S)
             done = await self.watched(copying, self.cell.work, "read", 3 * _MAX_ARCHIVE_BYTES)
             if done.returncode == 0:
                 break
-            said = done.stderr.decode(errors="replace")
+            said = self._told(done.stderr)
             if kind == "docker-archive" or "index.json: no such file" not in said:
                 raise explain_archive(said)
         await asyncio.to_thread(remove, archive)
@@ -262,7 +262,7 @@ class _Draft:
                 [*command, self.cell.work / _ROOT], deadline_s=_UNPACK_S, log=log
             )
             done = await self.watched(unpacking, self.cell.work / _ROOT, "unpacked", _DISK_BYTES)
-            said = _read_log(log)
+            said = self._told(_read_log(log))
         if done.returncode:
             raise _unpacking_failed(said, self._path)
         for device in _DEVICE.findall(said):
@@ -276,8 +276,12 @@ class _Draft:
     async def _in_cell(self, argv: _Words, deadline_s: float) -> None:
         done = await self.cell.run(argv, deadline_s=deadline_s)
         if done.returncode:
-            said = (done.stdout + done.stderr).decode(errors="replace")
+            said = self._told(done.stdout + done.stderr)
             raise _making_failed(os.fspath(argv[0]), said, self._path)
+
+    def _told(self, output: bytes) -> str:
+        """What a program said, without our own directories."""
+        return output.decode(errors="replace").replace(f"{self.cell.work}/", "")
 
     def _place(self, origin: Imported, source: str) -> Imported:
         target = self._templates.new_image(self._name)
@@ -355,7 +359,7 @@ def _too_large(verb: str, limit_bytes: int) -> Invalid:
     )
 
 
-def _read_log(log: IO[bytes]) -> str:
+def _read_log(log: IO[bytes]) -> bytes:
     """The beginning of a log, and its end."""
     size = log.seek(0, os.SEEK_END)
     log.seek(0)
@@ -363,7 +367,7 @@ def _read_log(log: IO[bytes]) -> str:
     if size > len(text):
         log.seek(max(len(text), size - _MAX_LOG_BYTES))
         text += log.read(_MAX_LOG_BYTES)
-    return text.decode(errors="replace")
+    return text
 
 
 def _last_words(said: str) -> str:
