@@ -337,7 +337,7 @@ async def test_registries_that_cannot_be_used_say_why(
         "127.0.0.2:5000/team/none": Denied,
         "https://registry.example/none": Invalid,
     }.items():
-        with pytest.raises(kind) as refusal:
+        with pytest.raises(kind):
             await fetch(agent, reference, "none")
     assert "none" not in await names(agent)
     assert not drafts(agent)
@@ -352,7 +352,7 @@ async def test_a_damaged_layer_in_a_registry_is_never_taken(
     (digest,) = (name for name, content in made.blobs.items() if content == made.packed[0])
     blob, whole = images.blob(digest), made.packed[0]
     blob.write_bytes(whole[:-3] if harm == "cut" else whole[:-3] + bytes(3))
-    with pytest.raises(Unavailable) as refusal:
+    with pytest.raises(Unavailable):
         await fetch(agent, reference, "damaged")
     blob.write_bytes(whole)
     told, _ = await fetch(agent, reference, "damaged")

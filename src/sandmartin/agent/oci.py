@@ -66,6 +66,7 @@ _MAX_JSON_BYTES = 4 << 20
 _MAX_LOG_BYTES = 1 << 20
 _CHECK_BYTES = 64 << 20
 _SAID = 400
+_NO_SPACE = os.strerror(errno.ENOSPC).lower()
 #: Before what umoci says.
 _MARKS = " \t\u2022\u2a2f"
 _LAYOUT, _ROOT, _FILE, _ARCHIVE = "layout", "root", "disk.ext4", "archive"
@@ -377,7 +378,7 @@ def _last_words(said: str) -> str:
 
 def _unpacking_failed(said: str, path: Path) -> SandmartinError:
     last = _last_words(said)
-    if os.strerror(errno.ENOSPC) in last.capitalize():
+    if _NO_SPACE in last.lower():
         return files.disk_full(path)
     if "file too large" in last:
         return _too_large("unpacked", _DISK_BYTES)
@@ -388,7 +389,7 @@ def _unpacking_failed(said: str, path: Path) -> SandmartinError:
 def _making_failed(program: str, said: str, path: Path) -> SandmartinError:
     if "Could not allocate" in said or "No free space" in said:
         return _too_large("unpacked", _DISK_BYTES)
-    if os.strerror(errno.ENOSPC) in said:
+    if _NO_SPACE in said.lower():
         return files.disk_full(path)
     return ToolFailed(f"{program} failed on the image: {_last_words(said)}")
 
