@@ -58,6 +58,7 @@ _MAX_ARCHIVE_BYTES = 2 * _DISK_BYTES
 _CONVERT_S = 1800.0
 _UNPACK_S = 1800.0
 _LOOK_S = 0.5
+_TELL_S = 2.0
 #: A look that takes long is taken less often.
 _LOOK_SHARE = 10
 _AT_ONCE = 2
@@ -320,7 +321,7 @@ class _Draft:
         Raises Exhausted for the host's disk, Invalid for more than `limit_bytes`.
         """
         working = asyncio.create_task(work, name=f"import {self._name}: {verb}")
-        told_mb, pause_s = 0, _LOOK_S
+        told_mb, told_at, pause_s = 0, time.monotonic(), _LOOK_S
         try:
             while not (await asyncio.wait({working}, timeout=pause_s))[0]:
                 began = time.monotonic()
@@ -328,8 +329,8 @@ class _Draft:
                 used = 0 if where is None else await asyncio.to_thread(_used, where, limit_bytes)
                 if used > limit_bytes:
                     raise _too_large(verb, limit_bytes)
-                if used // _MB > told_mb:
-                    told_mb = used // _MB
+                if used // _MB > told_mb and began > told_at + _TELL_S:
+                    told_mb, told_at = used // _MB, began
                     self._report(f"{verb} {told_mb} MB")
                 pause_s = max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - began))
             return working.result()

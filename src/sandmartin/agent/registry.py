@@ -246,10 +246,7 @@ def _read(content: bytes) -> Manifest:
         if len(layers) > _MAX_LAYERS:
             raise Invalid(f"the image has {len(layers)} layers", hint=f"use {_MAX_LAYERS} at most")
         for each in layers:
-            if each.get("mediaType", "").endswith("zstd"):
-                raise Invalid(
-                    f"layer {each['digest']} is compressed by zstd", hint="push it with gzip"
-                )
+            _check_layer(each)
         return Manifest(
             digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
             layers=list(dict.fromkeys(_checked(each["digest"]) for each in layers)),
@@ -257,6 +254,13 @@ def _read(content: bytes) -> Manifest:
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Invalid(_WRONG) from error
+
+
+def _check_layer(layer: Mapping[str, Any]) -> None:
+    if layer.get("urls"):
+        raise Invalid(f"layer {layer['digest']} is elsewhere", hint="push the image with it")
+    if layer.get("mediaType", "").endswith("zstd"):
+        raise Invalid(f"layer {layer['digest']} is compressed by zstd", hint="push it with gzip")
 
 
 # What went wrong.
