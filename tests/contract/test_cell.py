@@ -101,7 +101,8 @@ def _sleeping(mark: str) -> bool:
 
 async def test_what_links_lead_to_is_never_opened(cell: Cell) -> None:
     await said(cell, "ln -s /etc/passwd link; ln -s /etc etc; mkfifo pipe; echo 1 >plain; mkdir d")
-    for names in (("link",), ("etc", "passwd"), ("pipe",), ("d",), ("none",), ("plain", "none")):
+    wrong = [("link",), ("etc", "passwd"), ("pipe",), ("d",), ("none",), ("plain", "none"), ()]
+    for names in (*wrong, ("etc/passwd",), ("/etc/passwd",), ("..", "work", "plain")):
         with cell.opened(*names) as handle:
             assert handle is None
     with cell.opened("plain") as handle:

@@ -168,6 +168,31 @@ async def test_layers_are_fetched_once_and_never_believed(
     assert not drafts(agent)
 
 
+async def test_images_of_dockers_form_keep_their_digest(
+    agent: RunningAgent, images: Registry
+) -> None:
+    reference = images.push(small(), "team/docker:1", "v2s2")
+    _, image = await fetch(agent, reference, "docker")
+    assert image.digest == images.manifest_digest("team/docker", "1") != small().digest
+    assert "kept" in inspect(agent, "docker", "cat /file")
+    await agent.transport.delete_snapshot("docker")
+
+
+async def test_of_an_index_the_image_for_this_machine_is_taken(
+    agent: RunningAgent, images: Registry
+) -> None:
+    images.push(small(), "team/many:one")
+    other = OciImage([tar([member("file", b"another")])])
+    images.push(other, "team/many:other")
+    both = {"arm64": other.digest, "amd64": small().digest}
+    _, image = await fetch(agent, images.push_index("team/many", "all", both), "many")
+    assert image.digest == small().digest
+    await agent.transport.delete_snapshot("many")
+    lacking = images.push_index("team/many", "lacking", {"arm64": other.digest})
+    with pytest.raises(Invalid, match="linux/amd64"):
+        await fetch(agent, lacking, "many")
+
+
 def small() -> OciImage:
     return OciImage([tar([member("file", b"kept")])])
 

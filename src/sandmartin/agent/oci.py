@@ -153,7 +153,8 @@ class ImageImports:
                 await draft.watched(copying, draft.layout, "fetched", _MAX_ARCHIVE_BYTES)
                 await asyncio.to_thread(self._registries.keep, visit, new, _LAYOUT)
             self._machine.step("import:fetched")
-            return await draft.finish(manifest.digest, str(reference))
+            async with self._turn(report):
+                return await draft.finish(manifest.digest, str(reference))
 
     async def from_archive(self, name: str, pieces: AsyncIterator[bytes]) -> Imported:
         """Make a template of an archive of one image, gzipped or not.
@@ -163,25 +164,31 @@ class ImageImports:
         async with self._draft(name, lambda _: None) as draft:
             await draft.receive(pieces)
             self._machine.step("import:received")
-            await draft.convert()
-            return await draft.finish("", "an archive")
+            async with self._turn(lambda _: None):
+                await draft.convert()
+                return await draft.finish("", "an archive")
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, report: Report) -> AsyncIterator[None]:
+        """For what takes a processor: not for what waits for others, who may be slow on purpose."""
+        if self._places.locked():
+            report("waiting for other images to be unpacked")
+        async with self._places:
+            yield
 
     @contextlib.asynccontextmanager
     async def _draft(self, name: str, report: Report) -> AsyncIterator[_Draft]:
         """Where an image is made; what it takes is given back, however it ends."""
         packages.require("skopeo", "umoci")
         self._templates.new(name)
-        if self._places.locked():
-            report(f"waiting for one of {_AT_ONCE} imports to end")
-        async with self._places:
-            path = self._machine.data.images / f".{name}.{random_id(6)}"
-            try:
-                with files.space_errors(path):
-                    draft = _Draft(self._machine, self._templates, name, path, report)
-                    draft.open()
-                    yield draft
-            finally:
-                await asyncio.shield(asyncio.to_thread(remove, path))
+        path = self._machine.data.images / f".{name}.{random_id(6)}"
+        try:
+            with files.space_errors(path):
+                draft = _Draft(self._machine, self._templates, name, path, report)
+                draft.open()
+                yield draft
+        finally:
+            await asyncio.shield(asyncio.to_thread(remove, path))
 
 
 class _Draft:
@@ -245,6 +252,7 @@ class _Draft:
     async def finish(self, digest: str, source: str) -> Imported:
         """Make the template of the layout; it is there afterwards, whole."""
         found, config = self._read_layout()
+        origin = _config(digest or found, config)
         await self._unpack()
         self._machine.step("import:unpacked")
         await asyncio.to_thread(remove, self.layout)
@@ -252,7 +260,6 @@ class _Draft:
         making = make_file_system(self.cell.work / _ROOT, self.cell.work / _FILE, self._in_cell)
         await self.watched(making, None, "", 0)
         self._machine.step("import:made")
-        origin = _config(digest or found, config)
         # From here on it is put in its place, or taken back, whoever waits.
         return await to_its_end(asyncio.to_thread(self._place, origin, source))
 
@@ -288,7 +295,9 @@ class _Draft:
     def _place(self, origin: Imported, source: str) -> Imported:
         target = self._templates.new_image(self._name)
         try:
-            content = json.dumps({"source": source, **asdict(origin)}, indent=1).encode()
+            told = {"source": source, **asdict(origin)}
+            del told["size_bytes"]
+            content = json.dumps(told, indent=1).encode()
             write_whole(target.with_name(_ORIGIN), content, mode=0o644, sync=True)
             disk.publish(self.cell.work / _FILE, target)
         finally:

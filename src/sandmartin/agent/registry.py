@@ -302,6 +302,8 @@ def explain_archive(said: str) -> SandmartinError:
     last = _last_words(said)
     if "no space left on device" in last:
         return DiskFull("the host's disk is full", hint="free disk space on the host")
+    if "file too large" in last:
+        return Invalid("a layer of the archive is larger than the disk of a sandbox")
     if "did not match" in last:
         return Invalid(f"the archive is damaged: {last}", hint="send it again")
     return Invalid(
