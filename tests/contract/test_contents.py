@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -41,23 +41,6 @@ pytestmark = pytest.mark.qemu_img
 
 MARK = b"remember this"
 MIB = 1 << 20
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
-
-
-@pytest.fixture
-def fakes(directory: Path) -> Fakes:
-    return make_machine(directory)
-
-
-@pytest.fixture
-async def host(fakes: Fakes) -> AsyncIterator[Host]:
-    async with fakes.host() as host:
-        yield host
 
 
 async def sent(content: bytes, piece: int = 100_000) -> AsyncIterator[bytes]:
