@@ -185,7 +185,7 @@ def _large(head: bytes) -> Callable[..., Awaitable[None]]:
 
     async def serve(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(head)
-        for _ in range(_LARGE_BYTES >> 20):
+        for _number in range(_LARGE_BYTES >> 20):
             writer.write(b"x" * (1 << 20))
             await writer.drain()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sandmartin.agent import assets
+from sandmartin.agent import assets, packages
 from sandmartin.agent.assets import Assets, Member, archive, module_order
 from sandmartin.errors import Invalid, NotFound, ToolFailed
 from sandmartin.model import Settings
@@ -89,7 +89,7 @@ async def test_all_asks_for_every_image(store: Path, monkeypatch: pytest.MonkeyP
         (store / name).mkdir(parents=True)
     for name in assets.built_in_images():
         (store / assets._image(name)).mkdir()
-    monkeypatch.setattr(assets.packages, "find_missing", lambda: [])
+    monkeypatch.setattr(packages, "find_missing", lambda: [])
     await assets.setup(replace(Settings(), assets_dir=store), lines.append, [assets.ALL])
     for name in ("base", "code-interpreter-v1", "minimal", "node", "python311"):
         assert f"{assets._image(name)}: present" in lines

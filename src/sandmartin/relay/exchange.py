@@ -111,7 +111,7 @@ class Exchange:
 
         Raises Unavailable when none came, ToolFailed for what is none, ClientGone.
         """
-        end = Line.abort
+        end: Callable[[Line], None] = Line.abort
         try:
             with self._errors_as_ours():
                 await self._line.write(self._http.send(self._request.event()) or b"")
