@@ -101,9 +101,10 @@ _MAKERS: dict[str, Callable[[Path, tuple[str, ...]], None]] = {
 
 NEWEST = Environment("python", ("e2b==2.63.0", "e2b-code-interpreter==2.11.5"))
 JAVASCRIPT = Environment("javascript", ("e2b@2.51.0", "@e2b/code-interpreter@2.8.0"))
+#: Each with the newest release of the code interpreter's package that it was made for.
 OLDER = tuple(
-    Environment("python", (f"e2b=={version}",), full=True)
-    for version in ("2.45.1", "2.20.3", "2.7.0")
+    Environment("python", (f"e2b=={version}", f"e2b-code-interpreter=={interpreter}"), full=True)
+    for version, interpreter in (("2.45.1", "2.10.0"), ("2.20.3", "2.6.2"), ("2.7.0", "2.6.0"))
 )
 
 
