@@ -113,9 +113,10 @@ NEWEST = Environment("python", ("e2b==2.63.0", "e2b-code-interpreter==2.11.5"))
 JAVASCRIPT = Environment("javascript", ("e2b@2.51.0", "@e2b/code-interpreter@2.8.0"))
 #: What the template of a test is built from.
 FLASK = Environment("wheels", ("flask==3.1.2",))
+#: Each with the newest release of the code interpreter's package that it was made for.
 OLDER = tuple(
-    Environment("python", (f"e2b=={version}",), full=True)
-    for version in ("2.45.1", "2.20.3", "2.7.0")
+    Environment("python", (f"e2b=={version}", f"e2b-code-interpreter=={interpreter}"), full=True)
+    for version, interpreter in (("2.45.1", "2.10.0"), ("2.20.3", "2.6.2"), ("2.7.0", "2.6.0"))
 )
 
 

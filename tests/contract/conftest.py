@@ -1,4 +1,4 @@
-"""The guest agent as a plain process, built once, and its clients."""
+"""A host on fake VMs; the guest agent as a plain process, built once, and its clients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,26 @@ import pytest
 
 from sandmartin.agent import assets
 from sandmartin.agent.guest import Guest
+from sandmartin.agent.host import Host
 from tests.contract.guests import ME, TOKEN, RunningAgent, identity, running
+from tests.fakes_agent import Fakes, machine_directory, make_machine
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with machine_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def fakes(directory: Path) -> Fakes:
+    return make_machine(directory)
+
+
+@pytest.fixture
+async def host(fakes: Fakes) -> AsyncIterator[Host]:
+    async with fakes.host() as host:
+        yield host
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ What comes in is hostile: each way in which it can be wrong must leave nothing b
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from sandmartin.agent import archive
+from sandmartin.agent.content import Contents
 from sandmartin.agent.disk import Image
 from sandmartin.agent.host import Host
 from sandmartin.errors import (
@@ -41,23 +43,6 @@ pytestmark = pytest.mark.qemu_img
 
 MARK = b"remember this"
 MIB = 1 << 20
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
-
-
-@pytest.fixture
-def fakes(directory: Path) -> Fakes:
-    return make_machine(directory)
-
-
-@pytest.fixture
-async def host(fakes: Fakes) -> AsyncIterator[Host]:
-    async with fakes.host() as host:
-        yield host
 
 
 async def sent(content: bytes, piece: int = 100_000) -> AsyncIterator[bytes]:
@@ -237,6 +222,37 @@ async def test_another_hosts_snapshot_is_refused_and_its_image_is_not(
             assert not find_leaks(elsewhere)
             await there.write_template("disk", sent(disk))
             assert "disk" in [each.name for each in there.templates() if isinstance(each, Image)]
+
+
+async def test_it_is_refused_at_its_manifest(
+    host: Host, snapshot: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads(members(snapshot)["manifest.json"])
+    sent_bytes = 0
+
+    async def pieces() -> AsyncIterator[bytes]:
+        nonlocal sent_bytes
+        for at in range(0, len(snapshot), 512):
+            sent_bytes += 512
+            yield snapshot[at : at + 512]
+
+    async def refused(contents: Contents, error: type[SandmartinError], said: str) -> None:
+        nonlocal sent_bytes
+        sent_bytes = 0
+        with pytest.raises(error, match=said):
+            await contents.write("bad", pieces())
+        # With the piece that ends the manifest, or the one behind it.
+        assert sent_bytes <= len(json.dumps(manifest, indent=1)) + 4 * 512 < len(snapshot) / 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host._machine.storage.snapshots.signer, "_key", bytes(32))
+        await refused(host._contents, Invalid, "not made by this machine")
+    # Ours, of another VMM.
+    platform = replace(host._machine.platform, vmm_version="0.1")
+    machine = replace(host._machine, platform=platform)
+    other = Contents(machine, host._contents._templates, asyncio.Lock())
+    await refused(other, Conflict, "vmm_version")
+    await host.write_template("good", pieces())
 
 
 def repacked(content: bytes, change: Callable[[dict[str, bytes]], None]) -> bytes:

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,6 @@ from tests.fakes_agent import (
     IMAGE,
     Fakes,
     find_leaks,
-    machine_directory,
     make_machine,
     make_spec,
 )
@@ -53,12 +52,6 @@ SOON = replace(HASTE, fold_s=0.01)
 _LAYERS_UID = 2_980_001
 _KIB = 1 << 10
 _DEADLINE_S = 60
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
 
 
 class Steps:
@@ -86,12 +79,6 @@ def steps() -> Steps:
 @pytest.fixture
 def fakes(directory: Path, steps: Steps) -> Fakes:
     return make_machine(directory, step=steps, patience=SOON)
-
-
-@pytest.fixture
-async def host(fakes: Fakes) -> AsyncIterator[Host]:
-    async with fakes.host() as host:
-        yield host
 
 
 def make_large(fakes: Fakes, name: str = ONE) -> None:

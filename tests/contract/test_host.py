@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -37,30 +37,12 @@ from tests.fakes_agent import (
     Fakes,
     find_leaks,
     find_vms,
-    machine_directory,
     make_machine,
     make_spec,
 )
 from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
-
-
-@pytest.fixture
-def fakes(directory: Path) -> Fakes:
-    return make_machine(directory)
-
-
-@pytest.fixture
-async def host(fakes: Fakes) -> AsyncIterator[Host]:
-    async with fakes.host() as host:
-        yield host
 
 
 async def run(sandbox: Sandbox, *words: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,6 @@ from tests.fakes_agent import (
     Fakes,
     find_leaks,
     find_vms,
-    machine_directory,
     make_machine,
     make_spec,
 )
@@ -48,23 +47,6 @@ from tests.waiting import until
 pytestmark = pytest.mark.qemu_img
 
 MARK, OTHER = b"remember this", b"forget this\0\0"
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
-
-
-@pytest.fixture
-def fakes(directory: Path) -> Fakes:
-    return make_machine(directory)
-
-
-@pytest.fixture
-async def host(fakes: Fakes) -> AsyncIterator[Host]:
-    async with fakes.host() as host:
-        yield host
 
 
 @pytest.fixture

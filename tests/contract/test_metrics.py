@@ -97,7 +97,7 @@ def _use(process: ProcessId, ticks: int) -> None:
 
 def _check_busy(vm: Vm) -> None:
     """A process that works is seen to use what the kernel says it used."""
-    sampler = Sampler()
+    sampler = Sampler(patience_s=0)
     # It is at work, and no longer starting.
     _use(vm.process, 5)
     begin, before = time.monotonic(), _used_ticks(vm.process)
@@ -112,7 +112,7 @@ def _check_busy(vm: Vm) -> None:
 
 def _check_end(vm: Vm) -> None:
     """An idle VM uses nothing; one that has ended is sampled no more, and the pass goes on."""
-    sampler = Sampler(monotonic=_Leaping().monotonic)
+    sampler = Sampler(patience_s=0, monotonic=_Leaping().monotonic)
     sampler.add("sbidle", vm)
     sampler.sample()
     points = sampler.get("sbidle", "10m")
@@ -149,7 +149,7 @@ def test_busy_process_in_its_group(group: Path, busy: ProcessId) -> None:
 @pytest.mark.root
 def test_group_counts_and_not_the_process(group: Path, busy: ProcessId) -> None:
     # An empty group uses nothing, whatever the process named beside it does.
-    sampler = Sampler()
+    sampler = Sampler(patience_s=0)
     sampler.add("sbempty", Vm(busy, groups=(group,)))
     _use(busy, 10)
     sampler.sample()
@@ -176,7 +176,7 @@ _SANDBOXES = 50
 
 def _cost(vms: list[Vm]) -> float:
     """The share of one core that sampling takes."""
-    sampler = Sampler(monotonic=_Leaping().monotonic)
+    sampler = Sampler(patience_s=0, monotonic=_Leaping().monotonic)
     for number, vm in enumerate(vms):
         sampler.add(f"sb{number}", vm)
     before = time.thread_time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +17,13 @@ from sandmartin.agent.limits import OVERHEAD_MB
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.errors import NotFound, ToolFailed
 from sandmartin.model import Accel, SandboxSpec, Settings, State
-from tests.fakes_agent import IMAGE, Fakes, find_leaks, machine_directory, make_machine, make_spec
+from tests.fakes_agent import IMAGE, Fakes, find_leaks, make_machine, make_spec
 from tests.fakes_vmm import SCRATCH
 from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 
 READY = f"{IMAGE}=2"
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from sandmartin.agent.vmm import VmStatus
 from sandmartin.errors import SandmartinError
 from sandmartin.rpc.hostagent.v1.hostagent_connect import HostAgentService
 from sandmartin.transport.connect import error_from_body
-from tests.fakes_agent import IMAGE_MB, Fakes, find_leaks, find_vms, machine_directory, make_machine
+from tests.fakes_agent import IMAGE_MB, Fakes, find_leaks, find_vms, make_machine
 from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
@@ -125,12 +125,6 @@ async def agent_on(fakes: Fakes) -> AsyncIterator[Agent]:
             async with asyncio.timeout(DEADLINE_S):
                 await serving
             fakes.machine.data.close()
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
 
 
 @pytest.fixture

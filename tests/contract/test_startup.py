@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from tests.fakes_agent import (
     IMAGE_MB,
     Fakes,
     find_leaks,
-    machine_directory,
     make_machine,
     make_spec,
 )
@@ -31,12 +30,6 @@ pytestmark = pytest.mark.qemu_img
 PORT = 8080
 START = Start(command="serve", user="user", cwd="/srv", envs={"COLOUR": "sand"})
 SERVING = Traits(start=START, ready=Ready(port=PORT, deadline_s=10))
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,30 +13,13 @@ from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Manifest
 from sandmartin.errors import Conflict, DiskFull, NotFound, ToolFailed
 from sandmartin.model import INTERNET, NetworkPolicy, State
-from tests.fakes_agent import IMAGE, Fakes, machine_directory, make_machine, make_spec
+from tests.fakes_agent import IMAGE, Fakes, make_machine, make_spec
 from tests.waiting import until
 
 pytestmark = pytest.mark.qemu_img
 
 POLICY = NetworkPolicy(deny_out=("0.0.0.0/0",), allow_out=("*.example.com", "203.0.113.7"))
 OTHER = NetworkPolicy(allow_internet_access=False)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
-
-
-@pytest.fixture
-def fakes(directory: Path) -> Fakes:
-    return make_machine(directory)
-
-
-@pytest.fixture
-async def host(fakes: Fakes) -> AsyncIterator[Host]:
-    async with fakes.host() as host:
-        yield host
 
 
 def rules(fakes: Fakes, sandbox: Sandbox) -> NetworkPolicy:

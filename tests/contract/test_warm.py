@@ -32,7 +32,6 @@ from tests.fakes_agent import (
     IMAGE_MB,
     Fakes,
     find_leaks,
-    machine_directory,
     make_machine,
     make_spec,
 )
@@ -44,12 +43,6 @@ pytestmark = pytest.mark.qemu_img
 SMALL, LARGE = Shape(vcpus=1, memory_mb=128), Shape(vcpus=1, memory_mb=256)
 MARK = b"remember this"
 DAY_S = 86400.0
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with machine_directory() as path:
-        yield path
 
 
 @pytest.fixture

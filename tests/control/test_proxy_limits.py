@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -14,11 +15,13 @@ import pytest
 
 from sandmartin.agent.guest import Identity
 from sandmartin.control.limits import WAKE
+from sandmartin.relay.line import Line
+from sandmartin.transport.agent import Agent
 from tests.control.conftest import DEADLINE_S, eventually
 from tests.control.inside import connected, request
 from tests.control.members import Served, joined
 from tests.control.members import served_platform as served_with_members
-from tests.control.test_proxy import OPEN, Site, opened
+from tests.control.test_proxy import CLOSED, OPEN, Site, opened
 
 GUEST = 49983
 
@@ -165,6 +168,83 @@ async def test_a_silent_stream_is_cut_by_nobody(impatient: Site) -> None:
         assert b"data: 2\n\n" in await raw.rest()
 
 
+# Answers that nobody takes.
+
+_STALL_S = 0.5
+_LARGE_BYTES = 64 << 20
+
+
+@pytest.fixture
+async def stalling(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[Site]:
+    async with opened(migrated_sqlite, tmp_path, stall_s=_STALL_S) as site:
+        yield site
+
+
+def _large(head: bytes) -> Callable[..., Awaitable[None]]:
+    """Answers with so much that some of it has to wait."""
+
+    async def serve(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        for _number in range(_LARGE_BYTES >> 20):
+            writer.write(b"x" * (1 << 20))
+            await writer.drain()
+
+    return serve
+
+
+_WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % _LARGE_BYTES
+_SWITCHED = b"HTTP/1.1 101 X\r\nUpgrade: mine\r\nConnection: Upgrade\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [_WHOLE, _SWITCHED], ids=["answer", "upgrade"])
+async def test_who_takes_nothing_of_an_answer_holds_no_connection(
+    stalling: Site, head: bytes
+) -> None:
+    site = stalling
+    site.inside.serve = _large(head)
+    asks = ("Connection: Upgrade", "Upgrade: mine") if head is _SWITCHED else ()
+    async with site.line(request("GET", "/", site.name(), *asks)) as raw:
+        await asyncio.wait_for(raw.reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
+        # It reads no more. The server inside is rid of it, whatever becomes of the client.
+        await asyncio.wait_for(site.inside.ended.acquire(), DEADLINE_S)
+        with pytest.raises(ConnectionResetError):
+            await raw.rest()
+
+
+async def test_who_takes_little_at_a_time_gets_all(stalling: Site) -> None:
+    site = stalling
+    site.inside.serve = _large(_WHOLE)
+    async with site.line(request("GET", "/", site.name(), close=True)) as raw:
+        await asyncio.wait_for(raw.reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
+        taken, began = 0, time.monotonic()
+        while time.monotonic() < began + 6 * _STALL_S:
+            taken += len(await asyncio.wait_for(raw.reader.readexactly(1 << 17), DEADLINE_S))
+            await asyncio.sleep(_STALL_S / 5)
+        assert taken < _LARGE_BYTES / 2
+        assert taken + len(await raw.rest()) == _LARGE_BYTES
+
+
+async def test_a_stream_without_anything_to_send_may_be_silent(stalling: Site) -> None:
+    site = stalling
+    go_on = asyncio.Event()
+
+    async def serve(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
+        await go_on.wait()
+        writer.write(b"data: 2\n\n")
+
+    site.inside.serve = serve
+    async with site.line(request("GET", "/", site.name(), close=True)) as silent:
+        await asyncio.wait_for(silent.reader.readuntil(b"data: 1\n\n"), DEADLINE_S)
+        # It outlives one that takes nothing, and began later.
+        site.inside.serve = _large(_WHOLE)
+        async with site.line(request("GET", "/", site.name())) as other:
+            await asyncio.wait_for(other.reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
+            await asyncio.wait_for(site.inside.ended.acquire(), DEADLINE_S)
+        go_on.set()
+        assert b"data: 2\n\n" in await silent.rest()
+
+
 async def test_a_broken_body_after_the_answer_has_begun(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,13 +339,19 @@ async def test_traffic_to_another_machine_goes_over_mutual_tls(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'members.sqlite3'}"
     (tmp_path / "members.sqlite3").write_bytes(migrated_sqlite.read_bytes())
-    async with served_with_members(url, tmp_path) as served, joined(served) as (_, member, _d):
-        async with echoing() as port:
-            member.fakes.guests.ports[OPEN] = port
+    async with served_with_members(url, tmp_path) as served, joined(served) as (host, member, _d):
+        async with echoing() as inside:
+            member.fakes.guests.ports[OPEN] = inside
             made = await served.ask(
                 "POST", "/v1/sandboxes", 201, json={"memory_mb": 128, "disk_size_mb": 8}
             )
             await passes_over_tls(served, str(made["id"]))
+            other = await served.ask(
+                "POST", "/v1/sandboxes", 201, json={"memory_mb": 128, "disk_size_mb": 8}
+            )
+            agent = await served.platform.hosts.agent(host)
+            port = int(served.url.rpartition(":")[2])
+            await is_kept(agent, port, [str(made["id"]), str(other["id"])])
         # Who has no certificate of the platform's gets nowhere.
         address = member.address
         assert address.startswith("https://")
@@ -287,6 +373,32 @@ async def passes_over_tls(served: Served, sandbox_id: str) -> None:
         assert (await raw.answer())[0] == 101
         raw.writer.write(b"y" * size)
         assert await asyncio.wait_for(raw.reader.readexactly(size), DEADLINE_S) == b"y" * size
+
+
+async def is_kept(agent: Agent, control_port: int, sandbox_ids: Sequence[str]) -> None:
+    """One request after the other goes by one connection, which no other sandbox gets."""
+
+    async def ask(sandbox_id: str, port: int = OPEN) -> tuple[int, Line | None]:
+        host = f"{port}-{sandbox_id}.sandboxes.test"
+        async with connected(control_port, request("POST", "/", host, body=b"words")) as raw:
+            status, _, body = await raw.answer()
+        assert (status, body) == (200, b"words") or port != OPEN
+        kept = agent._kept._resting.get(sandbox_id)
+        return status, kept[-1][0] if kept else None
+
+    one, other = sandbox_ids
+    _, first = await ask(one)
+    assert first is not None and first.rests
+    assert [await ask(one) for _ in range(3)] == [(200, first)] * 3
+    _, second = await ask(other)
+    assert second is not None and second is not first
+    # What did not go as it should leaves nothing behind.
+    assert await ask(one, CLOSED) == (502, None)
+    assert not first.rests
+    _, third = await ask(one)
+    assert third is not None and third is not first and third is not second
+    await asyncio.gather(*(ask(one) for _ in range(30)))
+    assert 1 <= len(agent._kept._resting[one]) <= 8 and agent._kept._resting[other][0][0] is second
 
 
 @contextlib.asynccontextmanager

@@ -24,6 +24,12 @@ pytestmark = pytest.mark.timeout(400)
 
 _STOCK = Path(__file__).with_name("stock")
 _LIFE_S = 300
+#: A resolver that knows names below `localhost`, for programs that leave them to the machine's.
+_NAMES = _STOCK / "names"
+_RESOLVER = {
+    "PYTHONPATH": str(_NAMES),
+    "NODE_OPTIONS": f"--require={_NAMES / 'localhost.cjs'}",
+}
 _NEWEST = [
     "create",
     "run",
@@ -71,7 +77,7 @@ class Named:
     """An `up` whose sandboxes have names, and what a program needs to know of it."""
 
     up: Up
-    variables: Mapping[str, str]
+    variables: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,8 @@ def named(home: Place) -> Iterator[Named]:
     with up(home, "named", "--on-exit", "kill", "--domain", certs["domain"], *tls) as one:
         domain = f"{certs['domain']}:{one.url.rpartition(':')[2]}"
         told = {"E2B_DOMAIN": domain, "SSL_CERT_FILE": certs["issuer"]}
+        # Node looks elsewhere.
+        told |= {"NODE_EXTRA_CA_CERTS": certs["issuer"]}
         yield Named(one, {"PATH": PATH, "E2B_API_KEY": one.key, **told})
     clear(home, "named")
 
@@ -121,22 +129,53 @@ def test_a_life_by_the_package_for_python(served: Up, environment: Environment, 
     assert live(served, environment, str(_STOCK / "life.py"), kind) == expected
 
 
+_CODE = ["state", "plot", "table", "error", "streamed", "contexts", "envs", "languages"]
+
+
 @pytest.mark.template("code-interpreter-v1")
 @pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])
 def test_code_by_the_package_for_python(served: Up, kind: str) -> None:
-    steps = ["state", "plot", "table", "error", "streamed", "contexts", "envs", "languages"]
-    assert live(served, NEWEST, str(_STOCK / "interpret.py"), kind) == steps
+    assert live(served, NEWEST, str(_STOCK / "interpret.py"), kind) == _CODE
+
+
+@pytest.mark.full
+@pytest.mark.template("code-interpreter-v1")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("environment", OLDER, ids=lambda each: each.name)
+def test_code_by_older_packages(named: Named, environment: Environment, kind: str) -> None:
+    """They know no other way to an interpreter than its name."""
+    words = (str(_STOCK / "interpret.py"), kind)
+    assert live(named.up, environment, *words, told=named.variables | _RESOLVER) == _CODE
+
+
+_LIFE_BY_JAVASCRIPT = [each for each in _NEWEST if each not in {"ports", "timeout", "network"}]
+_CODE_BY_JAVASCRIPT = ["state", "plot", "error", "contexts"]
 
 
 def test_a_life_by_the_package_for_javascript(served: Up, tmp_path: Path) -> None:
-    steps = [each for each in _NEWEST if each not in {"ports", "timeout", "network"}]
-    assert live(served, JAVASCRIPT, beside_packages(tmp_path, "life.mjs")) == steps
+    program = beside_packages(tmp_path, "life.mjs")
+    assert live(served, JAVASCRIPT, program) == _LIFE_BY_JAVASCRIPT
 
 
 @pytest.mark.template("code-interpreter-v1")
 def test_code_by_the_package_for_javascript(served: Up, tmp_path: Path) -> None:
-    steps = ["state", "plot", "error", "contexts"]
-    assert live(served, JAVASCRIPT, beside_packages(tmp_path, "interpret.mjs")) == steps
+    program = beside_packages(tmp_path, "interpret.mjs")
+    assert live(served, JAVASCRIPT, program) == _CODE_BY_JAVASCRIPT
+
+
+@pytest.mark.full
+def test_names_and_tls_are_all_that_javascript_needs(named: Named, tmp_path: Path) -> None:
+    program = beside_packages(tmp_path, "life.mjs")
+    told = named.variables | _RESOLVER
+    assert live(named.up, JAVASCRIPT, program, told=told) == _LIFE_BY_JAVASCRIPT
+
+
+@pytest.mark.full
+@pytest.mark.template("code-interpreter-v1")
+def test_code_by_names_and_tls_by_javascript(named: Named, tmp_path: Path) -> None:
+    program = beside_packages(tmp_path, "interpret.mjs")
+    told = named.variables | _RESOLVER
+    assert live(named.up, JAVASCRIPT, program, told=told) == _CODE_BY_JAVASCRIPT
 
 
 @pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])

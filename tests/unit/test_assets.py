@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sandmartin.agent import assets
+from sandmartin.agent import assets, packages
 from sandmartin.agent.assets import Assets, Member, archive, module_order
 from sandmartin.errors import Invalid, NotFound, ToolFailed
 from sandmartin.model import Settings
@@ -75,6 +75,24 @@ def test_other_images_than_base_are_found_once_they_are_built(store: Path) -> No
     image.parent.mkdir()
     image.touch()
     assert Assets.find(settings).images["code-interpreter-v1"] == image
+
+
+def test_an_image_stands_on_base_unless_it_says_otherwise() -> None:
+    assert assets._chain("base") == ["base"]
+    assert assets._chain("python311") == ["base", "python311"]
+    assert assets._chain("minimal") == ["minimal"]
+
+
+async def test_all_asks_for_every_image(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    for name in (assets._kernel(), assets._guest(), assets._initramfs()):
+        (store / name).mkdir(parents=True)
+    for name in assets.built_in_images():
+        (store / assets._image(name)).mkdir()
+    monkeypatch.setattr(packages, "find_missing", lambda: [])
+    await assets.setup(replace(Settings(), assets_dir=store), lines.append, [assets.ALL])
+    for name in ("base", "code-interpreter-v1", "minimal", "node", "python311"):
+        assert f"{assets._image(name)}: present" in lines
 
 
 async def test_only_what_there_is_a_recipe_of_can_be_built(store: Path) -> None:

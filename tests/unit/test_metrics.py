@@ -13,6 +13,7 @@ import pytest
 
 from sandmartin.agent.metrics import (
     MEMORY_PERIOD_S,
+    PATIENCE_S,
     Point,
     Rings,
     Sampler,
@@ -188,7 +189,8 @@ def vm(tmp_path: Path, clock: Clock) -> Vm:
 
 @pytest.fixture
 async def sampler(clock: Clock) -> AsyncIterator[Sampler]:
-    sampler = Sampler(monotonic=clock.monotonic, wall=clock.date, sleep=clock.sleep)
+    # Not waiting for memory, which most of the tests are not about.
+    sampler = Sampler(patience_s=0, monotonic=clock.monotonic, wall=clock.date, sleep=clock.sleep)
     yield sampler
     sampler.close()
 
@@ -342,6 +344,33 @@ async def test_memory_is_asked_for_slowly_and_stands_between(
     told = [p.mem_bytes for p in sampler.get("sbone", "10m")]
     # Unknown, then the first answer until the next one that is any.
     assert [value for value, _ in itertools.groupby(told)] == [0, 100, 300]
+
+
+async def test_no_point_says_that_a_guest_uses_no_memory(vm: Vm, clock: Clock) -> None:
+    sampler = Sampler(monotonic=clock.monotonic, wall=clock.date, sleep=clock.sleep)
+    vm.answers = [None, None, 100 * _MB]
+    sampler.add("sbone", vm)
+    await _run_for(sampler, clock, 20)
+    told = {name: sampler.get("sbone", name) for name in ("10m", "2h", "24h")}
+    assert len(told["10m"]) > 10
+    assert {p.mem_bytes for points in told.values() for p in points} == {100 * _MB}
+    # Resumed, the last figure stands until the guest, which may have other things to do, tells.
+    sampler.suspend("sbone")
+    sampler.add("sbone", vm)
+    before = len(told["10m"])
+    clock.go_on(0.5)
+    sampler.sample()
+    assert [p.mem_bytes for p in sampler.get("sbone", "10m")[before:]] == [100 * _MB]
+
+
+async def test_a_guest_that_never_tells_is_sampled_all_the_same(vm: Vm, clock: Clock) -> None:
+    sampler = Sampler(monotonic=clock.monotonic, wall=clock.date, sleep=clock.sleep)
+    sampler.add("sbone", vm)
+    began = int(clock.wall)
+    await _run_for(sampler, clock, 2 * PATIENCE_S)
+    points = sampler.get("sbone", "10m")
+    assert {p.mem_bytes for p in points} == {0}
+    assert points[0].timestamp_unix - began in {30, 31}
 
 
 async def test_many_are_not_asked_at_once(sampler: Sampler, clock: Clock, tmp_path: Path) -> None:

@@ -42,8 +42,12 @@ from sandmartin.model import Settings, random_id
 
 Report = Callable[[str], None]
 
-#: The built-in image that all others stand on, and that is always there.
+#: The built-in image that others stand on unless they say otherwise, and that is always there.
 BASE = "base"
+#: What an image says that stands on none: its recipe makes all of it.
+_SCRATCH = "scratch"
+#: Asks for every image that there is a recipe of.
+ALL = "all"
 #: Suite of the kernel and the base image: one on every host, so that all hosts run the same.
 SUITE = "bookworm"
 _KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -140,8 +144,14 @@ def built_in_images() -> list[str]:
 
 
 def _image(name: str) -> str:
-    below = [] if name == BASE else [_image(BASE).encode()]
+    below = [_image(each).encode() for each in _below(name)]
     return _name(name, *below, SUITE.encode(), *_tree(_recipes() / name))
+
+
+def _below(name: str) -> list[str]:
+    """The image that another one stands on, if any: its recipe's `from` names it, or it is base."""
+    named = [BASE] if name != BASE else []
+    return [each for each in _words(_recipes() / name / "from") or named if each != _SCRATCH]
 
 
 # Setup.
@@ -150,10 +160,12 @@ def _image(name: str) -> str:
 async def setup(settings: Settings, report: Report, images: Collection[str] = ()) -> None:
     """Make this host ready: packages, kernel, guest agent, initramfs, base image. Idempotent.
 
-    Further built-in `images` are built as well; they take longer.
+    Further built-in `images`, or `all` of them, are built as well; they take longer.
     Raises ToolFailed with what to do when a step fails, Invalid when the VMs' users could not
     reach the store, NotFound for an image that there is no recipe of.
     """
+    if ALL in images:
+        images = built_in_images()
     if unknown := set(images) - set(built_in_images()):
         raise NotFound(
             f"there is no built-in template {sorted(unknown)[0]!r}",
@@ -380,8 +392,11 @@ def _padded(block: bytes) -> bytes:
 async def _build_image(name: str, into: Path) -> None:
     root, recipe = into / "root", _recipes() / name
     image = into / "rootfs.ext4"
-    include = [word for each in _chain(name) for word in _words(each / "packages")]
-    options = ["--variant=minbase", f"--include={','.join(include)}"]
+    names = _chain(name)
+    recipes = [_recipes() / each for each in names]
+    include = [word for each in recipes for word in _words(each / "packages")]
+    options = ["--variant=minbase" if BASE in names else "--variant=custom"]
+    options += [f"--include={','.join(include)}"] if include else []
     with tempfile.TemporaryDirectory(dir=into) as fetched:
         if (locked := recipe / "requirements.txt").exists():
             await wheels.fetch(locked, Path(fetched))
@@ -389,7 +404,7 @@ async def _build_image(name: str, into: Path) -> None:
             Path(fetched).chmod(0o755)  # noqa: ASYNC240
             options.append(f"--customize-hook=copy-in {shlex.quote(fetched)} /")
             options.append(f'--customize-hook=mv "$1/{Path(fetched).name}" "$1/wheels"')
-        for each in _chain(name):
+        for each in recipes:
             hook = shlex.quote(os.fspath(each / "customize"))
             options.append(f'--customize-hook={hook} "$1"')
         await _bootstrap(*options, SUITE, root)
@@ -401,9 +416,9 @@ async def _build_image(name: str, into: Path) -> None:
     shutil.rmtree(root)
 
 
-def _chain(name: str) -> list[Path]:
-    """The recipes of an image, the lowest first."""
-    return [_recipes() / each for each in dict.fromkeys([BASE, name])]
+def _chain(name: str) -> list[str]:
+    """An image and those that it stands on, the lowest first."""
+    return [*(each for below in _below(name) for each in _chain(below)), name]
 
 
 def _words(file: Path) -> list[str]:

@@ -36,6 +36,7 @@ from sandmartin.model import random_id
 _FORMAT = 1
 #: Before what is signed, so that no signature of a snapshot's manifest is one of an archive.
 _SIGNED = b"sandmartin content 1\n"
+_SIGNED_MANIFEST = b"sandmartin content manifest 1\n"
 _MANIFEST, _SEAL, _TRAITS = "manifest.json", "seal.json", "template.json"
 _STATE, _DIFF, _BASE = "state", "ram.diff", "ram.base"
 _LAYER = re.compile(r"layers/[0-9]{2}\.qcow2")
@@ -90,7 +91,9 @@ class Contents:
 
     def _all_parts(self, snapshot: Snapshot) -> tuple[dict[str, bytes], dict[str, Path]]:
         manifest, storage = snapshot.manifest, self._machine.storage
-        told = {"kind": "snapshot", "snapshot": manifest.to_json().decode()}
+        text = manifest.to_json()
+        signature = storage.snapshots.signer.sign(_SIGNED_MANIFEST + text)
+        told = {"kind": "snapshot", "snapshot": text.decode(), "signature": signature}
         contents, paths = _image_parts(manifest.image, told)
         contents[_STATE] = snapshot.read_state()
         memory = {_DIFF: snapshot.diff} if manifest.diff else {}
@@ -143,6 +146,8 @@ class Contents:
             if received.digests:
                 raise Invalid("the manifest is not the first in the archive")
             received.manifest = _read_manifest(await member.read(_MAX_TEXT_BYTES))
+            if received.manifest["kind"] == "snapshot":
+                self._check_manifest(received.manifest)
         elif member.name in {_TRAITS, _STATE}:
             limit = _MAX_TEXT_BYTES if member.name == _TRAITS else _MAX_STATE_BYTES
             received.texts[member.name] = await member.read(limit)
@@ -169,6 +174,19 @@ class Contents:
 
         return check
 
+    def _check_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Raises Invalid for a snapshot that is not ours, Conflict for one that cannot run here."""
+        text = manifest["snapshot"].encode()
+        self._check_signature(_SIGNED_MANIFEST + text, manifest["signature"])
+        Manifest.from_json(text).platform.check(self._machine.platform, "this snapshot")
+
+    def _check_signature(self, content: bytes, signature: str) -> None:
+        try:
+            signer = self._machine.storage.snapshots.signer
+            signer.check(content, signature, Path("this snapshot"))
+        except Invalid as error:
+            raise Invalid(error.message, hint=_HINT) from error
+
     def _check_seal(self, content: bytes, received: _Received) -> None:
         """Raises Invalid when it is not of what came, or of a snapshot that is not ours."""
         try:
@@ -183,11 +201,7 @@ class Contents:
                 hint="it was damaged on the way, or changed",
             )
         if received.manifest is not None and received.manifest["kind"] == "snapshot":
-            try:
-                signer = self._machine.storage.snapshots.signer
-                signer.check(_signed(received.digests), signature, Path("this snapshot"))
-            except Invalid as error:
-                raise Invalid(error.message, hint=_HINT) from error
+            self._check_signature(_signed(received.digests), signature)
         received.sealed = True
 
     async def _place(self, name: str, path: Path, draft: Draft, received: _Received) -> None:
@@ -215,7 +229,6 @@ class Contents:
     async def _place_snapshot(self, path: Path, draft: Draft, received: _Received) -> None:
         assert received.manifest is not None
         manifest = Manifest.from_json(received.manifest["snapshot"].encode())
-        manifest.platform.check(self._machine.platform, "this snapshot")
         layers = [f"layers/{number:02}.qcow2" for number in range(len(manifest.layers))]
         memory = {_STATE, _BASE, *([_DIFF] if manifest.diff else [])}
         _expect(received, {IMAGE, *memory, *layers}, {_MANIFEST, _TRAITS})
@@ -271,12 +284,13 @@ def _read_manifest(content: bytes) -> Mapping[str, Any]:
     try:
         manifest = json.loads(content)
         found, kind = manifest["format"], manifest["kind"]
-        text = manifest["snapshot"] if kind == "snapshot" else ""
+        signed = (manifest["snapshot"], manifest["signature"]) if kind == "snapshot" else ("", "")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Invalid("the manifest of the archive cannot be read") from error
-    if found != _FORMAT or kind not in {"image", "snapshot"} or not isinstance(text, str):
+    texts = all(isinstance(each, str) for each in signed)
+    if found != _FORMAT or kind not in {"image", "snapshot"} or not texts:
         raise Invalid(f"an archive of format {found!r:.20} is not {_FORMAT}")
-    return {"kind": kind, "snapshot": text}
+    return {"kind": kind, "snapshot": signed[0], "signature": signed[1]}
 
 
 def _expect(received: _Received, needed: set[str], allowed: set[str]) -> None:

@@ -3,8 +3,8 @@
 Sampling asks the host alone, never the guest agent, and is no activity. One pass over all
 sandboxes runs on the event loop, so it makes only a handful of system calls for each: counters
 are read from descriptors that stay open. Memory as the guest sees it comes at a slower pace from
-the VM; between two answers the last one stands. Nothing here fails an operation on a sandbox:
-what cannot be read is not sampled.
+the VM; between two answers the last one stands, over a pause too. Nothing here fails an operation
+on a sandbox: what cannot be read is not sampled.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ PERIOD_S = 0.5
 #: How often a guest's memory is asked for, once the first answers of a new VM are in.
 MEMORY_PERIOD_S = 10.0
 _FIRST_MEMORY_WAIT_S = 1.0
+#: Without a figure of its memory there is no point of a VM, unless none has come for so long.
+PATIENCE_S = 30.0
 #: The kernel counts running time in ticks of some milliseconds: over less, a share says little.
 _SHORTEST_S = 0.05
 
@@ -296,6 +298,7 @@ class _Probe:
         self.ask_at = now + _FIRST_MEMORY_WAIT_S
         self._wait_s = _FIRST_MEMORY_WAIT_S
         self.asking = False
+        self.began_at = now
 
     def cpu_pct(self, now: float) -> float | None:
         """The share since the last call, None when too little is known. Raises OSError."""
@@ -331,16 +334,19 @@ class Sampler:
     """Samples the running sandboxes of a host, and keeps the points of these and of paused ones.
 
     Belongs to the event loop. `monotonic` measures time, in which `sleep` waits; `wall` dates the
-    points.
+    points. For `patience_s` a guest is waited for to tell its memory: a point would say it uses
+    none.
     """
 
     def __init__(
         self,
         *,
+        patience_s: float = PATIENCE_S,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._patience_s = patience_s
         self._monotonic = monotonic
         self._wall = wall
         self._sleep = sleep
@@ -405,9 +411,11 @@ class Sampler:
         for sandbox_id, track in self._tracks.items():
             if track.probe is None:
                 continue
+            now = self._monotonic()
+            told = track.mem_bytes is not None or now - track.probe.began_at >= self._patience_s
             try:
-                cpu_pct = track.probe.cpu_pct(self._monotonic())
-                if cpu_pct is not None:
+                cpu_pct = track.probe.cpu_pct(now)
+                if cpu_pct is not None and told:
                     disk_bytes = sum(map(allocated_bytes, track.probe.source.layers))
                     track.rings.add(at, Usage(cpu_pct, track.mem_bytes, disk_bytes))
             except (OSError, ValueError) as error:

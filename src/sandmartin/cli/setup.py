@@ -24,7 +24,7 @@ def configure(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="build this template too, like code-interpreter-v1; may be given several times",
+        help="build this template too, or `all` of them; may be given several times",
     )
     add_settings_flags(parser)
     parser.set_defaults(act=_setup)

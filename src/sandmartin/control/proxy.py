@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
+from functools import partial
 from urllib.parse import urlsplit
 
 from sandmartin.control import cors, passes, refusals
@@ -206,12 +207,13 @@ class Proxy:
     ) -> Refusal | None:
         """Pass a request on, and its answer back; or why it came to no guest."""
         try:
-            line = await agent.dial()
+            line = await agent.dial(to.sandbox_id)
         except SandmartinError as error:
             _log.warning("sandbox %s: %s", to.sandbox_id, error)
             return Refusal.SILENT
         try:
-            exchange = Exchange(line, request, receive)
+            keep = partial(agent.keep, to.sandbox_id)
+            exchange = Exchange(line, request, receive, keep=keep)
             async with exchange.answered() as answer:
                 if (refusal := refusal_of(answer.headers)) is not None:
                     return refusal

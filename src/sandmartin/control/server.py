@@ -65,7 +65,9 @@ async def serving(platform: Platform, listener: socket.socket) -> AsyncIterator[
     hosts = api_hosts(settings)
     config = uvicorn.Config(
         create_app(platform),
-        http=protocol_for(lambda scope: is_traffic(scope, hosts), settings.head_s),
+        http=protocol_for(
+            lambda scope: is_traffic(scope, hosts), settings.head_s, settings.stall_s
+        ),
         ssl_certfile=settings.tls_cert or None,
         ssl_keyfile=settings.tls_key or None,
         lifespan="off",

@@ -62,6 +62,8 @@ class ControlSettings:
     wake_s: float = 60.0
     #: How long a client may take to say what it wants, once it is connected or has begun to.
     head_s: float = 30.0
+    #: How long a client may take nothing of what waits to be sent to it.
+    stall_s: float = 120.0
     #: A host that did not answer for so long is unreachable.
     unreachable_s: float = 90.0
     reconcile_s: float = 5.0

@@ -82,7 +82,10 @@ def _nothing() -> None:
 
 
 class Exchange:
-    """A request on its way, and its answer. `flows` is called whenever something passes."""
+    """A request on its way, and its answer. `flows` is called whenever something passes.
+
+    At its end the line is ended too, unless both were whole and `keep` takes it.
+    """
 
     def __init__(
         self,
@@ -90,11 +93,13 @@ class Exchange:
         request: Request,
         receive: Receive,
         flows: Callable[[], None] = _nothing,
+        keep: Callable[[Line], None] = Line.abort,
     ) -> None:
         self._line = line
         self._request = request
         self._receive = receive
         self._flows = flows
+        self._keep = keep
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
         self._wanted = asyncio.Event()
         self._client_gone = False
@@ -102,19 +107,28 @@ class Exchange:
 
     @contextlib.asynccontextmanager
     async def answered(self) -> AsyncIterator[Answer]:
-        """The head of the answer; the line is ended with the context.
+        """The head of the answer; with the context the line is ended, or kept.
 
         Raises Unavailable when none came, ToolFailed for what is none, ClientGone.
         """
+        end: Callable[[Line], None] = Line.abort
         try:
             with self._errors_as_ours():
                 await self._line.write(self._http.send(self._request.event()) or b"")
                 self._sending = asyncio.create_task(self._send_body(), name="request body")
                 answer = await self._head()
             yield answer
+            end = self._keep if self._is_whole() else Line.abort
         finally:
-            self._line.abort()
-            await self._stop_sending()
+            try:
+                await self._stop_sending()
+            finally:
+                end(self._line)
+
+    def _is_whole(self) -> bool:
+        """Whether request and answer have both come to their end, and another may follow."""
+        states = {self._http.our_state, self._http.their_state}
+        return states == {h11.DONE} and self._http.trailing_data == (b"", False)
 
     async def _stop_sending(self) -> None:
         if self._sending is not None:
@@ -174,6 +188,9 @@ class Exchange:
         await self._line.write(self._http.send(h11.EndOfMessage()) or b"")
 
     def _end_for_client(self) -> None:
+        if self._is_whole():
+            # The server says so too once it has sent the answer.
+            return
         self._client_gone = True
         self._line.abort()
 

@@ -92,6 +92,17 @@ class Line(asyncio.Protocol):
         """Whether it ever was a connection."""
         return self._transport is not None
 
+    @property
+    def rests(self) -> bool:
+        """Whether it is open, with nothing to be read or still to be sent."""
+        transport = self._transport
+        return (
+            transport is not None
+            and not (self._chunks or self._ended or self._error or self._lost.is_set())
+            and not transport.is_closing()
+            and not transport.get_write_buffer_size()
+        )
+
     async def wait_closed(self) -> None:
         """Wait until the connection is gone."""
         await self._lost.wait()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -19,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sandmartin.relay.headers import Headers
 from sandmartin.relay.line import Line
+from sandmartin.relay.progress import STALL_S, Progress, reset
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -39,6 +39,7 @@ class Connection(H11Protocol, ABC):
     """One connection of a client."""
 
     head_s = HEAD_S
+    stall_s = STALL_S
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -62,7 +63,7 @@ class Connection(H11Protocol, ABC):
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in _KEEPALIVE.items():
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
+        self._progress = Progress(transport, self.stall_s)
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
@@ -79,8 +80,17 @@ class Connection(H11Protocol, ABC):
         if self.conn.trailing_data[0]:
             self._wait_for_head()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._progress.begin()
+
+    def resume_writing(self) -> None:
+        self._progress.end()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._progress.end()
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
@@ -123,12 +133,7 @@ class Connection(H11Protocol, ABC):
 
     async def cut(self, receive: Receive) -> None:
         """End the connection in the middle of an answer, so that it is not taken for whole."""
-        connected = self.transport.get_extra_info("socket")
-        if connected is not None and connected.family != socket.AF_UNIX:
-            # Reset, not closed: a client of HTTP/1.0 takes the latter for the end.
-            linger = struct.pack("ii", 1, 0)
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.transport.abort()
+        reset(self.transport)
         while (await receive())["type"] != "http.disconnect":
             pass
 
@@ -140,7 +145,7 @@ class Connection(H11Protocol, ABC):
         self.transport.write(self.conn.send(answer) or b"")
         early, _ = self.conn.trailing_data
         self.flow.resume_reading()
-        line = _Taken(self.connections)
+        line = _Taken(self.connections, self._progress)
         line.connection_made(self.transport)
         line.unread(early)
         self.connections.discard(self)
@@ -155,12 +160,22 @@ class Connection(H11Protocol, ABC):
 class _Taken(Line):
     """A connection that was taken over, which the server still knows."""
 
-    def __init__(self, connections: set[Any]) -> None:
+    def __init__(self, connections: set[Any], progress: Progress) -> None:
         super().__init__()
         self._connections = connections
+        self._progress = progress
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._progress.begin()
+
+    def resume_writing(self) -> None:
+        self._progress.end()
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(self)
+        self._progress.end()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -174,14 +189,18 @@ def connection_of(scope: Scope) -> Connection | None:
     return found if isinstance(found, Connection) else None
 
 
-def protocol_for(relayed: Callable[[Scope], bool], wait_s: float = HEAD_S) -> type[Connection]:
+def protocol_for(
+    relayed: Callable[[Scope], bool], wait_s: float = HEAD_S, slack_s: float = STALL_S
+) -> type[Connection]:
     """The class of connections on which the application itself answers upgrades of `relayed`.
 
-    `wait_s` is how long a client may take to say what it wants.
+    `wait_s` is how long a client may take to say what it wants, `slack_s` how long it may take
+    nothing of an answer that waits for it.
     """
 
     class Relaying(Connection):
         head_s = wait_s
+        stall_s = slack_s
 
         def wants_relay(self, scope: Scope) -> bool:
             return relayed(scope)

@@ -22,6 +22,7 @@ import httpx
 
 from sandmartin.errors import Denied, SandmartinError, Unavailable, Unimplemented, from_code
 from sandmartin.model import INTERNET, NetworkPolicy
+from sandmartin.relay.kept import KeptLines
 from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
     Checkpoint,
@@ -119,19 +120,27 @@ class Agent(ABC):
         self._channel = ConnectChannel(self._http, _SERVICE)
 
         self._lines = Lines()
+        self._kept = KeptLines()
 
     async def aclose(self) -> None:
+        self._kept.abort()
         self._lines.abort()
         await self._lines.closed()
         await self._http.aclose()
 
-    async def dial(self) -> Line:
-        """A connection of its own, for traffic of sandboxes. Raises Unavailable, Denied."""
+    async def dial(self, sandbox_id: str) -> Line:
+        """A connection for one request of a sandbox's traffic. Raises Unavailable, Denied."""
+        if (kept := self._kept.take(sandbox_id)) is not None:
+            return kept
         try:
             async with asyncio.timeout(_CONNECT_S):
                 return await self._connect()
         except OSError as error:
             raise self._unreachable(error) from error
+
+    def keep(self, sandbox_id: str, line: Line) -> None:
+        """Have a connection for another request of the sandbox, after a whole exchange."""
+        self._kept.keep(sandbox_id, line)
 
     @abstractmethod
     async def _connect(self) -> Line: ...

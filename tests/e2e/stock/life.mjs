@@ -107,11 +107,12 @@ while (paginator.hasNext) found.push(...(await paginator.nextItems()))
 assert.deepEqual(found.map((each) => each.sandboxId), [sandbox.sandboxId])
 console.log('paging')
 
-// The guest tells its memory some time after it was resumed; points before that have 0.
-const point = await until(async () => {
+// The guest tells its memory some time after it was created; there are no points before that.
+const [point] = await until(async () => {
   const points = await woken.getMetrics()
-  return points.find((each) => each.memUsed > 0)
+  return points.length > 0 && points
 }, 'metrics')
+assert.ok(point.memUsed > 0, JSON.stringify(point))
 assert.equal(point.cpuCount, 1)
 assert.equal(point.memTotal, 512 * 1024 * 1024)
 assert.ok(point.memUsed < point.memTotal && point.diskUsed > 0 && point.diskUsed < point.diskTotal, JSON.stringify(point))

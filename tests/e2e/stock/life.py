@@ -302,6 +302,7 @@ async def paging(sandbox):
 async def metrics(sandbox):
     (point, *_) = await until(sandbox.get_metrics, "metrics")
     assert point.cpu_count == 1 and point.mem_total == 512 << 20, point
+    assert 0 < point.mem_used < point.mem_total, point
     assert 0 <= point.cpu_used_pct <= 100 and 0 < point.disk_used < point.disk_total, point
 
 
