@@ -39,6 +39,7 @@ from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.startup import NotReady
 from sandmartin.agent.storage import names_in
+from sandmartin.agent.stored import Place, Progress, Pushed, Stored
 from sandmartin.agent.templates import Templates
 from sandmartin.agent.warm import WarmSnapshots
 from sandmartin.errors import (
@@ -66,6 +67,7 @@ class Host:
         self._ready = ReadySandboxes(machine, self._make_ready, self._crowded)
         self._folding = Folding(machine, self.sandboxes, self._templates, self._needed)
         self._contents = Contents(machine, self._templates, self._folding.replacing)
+        self._stored = Stored(machine, self._templates, self._contents)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -132,6 +134,7 @@ class Host:
         """End the agent; the VMs run on and the next agent adopts them."""
         self._closing = True
         self._warm.close()
+        await self._stored.close()
         if self._termination is not None:
             await asyncio.wait({self._termination})
         await self._machine.tasks.close()
@@ -268,8 +271,7 @@ class Host:
 
     def _check_new(self, spec: SandboxSpec) -> None:
         """Raises Unavailable, AlreadyExists, Exhausted."""
-        if self._closing:
-            raise Unavailable("this agent is ending", hint="try again once it has started anew")
+        self._check_open()
         if spec.sandbox_id in self._sandboxes:
             raise AlreadyExists(f"sandbox {spec.sandbox_id} exists already")
         self._admit(spec)
@@ -466,13 +468,29 @@ class Host:
 
         Raises Invalid, AlreadyExists, Conflict, Exhausted, DiskFull.
         """
-        if self._closing:
-            raise Unavailable("this agent is ending", hint="try again once it has started anew")
+        await self._bring(self._contents.write(name, chunks))
+
+    def push_template(self, name: str, place: Place) -> AsyncGenerator[Progress | Pushed, None]:
+        """Put a template into an artefact store; as `Stored.push`."""
+        return self._stored.push(check_name(name, "template name"), place)
+
+    async def fetch_template(self, name: str, artefact_id: str, place: Place) -> None:
+        """Make a template of an artefact, whole or not at all; as `Stored.fetch`."""
+        await self._bring(self._stored.fetch(name, artefact_id, place))
+
+    async def _bring(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have a template come in. Raises Unavailable."""
         try:
-            await self._contents.write(name, chunks)
+            self._check_open()
+            await work
         finally:
+            work.close()
             self._folding.look()
             await self._machine.storage.sweep(self._needed)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise Unavailable("this agent is ending", hint="try again once it has started anew")
 
     # What is told.
 

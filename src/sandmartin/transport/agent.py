@@ -9,6 +9,7 @@ streams, which carry content, are protobuf's binary form.
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import ssl
 from abc import ABC, abstractmethod
@@ -24,6 +25,8 @@ from sandmartin.errors import Denied, SandmartinError, Unavailable, Unimplemente
 from sandmartin.model import INTERNET, NetworkPolicy
 from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
+    Artefact,
+    ArtefactStore,
     Checkpoint,
     Command,
     CreatedSandbox,
@@ -36,6 +39,7 @@ from sandmartin.transport import (
     NewSandbox,
     Process,
     PtySize,
+    PushProgress,
     SandboxInfo,
     Snapshot,
     Started,
@@ -62,6 +66,8 @@ _CREATE_S = 90.0
 _DESTROY_S = 60.0
 #: What writes or reads a whole memory, on a disk that may be slow, and a fork many of them.
 _SNAPSHOT_S = 300.0
+#: What brings a whole template from an artefact store.
+_FETCH_S = 900.0
 _CALL_S = 30.0
 _FILE_S = 120.0
 #: Stays far below any frame limit.
@@ -249,6 +255,34 @@ class Agent(ABC):
 
     async def write_template(self, name: str, chunks: AsyncIterator[bytes]) -> None:
         await self._upload("WriteTemplate", wire.text(1, name), chunks, deadline_s=_SNAPSHOT_S)
+
+    async def push_template(
+        self, name: str, store: ArtefactStore
+    ) -> AsyncGenerator[PushProgress | Artefact, None]:
+        """Have a template stored; the last word is the artefact.
+
+        Raises NotFound, Invalid, DiskFull, Denied, Unavailable.
+        """
+        message = wire.text(1, name) + wire.content(2, _store(store))
+        with self._connect_errors_as_ours():
+            async with aclosing(self._channel.server_stream("PushTemplate", message)) as answers:
+                async for answer in answers:
+                    if (event := _push_event(answer)) is not None:
+                        yield event
+
+    async def fetch_template(self, name: str, artefact_id: str, store: ArtefactStore) -> None:
+        """Have a template made of an artefact, whole or not at all.
+
+        Raises Invalid for one that is damaged or gone, AlreadyExists, Exhausted, Denied,
+        Unavailable; Conflict when it does not run there.
+        """
+        key = base64.b64encode(store.key).decode()
+        message = {
+            "name": name,
+            "artefact_id": artefact_id,
+            "store": {"url": store.url, "key": key},
+        }
+        await self._call("FetchTemplate", message, deadline_s=_FETCH_S)
 
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         message = {"sandbox_id": sandbox_id, "range": time_range}
@@ -510,6 +544,34 @@ def _number(fields: wire.Fields, number: int) -> int:
     if isinstance(value, bytes):
         raise SandmartinError(f"the agent's answer has no number in field {number}")
     return wire.signed(value)
+
+
+def _store(store: ArtefactStore) -> bytes:
+    return wire.text(1, store.url) + wire.content(2, store.key)
+
+
+def _push_event(message: bytes) -> PushProgress | Artefact | None:
+    """The event in a PushTemplateResponse, None for a kind that this release does not know."""
+    event = _fields(message)
+    if 1 in event:
+        told = _fields(_content(event, 1))
+        return PushProgress(chunks_done=_size(told, 1), chunks_total=_size(told, 2))
+    if 2 in event:
+        told = _fields(_content(event, 2))
+        return Artefact(
+            artefact_id=_content(told, 1).decode(errors="replace"),
+            size_bytes=_size(told, 2),
+            added_bytes=_size(told, 3),
+        )
+    return None
+
+
+def _size(fields: wire.Fields, number: int) -> int:
+    """A 64-bit number that is never below 0."""
+    value = fields.get(number, 0)
+    if isinstance(value, bytes):
+        raise SandmartinError(f"the agent's answer has no number in field {number}")
+    return value
 
 
 def _exec_event(message: bytes) -> ExecEvent | None:

@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
+from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FetchTemplateRequest, FetchTemplateResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, PushTemplateRequest, PushTemplateResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -183,6 +183,20 @@ class HostAgentService(Protocol):
     async def write_template(self, request: AsyncIterator[WriteTemplateRequest], ctx: RequestContext[WriteTemplateRequest, WriteTemplateResponse], /) -> WriteTemplateResponse:
         """
         Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def push_template(self, request: PushTemplateRequest, ctx: RequestContext[PushTemplateRequest, PushTemplateResponse], /) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def fetch_template(self, request: FetchTemplateRequest, ctx: RequestContext[FetchTemplateRequest, FetchTemplateResponse], /) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -590,6 +604,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.CLIENT_STREAM,
                     ),
                     function=svc.write_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushTemplate": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="PushTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushTemplateRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.push_template,
+                ),
+                "/hostagent.v1.HostAgentService/FetchTemplate": Endpoint.unary(
+                    method=MethodInfo(
+                        name="FetchTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=FetchTemplateRequest,
+                        output=FetchTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.fetch_template,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": Endpoint.unary(
                     method=MethodInfo(
@@ -1386,6 +1422,54 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def push_template(
+        self,
+        request: PushTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushTemplateRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def fetch_template(
+        self,
+        request: FetchTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="FetchTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=FetchTemplateRequest,
+                output=FetchTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     async def read_console(
         self,
         request: ReadConsoleRequest,
@@ -1739,6 +1823,20 @@ class HostAgentServiceSync(Protocol):
     def write_template(self, request: Iterator[WriteTemplateRequest], ctx: RequestContext[WriteTemplateRequest, WriteTemplateResponse], /) -> WriteTemplateResponse:
         """
         Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def push_template(self, request: PushTemplateRequest, ctx: RequestContext[PushTemplateRequest, PushTemplateResponse], /) -> Iterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def fetch_template(self, request: FetchTemplateRequest, ctx: RequestContext[FetchTemplateRequest, FetchTemplateResponse], /) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -2144,6 +2242,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.CLIENT_STREAM,
                     ),
                     function=service.write_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushTemplate": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="PushTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushTemplateRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.push_template,
+                ),
+                "/hostagent.v1.HostAgentService/FetchTemplate": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="FetchTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=FetchTemplateRequest,
+                        output=FetchTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.fetch_template,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": EndpointSync.unary(
                     method=MethodInfo(
@@ -2936,6 +3056,54 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 output=WriteTemplateResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def push_template(
+        self,
+        request: PushTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushTemplateRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def fetch_template(
+        self,
+        request: FetchTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="FetchTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=FetchTemplateRequest,
+                output=FetchTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
             ),
             headers=headers,
             timeout_ms=timeout_ms,
