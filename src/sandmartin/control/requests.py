@@ -156,10 +156,11 @@ def wanted_policy(new: NewRow, template: tables.Template) -> NetworkPolicy:
     return new.network or NetworkPolicy.from_dict(template.network)
 
 
-def need_of(spec: SandboxSpec, template: tables.Template) -> Need:
+def need_of(spec: SandboxSpec, template: tables.Template, *, stored: bool) -> Need:
     return Need(
         template_id=template.template_id,
         template=template.name,
         vcpus=spec.vcpus,
         memory_mb=spec.memory_mb,
+        stored=stored,
     )

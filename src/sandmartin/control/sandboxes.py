@@ -15,6 +15,7 @@ from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events
+from sandmartin.control.artefacts import Artefacts, NotBrought
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.copies import Copies
 from sandmartin.control.db import Database
@@ -75,8 +76,10 @@ class Sandboxes(Copies):
         happenings: events.Events,
         usage: Usage,
         sealer: Sealer,
+        artefacts: Artefacts,
     ) -> None:
         super().__init__(db, operations, hosts, templates, quotas, happenings)
+        self._artefacts = artefacts
         self._usage = usage
         self._sealer = sealer
         operations.register(Kind.CREATE, self._do_create)
@@ -197,7 +200,7 @@ class Sandboxes(Copies):
         spec = spec_of(new, template)
         await self._quotas.check(session, caller.team_id, [spec])
         policy = wanted_policy(new, template)
-        need = need_of(spec, template)
+        need = need_of(spec, template, stored=self._artefacts.stores)
         choice = await choose_host(session, need)
         now = time.time()
         row = Row(
@@ -274,6 +277,7 @@ class Sandboxes(Copies):
         refused: set[str] = set()
         while True:
             try:
+                await self._artefacts.bring(agent, row, held.arguments["template_id"])
                 return await agent.create(new)
             except AlreadyExists:
                 # Made by a try whose answer was lost; what it is now is seen afterwards.
@@ -287,13 +291,14 @@ class Sandboxes(Copies):
                     address=info.address,
                     envd_version=info.envd_version,
                 )
-            except Exhausted as error:
+            except (Exhausted, NotBrought) as error:
                 assert row.host_id is not None
                 refused.add(row.host_id)
-                agent = await self._place_elsewhere(row, held, refused, error)
+                why = error.cause if isinstance(error, NotBrought) else error
+                agent = await self._place_elsewhere(row, held, refused, why)
 
     async def _place_elsewhere(
-        self, row: Row, held: Held, refused: set[str], error: Exhausted
+        self, row: Row, held: Held, refused: set[str], error: SandmartinError
     ) -> Agent:
         """Another host for a sandbox that its own has refused. Raises `error` without one."""
         need = Need(
@@ -301,6 +306,7 @@ class Sandboxes(Copies):
             template=row.template,
             vcpus=row.vcpus,
             memory_mb=row.memory_mb,
+            stored=self._artefacts.stores,
         )
         async with self._db.write() as session:
             try:

@@ -65,6 +65,13 @@ class ControlSettings:
     keep_events_days: float = 90.0
     keep_operations_days: float = 7.0
     keep_deliveries_days: float = 7.0
+    #: Where uploads and templates are kept: `file:///DIRECTORY` or `s3://BUCKET/PREFIX`; empty for
+    #: a folder in the data directory. Templates go there only when it is given, and then every
+    #: host must reach it.
+    artefact_store: str = ""
+    #: What nothing refers to is removed from it when it is older.
+    artefact_grace_s: float = 3600.0
+    artefact_sweep_s: float = 6 * 3600.0
 
     def __post_init__(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -94,6 +101,11 @@ class ControlSettings:
     def url(self) -> str:
         """The database."""
         return self.database_url or f"sqlite:///{self.data_dir / 'control.sqlite3'}"
+
+    @property
+    def artefact_store_url(self) -> str:
+        """The artefact store."""
+        return self.artefact_store or (self.data_dir.absolute() / "store").as_uri()
 
     @property
     def base_url(self) -> str:
