@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ class Town:
     async def make(self, name: str, mark: bytes = MARK) -> None:
         """A template of a sandbox on the first host that remembers something and is gone."""
         await self.drain(self.two)
-        sandbox = (await self.team.http.post("/v1/sandboxes", json=SHAPE)).json()["id"]
+        answer = await self.team.http.post("/v1/sandboxes", json=SHAPE)
+        assert answer.status_code == 201, answer.text
+        sandbox = answer.json()["id"]
         self.one.fakes.vmm.vms[sandbox].write(SCRATCH, mark)
         body = {"sandbox_id": sandbox, "name": name}
         answer = await self.team.http.post("/v1/snapshots", json=body)
@@ -151,7 +154,7 @@ async def test_a_template_of_one_host_starts_on_another(
                 await town.team.http.delete(f"/v1/sandboxes/{each['id']}")
             assert (await town.team.http.delete("/v1/templates/mine")).status_code == 204
             for host in (town.one, town.two):
-                await eventually(lambda host=host: _tidy(host), "nothing left")
+                await eventually(partial(_tidy, host), "nothing left")
             swept = await town.platform.garbage.sweep()
             assert swept is not None and swept.removed == swept.objects > 0
             assert kept.files("chunks") == [] and kept.files("artefacts") == []
@@ -224,7 +227,7 @@ async def test_a_store_that_is_away_is_told_and_waited_for(
 async def test_hosts_that_cannot_run_it_are_passed_over(
     database_url: str, tmp_path: Path, folder: TestStore
 ) -> None:
-    other = {"platform": replace(PLATFORM, tsc_khz=PLATFORM.tsc_khz + 10_000)}
+    other: dict[str, Any] = {"platform": replace(PLATFORM, tsc_khz=PLATFORM.tsc_khz + 10_000)}
     async with town_of(database_url, tmp_path, folder, **other) as town:
         await town.make("mine")
         await town.stored("mine")
