@@ -59,6 +59,12 @@ class Town:
             found: tables.Artefact | None = await session.scalar(query.where(template.name == name))
             return found
 
+    async def is_known(self) -> bool:
+        """Whether it is known that both hosts have what they bring."""
+        placed = tables.TemplatePlacement
+        async with self.platform.db.read() as session:
+            return len((await session.scalars(select(placed.host_id))).all()) == 2
+
     async def is_stored(self, name: str) -> bool:
         row = await self.row(name)
         return row is not None and row.artefact_id is not None
@@ -110,7 +116,10 @@ async def town_of(
         async with running_platform(database_url, directory, one, two, **settings) as platform:
             team_id, key = await make_team(platform)
             async with client_of(platform, **{"x-api-key": key}) as http:
-                yield Town(platform, one, two, Team(team_id, key, http), kept)
+                town = Town(platform, one, two, Team(team_id, key, http), kept)
+                # Two that tell of the same for the first time take turns.
+                await eventually(town.is_known, "what both hosts bring")
+                yield town
 
 
 @pytest.fixture
