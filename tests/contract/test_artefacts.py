@@ -32,7 +32,7 @@ from sandmartin.errors import (
     NotFound,
     Unavailable,
 )
-from sandmartin.model import Accel
+from sandmartin.model import Accel, State
 from sandmartin.transport import Artefact, ArtefactStore, NewSandbox
 from sandmartin.transport.agent import AgentSocket
 from tests.contract.stores import KINDS, TestStore, store_of
@@ -505,3 +505,103 @@ async def test_an_agent_that_is_killed_leaves_nothing(
             await there.create(replace(make_spec(), template="whole"), {})
             assert fakes.vmm.vms["sb1"].read(SCRATCH, len(MARK)) == MARK
             await there.terminate()
+
+
+# Sandboxes that sleep.
+
+
+async def slept(host: Host, fakes: Fakes, place: Place) -> Pushed:
+    """A paused sandbox with a mark in memory, stored."""
+    await host.create(make_spec(), {"A": "1"})
+    fakes.vmm.vms["sb1"].write(SCRATCH, MARK)
+    await host.pause("sb1")
+    async with aclosing(host.push_sandbox("sb1", place)) as events:
+        *_, last = [each async for each in events]
+    assert isinstance(last, Pushed)
+    return last
+
+
+async def test_a_paused_sandbox_goes_on_at_another_host(kept: TestStore) -> None:
+    place = place_of(kept)
+    async with another() as (host, fakes, directory), another() as (there, others, elsewhere):
+        made = await slept(host, fakes, place)
+        await there.fetch_template("moved", made.artefact_id, place)
+        for _ in range(2):
+            await there.adopt_sandbox("sb1", "moved", IMAGE)
+        # Both have it asleep: whose it is, is not theirs to say.
+        assert (host.get("sb1").state, there.get("sb1").state) == (State.PAUSED, State.PAUSED)
+        await host.destroy("sb1")
+        assert not find_leaks(directory)
+        woken = await there.resume("sb1", 7)
+        assert others.vmm.vms["sb1"].read(SCRATCH, len(MARK)) == MARK
+        assert woken.entry.spec.template == IMAGE and woken.entry.spec.timeout_s == 7
+        known = others.guests.memory(woken.host_ip)
+        assert known["id"] == "sb1" and known["envs"] == {"A": "1"}
+        assert others.guests.identities[woken.host_ip].moved
+        # It sleeps and wakes as any other, and needs the image that came along.
+        await there.pause("sb1")
+        with pytest.raises(Conflict, match="sb1"):
+            await there.delete_snapshot("moved")
+        with pytest.raises(AlreadyExists):
+            await there.resume("sb1", None)
+            await there.adopt_sandbox("sb1", "moved", IMAGE)
+        await there.destroy("sb1")
+        await there.delete_snapshot("moved")
+        assert not find_leaks(elsewhere)
+
+
+async def test_what_does_not_sleep_on_or_has_checkpoints_is_not_stored(
+    folder: TestStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = place_of(folder)
+    async with another() as (host, _, _):
+        await host.create(make_spec(), {})
+        with pytest.raises(Conflict, match="running"):
+            host.push_sandbox("sb1", place)
+        await host.pause("sb1")
+        add = chunks.add
+
+        async def woken(store: Store, content: bytes) -> tuple[str, int]:
+            if host.get("sb1").state is State.PAUSED:
+                await host.resume("sb1", None)
+                await host.pause("sb1")
+            return await add(store, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(chunks, "add", woken)
+            with pytest.raises(Conflict):
+                async with aclosing(host.push_sandbox("sb1", place)) as events:
+                    async for _ in events:
+                        pass
+        assert folder.files("artefacts") == []
+        await host.resume("sb1", None)
+        await host.checkpoint("sb1", "")
+        await host.pause("sb1")
+        with pytest.raises(Conflict, match="checkpoints"):
+            host.push_sandbox("sb1", place)
+
+
+@pytest.mark.parametrize("step", ["adopt:written", "adopt:paused"])
+async def test_an_agent_that_is_killed_has_a_whole_sandbox_or_none(
+    folder: TestStore, step: str
+) -> None:
+    store = ArtefactStore(url=folder.url, key=KEY)
+    async with another() as (host, fakes, _):
+        made = await slept(host, fakes, place_of(folder))
+        await host.destroy("sb1")
+    with machine_directory() as elsewhere:
+        async with dying_agent(elsewhere, step) as process:
+            async with aclosing(AgentSocket(elsewhere / "data/agent.sock")) as transport:
+                await transport.fetch_template("moved", made.artefact_id, store)
+                with pytest.raises(Unavailable):
+                    await transport.adopt_sandbox("sb1", "moved", IMAGE)
+            await process.wait()
+        fakes = make_machine(elsewhere)
+        async with fakes.host() as there:
+            assert len(there.sandboxes()) == (step == "adopt:paused")
+            await there.adopt_sandbox("sb1", "moved", IMAGE)
+            await there.resume("sb1", None)
+            assert fakes.vmm.vms["sb1"].read(SCRATCH, len(MARK)) == MARK
+            await there.terminate()
+            await there.delete_snapshot("moved")
+        assert not find_leaks(elsewhere)

@@ -26,6 +26,7 @@ from sandmartin.agent.images import ext4_bytes
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Base, get_base, open_diff
 from sandmartin.agent.memory.whole import opened as opened_file
+from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import IMAGE, Draft, Manifest, Snapshot, state_digest
 from sandmartin.agent.tasks import to_its_end
 from sandmartin.agent.templates import Templates
@@ -91,29 +92,43 @@ class Contents:
         It stays as it is now whatever becomes of the template. Raises NotFound, Invalid.
         """
         async with self._replacing:
-            return await asyncio.to_thread(self._open, name, stack)
+            return await asyncio.to_thread(self._open, self._templates.find(name), None, stack)
+
+    async def open_asleep(
+        self, sandbox: Sandbox, stack: contextlib.ExitStack
+    ) -> tuple[dict[str, bytes], dict[str, int]]:
+        """All that a paused sandbox sleeps in, as a template would have it. Raises Conflict."""
+        async with self._replacing:
+            return await asyncio.to_thread(self._open, *sandbox.asleep(), stack)
 
     def _open(
-        self, name: str, stack: contextlib.ExitStack
+        self, found: Image | Snapshot, top: Path | None, stack: contextlib.ExitStack
     ) -> tuple[dict[str, bytes], dict[str, int]]:
-        """All of a template, small contents and open files."""
-        found = self._templates.find(name)
-        contents, paths = _parts(found) if isinstance(found, Image) else self._all_parts(found)
+        """Small contents and open files; `top` is a layer over those that a snapshot names."""
+        if isinstance(found, Image):
+            contents, paths = _parts(found)
+        else:
+            contents, paths = self._all_parts(found, top)
         opened: dict[str, int] = {}
         for part, path in paths.items():
             opened[part] = stack.enter_context(opened_file(path))
         return contents, opened
 
-    def _all_parts(self, snapshot: Snapshot) -> tuple[dict[str, bytes], dict[str, Path]]:
+    def _all_parts(
+        self, snapshot: Snapshot, top: Path | None
+    ) -> tuple[dict[str, bytes], dict[str, Path]]:
         manifest, storage = snapshot.manifest, self._machine.storage
+        below = [storage.layers.path(layer) for layer in manifest.layers]
+        if top is not None:
+            manifest = replace(manifest, layers=(*manifest.layers, top.stem))
         told = {"kind": "snapshot", "snapshot": manifest.to_json().decode()}
         contents, paths = _image_parts(manifest.image, told)
         contents[_STATE] = snapshot.read_state()
         memory = {_DIFF: snapshot.diff} if manifest.diff else {}
         memory[_BASE] = storage.base(manifest.base, manifest.memory_mb).path
         layers = {
-            f"layers/{number:02}.qcow2": storage.layers.path(layer)
-            for number, layer in enumerate(manifest.layers)
+            f"layers/{number:02}.qcow2": layer
+            for number, layer in enumerate(below if top is None else [*below, top])
         }
         return contents, {**memory, **layers, **paths}
 

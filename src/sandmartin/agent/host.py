@@ -45,6 +45,7 @@ from sandmartin.agent.warm import WarmSnapshots
 from sandmartin.errors import (
     AlreadyExists,
     DiskFull,
+    Invalid,
     NotFound,
     SandmartinError,
     Unavailable,
@@ -473,6 +474,45 @@ class Host:
     def push_template(self, name: str, place: Place) -> AsyncGenerator[Progress | Pushed, None]:
         """Put a template into an artefact store; as `Stored.push`."""
         return self._stored.push(check_name(name, "template name"), place)
+
+    def push_sandbox(
+        self, sandbox_id: str, place: Place
+    ) -> AsyncGenerator[Progress | Pushed, None]:
+        """Put what a paused sandbox sleeps in into a store; as `Stored.push_sandbox`."""
+        return self._stored.push_sandbox(self.get(sandbox_id), place)
+
+    async def adopt_sandbox(self, sandbox_id: str, source: str, template: str) -> None:
+        """A paused sandbox that goes on from a template, which another's sleep was made.
+
+        One of this id that sleeps here is success. Raises NotFound, Invalid, AlreadyExists.
+        """
+        self._check_open()
+        there = self._sandboxes.get(sandbox_id)
+        if there is not None and there.state is State.PAUSED:
+            return
+        if there is not None:
+            raise AlreadyExists(f"sandbox {sandbox_id} exists already, and is {there.state}")
+        origin = self._templates.find(check_name(source, "template name"))
+        if not isinstance(origin, Snapshot):
+            raise Invalid(f"template {source!r} has no memory that a sandbox could go on from")
+        manifest = origin.manifest
+        spec = SandboxSpec(
+            sandbox_id=sandbox_id,
+            template=template,
+            vcpus=manifest.vcpus,
+            memory_mb=manifest.memory_mb,
+            disk_size_mb=manifest.disk_size_mb,
+            network=manifest.network,
+        )
+        work = self._adopt(self._enter(spec), origin)
+        await self._machine.tasks.operate(f"adopt {sandbox_id}", work)
+
+    async def _adopt(self, sandbox: Sandbox, origin: Snapshot) -> None:
+        try:
+            with self._machine.storage.pinned(names_in(origin.manifest)):
+                await sandbox.sleep_as(origin)
+        finally:
+            self._forget_stopped()
 
     async def fetch_template(self, name: str, artefact_id: str, place: Place) -> None:
         """Make a template of an artefact, whole or not at all; as `Stored.fetch`."""

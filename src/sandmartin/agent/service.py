@@ -457,6 +457,20 @@ class HostAgent(HostAgentService):
         await self._host.fetch_template(request.name, request.artefact_id, place)
         return pb.FetchTemplateResponse()
 
+    async def push_sandbox(
+        self, request: pb.PushSandboxRequest, _ctx: _Context
+    ) -> AsyncIterator[pb.PushTemplateResponse]:
+        events = self._host.push_sandbox(request.sandbox_id, self._place(request.store))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield _push_event(event)
+
+    async def adopt_sandbox(
+        self, request: pb.AdoptSandboxRequest, _ctx: _Context
+    ) -> pb.AdoptSandboxResponse:
+        await self._host.adopt_sandbox(request.sandbox_id, request.source, request.template)
+        return pb.AdoptSandboxResponse()
+
     def _place(self, told: pb.ArtefactStore | None) -> Place:
         """The artefact store that a request names. Raises Invalid."""
         if told is None or len(told.key) != _KEY_BYTES:

@@ -11,14 +11,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from sandmartin.agent import disk, files
 from sandmartin.agent.content import MANIFEST, Contents, Received, limit_of, new_file
 from sandmartin.agent.extents import chunks_with_data, read_chunk, write_chunk
 from sandmartin.agent.machine import Machine
+from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Draft, Signer
 from sandmartin.agent.tasks import to_its_end
 from sandmartin.agent.templates import Templates
@@ -28,6 +37,8 @@ from sandmartin.artefacts.manifest import Manifest, Part
 from sandmartin.artefacts.store import Store
 from sandmartin.errors import Conflict, Invalid
 
+#: Opens all parts: small contents, and files.
+_Open = Callable[[contextlib.ExitStack], Awaitable[tuple[Mapping[str, bytes], Mapping[str, int]]]]
 #: Chunks that are on their way at a time, each with its compressed form in memory.
 _AT_ONCE = 8
 _TELL_S = 1.0
@@ -113,18 +124,40 @@ class Stored:
 
     # In.
 
-    async def push(self, name: str, place: Place) -> AsyncGenerator[Progress | Pushed, None]:
+    def push(self, name: str, place: Place) -> AsyncGenerator[Progress | Pushed, None]:
         """Store a template; its last word is what came of it. Closing it ends it.
 
         Raises NotFound, Invalid, DiskFull, Denied, Unavailable.
         """
+        return self._store(partial(self._contents.open, name), place, lambda: None)
+
+    def push_sandbox(
+        self, sandbox: Sandbox, place: Place
+    ) -> AsyncGenerator[Progress | Pushed, None]:
+        """Store what a paused sandbox sleeps in, as `push` does.
+
+        Raises also Conflict when it has checkpoints, or does not sleep on to the end.
+        """
+        moment = sandbox.asleep()[0].manifest.created_at
+
+        def check() -> None:
+            # Whoever woke it up has written to its layer.
+            if sandbox.asleep()[0].manifest.created_at != moment:
+                raise Conflict(f"sandbox {sandbox.sandbox_id} was resumed while it was stored")
+
+        return self._store(partial(self._contents.open_asleep, sandbox), place, check)
+
+    async def _store(
+        self, open_parts: _Open, place: Place, check: Callable[[], None]
+    ) -> AsyncGenerator[Progress | Pushed, None]:
         with contextlib.ExitStack() as stack:
-            texts, opened = await self._contents.open(name, stack)
+            texts, opened = await open_parts(stack)
             work = await asyncio.to_thread(_work, texts, opened)
             sizes = {name: len(text) for name, text in texts.items()}
             sizes |= {name: os.fstat(file).st_size for name, file in opened.items()}
             push = _Push(place.store, sizes, len(work))
-            pushing = asyncio.create_task(self._push(push, work, texts, opened, place))
+            working = self._push(push, work, texts, opened, place, check)
+            pushing = asyncio.create_task(working, name="push")
             try:
                 while not (await asyncio.wait({pushing}, timeout=_TELL_S))[0]:
                     yield push.progress
@@ -140,6 +173,7 @@ class Stored:
         texts: Mapping[str, bytes],
         opened: Mapping[str, int],
         place: Place,
+        check: Callable[[], None],
     ) -> Pushed:
         async def one(part: str, number: int) -> None:
             if part in texts:
@@ -154,6 +188,7 @@ class Stored:
 
         await _at_once(one(part, number) for part, number in work)
         self._machine.step("stored:chunks")
+        check()
         made = Manifest(push.parts())
         made = Manifest(made.parts, place.signer.sign(made.signed))
         artefact_id = await manifest.write(place.store, made)

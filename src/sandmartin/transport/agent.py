@@ -263,9 +263,35 @@ class Agent(ABC):
 
         Raises NotFound, Invalid, DiskFull, Denied, Unavailable.
         """
-        message = wire.text(1, name) + wire.content(2, _store(store))
+        async with aclosing(self._push("PushTemplate", name, store)) as events:
+            async for event in events:
+                yield event
+
+    async def push_sandbox(
+        self, sandbox_id: str, store: ArtefactStore
+    ) -> AsyncGenerator[PushProgress | Artefact, None]:
+        """Have what a paused sandbox sleeps in stored, as a template's is.
+
+        Raises also Conflict when it has checkpoints, or does not sleep on to the end.
+        """
+        async with aclosing(self._push("PushSandbox", sandbox_id, store)) as events:
+            async for event in events:
+                yield event
+
+    async def adopt_sandbox(self, sandbox_id: str, source: str, template: str) -> None:
+        """Have a paused sandbox made of a template that such an artefact became.
+
+        One that sleeps there already is success. Raises NotFound, Invalid, AlreadyExists.
+        """
+        message = {"sandbox_id": sandbox_id, "source": source, "template": template}
+        await self._call("AdoptSandbox", message, deadline_s=_DESTROY_S)
+
+    async def _push(
+        self, method: str, what: str, store: ArtefactStore
+    ) -> AsyncGenerator[PushProgress | Artefact, None]:
+        message = wire.text(1, what) + wire.content(2, _store(store))
         with self._connect_errors_as_ours():
-            async with aclosing(self._channel.server_stream("PushTemplate", message)) as answers:
+            async with aclosing(self._channel.server_stream(method, message)) as answers:
                 async for answer in answers:
                     if (event := _push_event(answer)) is not None:
                         yield event

@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FetchTemplateRequest, FetchTemplateResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, PushTemplateRequest, PushTemplateResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
+from .hostagent_pb import AdoptSandboxRequest, AdoptSandboxResponse, ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FetchTemplateRequest, FetchTemplateResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, PushSandboxRequest, PushTemplateRequest, PushTemplateResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -197,6 +197,20 @@ class HostAgentService(Protocol):
         """
         Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
         waits for that; it ends when nobody waits any more.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def push_sandbox(self, request: PushSandboxRequest, ctx: RequestContext[PushSandboxRequest, PushTemplateResponse], /) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def adopt_sandbox(self, request: AdoptSandboxRequest, ctx: RequestContext[AdoptSandboxRequest, AdoptSandboxResponse], /) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -626,6 +640,28 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.UNARY,
                     ),
                     function=svc.fetch_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushSandbox": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="PushSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushSandboxRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.push_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/AdoptSandbox": Endpoint.unary(
+                    method=MethodInfo(
+                        name="AdoptSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=AdoptSandboxRequest,
+                        output=AdoptSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.adopt_sandbox,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": Endpoint.unary(
                     method=MethodInfo(
@@ -1470,6 +1506,54 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def push_sandbox(
+        self,
+        request: PushSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushSandboxRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def adopt_sandbox(
+        self,
+        request: AdoptSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="AdoptSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=AdoptSandboxRequest,
+                output=AdoptSandboxResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     async def read_console(
         self,
         request: ReadConsoleRequest,
@@ -1837,6 +1921,20 @@ class HostAgentServiceSync(Protocol):
         """
         Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
         waits for that; it ends when nobody waits any more.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def push_sandbox(self, request: PushSandboxRequest, ctx: RequestContext[PushSandboxRequest, PushTemplateResponse], /) -> Iterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def adopt_sandbox(self, request: AdoptSandboxRequest, ctx: RequestContext[AdoptSandboxRequest, AdoptSandboxResponse], /) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -2264,6 +2362,28 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.UNARY,
                     ),
                     function=service.fetch_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushSandbox": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="PushSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushSandboxRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.push_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/AdoptSandbox": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="AdoptSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=AdoptSandboxRequest,
+                        output=AdoptSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.adopt_sandbox,
                 ),
                 "/hostagent.v1.HostAgentService/ReadConsole": EndpointSync.unary(
                     method=MethodInfo(
@@ -3102,6 +3222,54 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 service_name="hostagent.v1.HostAgentService",
                 input=FetchTemplateRequest,
                 output=FetchTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def push_sandbox(
+        self,
+        request: PushSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushSandboxRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def adopt_sandbox(
+        self,
+        request: AdoptSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="AdoptSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=AdoptSandboxRequest,
+                output=AdoptSandboxResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.UNARY,
             ),
