@@ -18,8 +18,11 @@ from sandmartin.artefacts.store import Store
 from sandmartin.control import artefacts, tables
 from sandmartin.control.garbage import Garbage
 from sandmartin.control.hosts import _templates_only_on
+from sandmartin.control.moves import Moves
+from sandmartin.control.operations import Overtaken
 from sandmartin.control.platform import Platform
-from sandmartin.errors import Unavailable
+from sandmartin.control.states import TemplateState
+from sandmartin.errors import Exhausted, Unavailable
 from sandmartin.transport.agent import Agent
 from tests.contract.stores import KINDS, TestStore, store_of
 from tests.control.conftest import (
@@ -31,7 +34,7 @@ from tests.control.conftest import (
     running_host,
     running_platform,
 )
-from tests.fakes_agent import find_leaks
+from tests.fakes_agent import IMAGE, find_leaks
 from tests.fakes_vmm import PLATFORM, SCRATCH
 
 pytestmark = [pytest.mark.qemu_img, pytest.mark.one_database]
@@ -395,3 +398,139 @@ async def test_an_artefact_that_is_gone_is_stored_anew(town: Town) -> None:
     await town.platform.garbage.sweep()
     await eventually(lambda: town.is_stored("mine"), "the artefact again")
     assert [each.name for each in town.kept.files("artefacts")] == [artefact_id]
+
+
+# Sandboxes that sleep.
+
+
+async def asleep(town: Town) -> str:
+    """A paused sandbox on the first host that remembers something."""
+    await town.drain(town.two)
+    status, body = await town.create(IMAGE)
+    assert status == 201, body
+    town.one.fakes.vmm.vms[body["id"]].write(SCRATCH, MARK)
+    path = f"/v1/sandboxes/{body['id']}"
+    assert (await town.team.http.post(f"{path}/pause")).status_code == 200
+    await town.drain(town.two, undo=True)
+    return str(body["id"])
+
+
+async def resumed(town: Town, sandbox: str) -> tuple[int, dict[str, Any]]:
+    answer = await town.team.http.post(f"/v1/sandboxes/{sandbox}/resume")
+    return answer.status_code, answer.json()
+
+
+def owners(town: Town, sandbox: str) -> list[str]:
+    """The hosts that have a sandbox, by name."""
+    hosts = (town.one, town.two)
+    return [each.name for each in hosts if (each.fakes.data.sandboxes / sandbox).exists()]
+
+
+async def test_a_paused_sandbox_wakes_up_elsewhere_when_its_host_is_drained(town: Town) -> None:
+    sandbox = await asleep(town)
+    # Where it is, as long as that takes anything new.
+    assert (await resumed(town, sandbox))[0] == 200
+    assert owners(town, sandbox) == ["one"]
+    for source, target in ((town.one, town.two), (town.two, town.one)):
+        path = f"/v1/sandboxes/{sandbox}"
+        assert (await town.team.http.post(f"{path}/pause")).status_code == 200
+        await town.drain(source)
+        status, body = await resumed(town, sandbox)
+        assert status == 200 and body["status"] == "running", body
+        assert target.fakes.vmm.vms[sandbox].read(SCRATCH, len(MARK)) == MARK
+        assert owners(town, sandbox) == [target.name]
+        await town.drain(source, undo=True)
+    told = [each for each in await town.events(sandbox) if each.startswith("sandbox.mov")]
+    assert told == ["sandbox.moving", "sandbox.moved"] * 2
+    # What the first move left is gone, and with the sandbox the rest.
+    assert await _tidy(town.two)
+    await town.team.http.delete(f"/v1/sandboxes/{sandbox}")
+    await eventually(partial(_tidy, town.one), "nothing left")
+    await _swept(town)
+    assert town.kept.files("chunks") == []
+
+
+async def test_one_that_cannot_be_moved_wakes_up_where_it_is(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = await asleep(town)
+    await town.drain(town.one)
+
+    async def failing(*_: object) -> None:
+        raise Unavailable("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Agent, "fetch_template", failing)
+        assert (await resumed(town, sandbox))[0] == 200
+    assert owners(town, sandbox) == ["one"]
+    path = f"/v1/sandboxes/{sandbox}"
+    answer = await town.team.http.post(f"{path}/checkpoints", json={})
+    assert answer.status_code < 300, answer.text
+    assert (await town.team.http.post(f"{path}/pause")).status_code == 200
+    assert (await resumed(town, sandbox))[0] == 200
+    assert owners(town, sandbox) == ["one"]
+    async with town.platform.db.read() as session:
+        retired = tables.Template.state == TemplateState.RETIRED
+        assert (await session.scalars(select(tables.Template).where(retired))).all() == []
+
+
+async def test_a_host_without_room_gives_it_to_another(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = await asleep(town)
+    resume, asked = Agent.resume, 0
+
+    async def full(self: Agent, *words: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise Exhausted("too little memory is left")
+        return await resume(self, *words)
+
+    monkeypatch.setattr(Agent, "resume", full)
+    assert (await resumed(town, sandbox))[0] == 200
+    assert owners(town, sandbox) == ["two"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_a_move_that_is_cut_off_leaves_one_owner(
+    town: Town, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    sandbox = await asleep(town)
+    await town.drain(town.one)
+    hand_over, cut = Moves._hand_over, False
+
+    async def dying(self: Moves, *words: Any) -> None:
+        nonlocal cut
+        if not before:
+            await hand_over(self, *words)
+        if not cut:
+            cut = True
+            # As if this replica had died: the next finds the row as it is.
+            raise Overtaken("cut off")
+        if before:
+            await hand_over(self, *words)
+
+    async def lost(self: Moves, *words: Any) -> Any:
+        try:
+            return await bring(self, *words)
+        except Overtaken:
+            raise Unavailable("the replica is gone") from None
+
+    bring = Moves.bring
+    monkeypatch.setattr(Moves, "_hand_over", dying)
+    monkeypatch.setattr(Moves, "bring", lost)
+    await resumed(town, sandbox)
+
+    async def runs() -> bool:
+        answer = await town.team.http.get(f"/v1/sandboxes/{sandbox}")
+        return bool(answer.json()["status"] == "running")
+
+    await eventually(runs, "a sandbox that was taken up again")
+    await eventually(partial(_has_one_owner, town, sandbox), "one owner")
+    assert owners(town, sandbox) == ["two"]
+    assert town.two.fakes.vmm.vms[sandbox].read(SCRATCH, len(MARK)) == MARK
+
+
+async def _has_one_owner(town: Town, sandbox: str) -> bool:
+    return len(owners(town, sandbox)) == 1

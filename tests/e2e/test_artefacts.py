@@ -10,6 +10,7 @@ import pytest
 
 from tests import s3
 from tests.e2e.conftest import Agent, Place, agent
+from tests.e2e.test_agent_process import states
 from tests.e2e.test_hosts import Control, control, run, wait_for
 
 pytestmark = pytest.mark.s3
@@ -34,6 +35,17 @@ def joined(
 def count(running: Agent, sandbox_id: str) -> int:
     said = run(running, sandbox_id, "exit $(( $(cat /dev/shm/count) % 200 ))")
     return int(str(said.get("exitCode", 0)))
+
+
+def moved(source: Agent, target: Agent, plane: Control, sandbox_id: str) -> int:
+    """What a sandbox that sleeps on one host has counted to when it wakes up on the other."""
+    assert states(source) == {sandbox_id: "paused"}
+    plane.cli("host", "drain", "alpha", "--undo")
+    plane.cli("host", "drain", "beta")
+    answer = plane.http.post(f"/v1/sandboxes/{sandbox_id}/resume")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["host_id"] == plane.hosts()["alpha"]["id"]
+    return count(target, sandbox_id)
 
 
 def created(plane: Control, template: str) -> dict[str, Any]:
@@ -77,9 +89,12 @@ def test_a_template_of_one_host_goes_on_on_another_with_its_memory(
         # The process that counted goes on counting.
         first = count(beta, there["id"])
         wait_for(lambda: count(beta, there["id"]) != first)
+        # It sleeps there, and wakes up on the first host when the second is drained.
         plane.http.post(f"/v1/sandboxes/{there['id']}/pause").raise_for_status()
-        plane.http.post(f"/v1/sandboxes/{there['id']}/resume").raise_for_status()
-        assert run(beta, there["id"], "cat /dev/shm/mark").get("stdout")
+        last = moved(beta, alpha, plane, there["id"])
+        wait_for(lambda: count(alpha, there["id"]) != last)
+        assert run(alpha, there["id"], "cat /dev/shm/mark").get("stdout")
+        assert set(states(alpha)) == {there["id"]} and states(beta) == {}
         for name in ("alpha", "beta"):
             plane.cli("host", "rm", name, "--force")
     for name in ("alpha", "beta", "control"):

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -35,7 +35,7 @@ from sandmartin.errors import (
     Unavailable,
 )
 from sandmartin.model import random_id
-from sandmartin.transport import Artefact, ArtefactStore
+from sandmartin.transport import Artefact, ArtefactStore, PushProgress
 from sandmartin.transport.agent import Agent
 
 _log = logging.getLogger(__name__)
@@ -181,43 +181,51 @@ class Artefacts:
         held = _held(template.template_id, token)
         try:
             agent = await self._hosts.agent(host.host_id)
-            made = await self._have_pushed(agent, template, held, store)
+            made = await self._watch(agent.push_template(template.agent_name, store), held)
+            await self._note_stored(held, made, host if template.kind == "snapshot" else None)
         except SandmartinError as error:
             _log.warning("template %s is not stored yet: %s", template.name, error)
             await self._put_off(template.template_id, held, error)
             return
-        snapshot = template.kind == "snapshot"
+        async with self._db.write() as session:
+            events.record(
+                session,
+                template.team_id,
+                "template.stored",
+                name=template.name,
+                size_bytes=made.size_bytes,
+                added_bytes=made.added_bytes,
+            )
+
+    async def _note_stored(
+        self, held: tuple[Any, ...], made: Artefact, host: tables.Host | None
+    ) -> None:
+        """It is in the store; `host` made a device state in it. Raises Unavailable."""
+        now = time.time()
         values = {
             "artefact_id": made.artefact_id,
             "size_bytes": made.size_bytes,
-            "accel": host.accel if snapshot else "",
-            "vmm_version": host.vmm_version if snapshot else "",
-            "stored_at": time.time(),
+            "accel": host.accel if host is not None else "",
+            "vmm_version": host.vmm_version if host is not None else "",
+            "stored_at": now,
             "lease_expires_at": 0.0,
             "error": "",
         }
         async with self._db.write() as session:
             # Whose lease ran out in between may rely on chunks that were swept.
             done = await session.execute(
-                update(Row).where(*held, Row.lease_expires_at > time.time()).values(values)
+                update(Row).where(*held, Row.lease_expires_at > now).values(values)
             )
-            if done.rowcount:  # type: ignore[attr-defined]
-                events.record(
-                    session,
-                    template.team_id,
-                    "template.stored",
-                    name=template.name,
-                    size_bytes=made.size_bytes,
-                    added_bytes=made.added_bytes,
-                )
+        if not done.rowcount:  # type: ignore[attr-defined]
+            raise Unavailable("it took too long to store it")
 
-    async def _have_pushed(
-        self, agent: Agent, template: tables.Template, held: tuple[Any, ...], store: ArtefactStore
+    async def _watch(
+        self, told: AsyncGenerator[PushProgress | Artefact, None], held: tuple[Any, ...]
     ) -> Artefact:
         """What a host has stored. Raises Unavailable when the lease is lost meanwhile."""
         renewed_at = time.monotonic()
-        async with aclosing(agent.push_template(template.agent_name, store)) as told:
-            async for each in told:
+        async with aclosing(told) as progress:
+            async for each in progress:
                 if isinstance(each, Artefact):
                     return each
                 if time.monotonic() - renewed_at > LEASE_S / 4:
@@ -252,7 +260,44 @@ class Artefacts:
                 )
             )
 
+    async def push_asleep(
+        self, agent: Agent, sandbox: tables.Sandbox, template: tables.Template
+    ) -> None:
+        """Store what a paused sandbox sleeps in, as a template of which there is a row.
+
+        Raises what keeps its host from it; Unavailable while something is removed from the store.
+        """
+        assert self._store is not None
+        now, token = time.time(), random_id(20)
+        async with self._db.write() as session:
+            if await _sweeping(session, now):
+                raise Unavailable("the artefact store is being tidied up")
+            host = await session.get(tables.Host, sandbox.host_id)
+            session.add(
+                Row(
+                    template_id=template.template_id,
+                    created_at=now,
+                    lease_token=token,
+                    lease_expires_at=now + LEASE_S,
+                    attempts=1,
+                )
+            )
+        held = _held(template.template_id, token)
+        made = await self._watch(agent.push_sandbox(sandbox.sandbox_id, self._store), held)
+        await self._note_stored(held, made, host)
+
     # Out.
+
+    async def bring_to(self, agent: Agent, host_id: str, template: tables.Template) -> None:
+        """Have a stored template on a host. Raises what keeps the host from fetching it."""
+        assert self._store is not None
+        async with self._db.read() as session:
+            row = await session.get(Row, template.template_id)
+        if row is None or row.artefact_id is None:
+            raise Unavailable("the artefact is gone")
+        await agent.fetch_template(template.agent_name, row.artefact_id, self._store)
+        async with self._db.write() as session:
+            session.add(TemplatePlacement(template_id=template.template_id, host_id=host_id))
 
     async def bring(self, agent: Agent, sandbox: tables.Sandbox, template_id: str) -> None:
         """Have a template on the host that is to start a sandbox of it, if it lacks it.

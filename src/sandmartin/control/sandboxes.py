@@ -20,6 +20,7 @@ from sandmartin.control.caller import Caller, system
 from sandmartin.control.copies import Copies
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
+from sandmartin.control.moves import Moves
 from sandmartin.control.operations import Held, Kind, Operations, Unfinished
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.requests import (
@@ -80,6 +81,7 @@ class Sandboxes(Copies):
     ) -> None:
         super().__init__(db, operations, hosts, templates, quotas, happenings)
         self._artefacts = artefacts
+        self._moves = Moves(db, hosts, templates, artefacts)
         self._usage = usage
         self._sealer = sealer
         operations.register(Kind.CREATE, self._do_create)
@@ -361,11 +363,26 @@ class Sandboxes(Copies):
 
     async def _do_resume(self, held: Held) -> None:
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
-            await self._hold_asleep(agent, row)
-            woken = await agent.resume(row.sandbox_id, row.timeout_s)
+            source, due = agent, await self._moves.is_due(row)
+            if due:
+                agent = await self._moves.bring(source, row) or source
+            try:
+                woken = await self._wake(agent, row)
+            except Exhausted:
+                # Where it is has no room for it.
+                agent = (None if due else await self._moves.bring(source, row)) or source
+                if agent is source:
+                    raise
+                woken = await self._wake(agent, row)
+            if agent is not source:
+                await self._moves.leave(source, row)
             return placed(woken)
 
         await self._perform(held, act, State.RUNNING, "sandbox.resumed")
+
+    async def _wake(self, agent: Agent, row: Row) -> CreatedSandbox:
+        await self._hold_asleep(agent, row)
+        return await agent.resume(row.sandbox_id, row.timeout_s)
 
     async def destroy(self, caller: Caller, sandbox_id: str, *, seen: Row | None = None) -> None:
         """End a sandbox, whatever is done to it. Already gone is success.
