@@ -16,6 +16,7 @@ import pytest
 from sandmartin.agent.assets import Assets
 from sandmartin.errors import NotFound
 from sandmartin.model import Settings
+from tests import s3
 
 _HERE = Path(__file__).parent
 #: Folders whose tests boot VMs.
@@ -61,6 +62,8 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
         return "need a registry of images (Debian: docker-registry, busybox-static)"
     if _takes_postgresql(item) and not any(_POSTGRESQL.glob("*/bin/initdb")):
         return "need PostgreSQL (Debian: postgresql)"
+    if item.get_closest_marker("s3") and not s3.binary().exists():
+        return "need an S3 server, which scripts/test builds"
     if (template := item.get_closest_marker("template")) and template.args[0] not in _templates():
         return f"need the template {template.args[0]} (scripts/setup --template {template.args[0]})"
     if item.get_closest_marker("full") and tier != "full":

@@ -80,8 +80,8 @@ def _row(host_id: str, state: State, **shape: int) -> tables.Sandbox:
     )
 
 
-def _need(**more: int) -> Need:
-    shape = {"vcpus": 1, "memory_mb": 512, **more}
+def _need(**more: Any) -> Need:
+    shape: dict[str, Any] = {"vcpus": 1, "memory_mb": 512, **more}
     return Need(template_id=TEMPLATE, template="base", **shape)
 
 

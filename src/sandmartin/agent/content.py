@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sandmartin.agent.images import ext4_bytes
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Base, get_base, open_diff
 from sandmartin.agent.memory.whole import opened as opened_file
+from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import IMAGE, Draft, Manifest, Snapshot, state_digest
 from sandmartin.agent.tasks import to_its_end
 from sandmartin.agent.templates import Templates
@@ -37,7 +38,7 @@ _FORMAT = 1
 #: Before what is signed, so that no signature of a snapshot's manifest is one of an archive.
 _SIGNED = b"sandmartin content 1\n"
 _SIGNED_MANIFEST = b"sandmartin content manifest 1\n"
-_MANIFEST, _SEAL, _TRAITS = "manifest.json", "seal.json", "template.json"
+MANIFEST, _SEAL, _TRAITS = "manifest.json", "seal.json", "template.json"
 _STATE, _DIFF, _BASE = "state", "ram.diff", "ram.base"
 _LAYER = re.compile(r"layers/[0-9]{2}\.qcow2")
 _MAX_TEXT_BYTES = 1 << 20
@@ -48,13 +49,20 @@ _HINT = "flatten the sandbox where it is, and bring its image"
 
 
 @dataclass
-class _Received:
+class Received:
     """What came, in a draft."""
 
     texts: dict[str, bytes] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] | None = None
     sealed: bool = False
+
+    def take(self, name: str, content: bytes) -> None:
+        """A part that is read whole. Raises Invalid."""
+        if name == MANIFEST:
+            self.manifest = _read_manifest(content)
+        else:
+            self.texts[name] = content
 
 
 class Contents:
@@ -71,26 +79,49 @@ class Contents:
     async def read(self, name: str) -> AsyncGenerator[bytes, None]:
         """A template in pieces, as it is now whatever becomes of it. Raises NotFound, Invalid."""
         with contextlib.ExitStack() as stack:
-            async with self._replacing:
-                contents, opened = await asyncio.to_thread(self._open, name, stack)
+            contents, opened = await self.open(name, stack)
             pieces = archive.pack(contents, opened, (_SEAL, self._seal))
             async with contextlib.aclosing(archive.in_thread(pieces)) as passing:
                 async for piece in passing:
                     yield piece
 
-    def _open(
+    async def open(
         self, name: str, stack: contextlib.ExitStack
     ) -> tuple[dict[str, bytes], dict[str, int]]:
-        """All of a template, small contents and open files."""
-        found = self._templates.find(name)
-        contents, paths = _parts(found) if isinstance(found, Image) else self._all_parts(found)
+        """All of a template by parts: small contents, and files that `stack` closes.
+
+        It stays as it is now whatever becomes of the template. Raises NotFound, Invalid.
+        """
+        async with self._replacing:
+            return await asyncio.to_thread(self._open, self._templates.find(name), None, stack)
+
+    async def open_asleep(
+        self, sandbox: Sandbox, stack: contextlib.ExitStack
+    ) -> tuple[dict[str, bytes], dict[str, int]]:
+        """All that a paused sandbox sleeps in, as a template would have it. Raises Conflict."""
+        async with self._replacing:
+            return await asyncio.to_thread(self._open, *sandbox.asleep(), stack)
+
+    def _open(
+        self, found: Image | Snapshot, top: Path | None, stack: contextlib.ExitStack
+    ) -> tuple[dict[str, bytes], dict[str, int]]:
+        """Small contents and open files; `top` is a layer over those that a snapshot names."""
+        if isinstance(found, Image):
+            contents, paths = _parts(found)
+        else:
+            contents, paths = self._all_parts(found, top)
         opened: dict[str, int] = {}
         for part, path in paths.items():
             opened[part] = stack.enter_context(opened_file(path))
         return contents, opened
 
-    def _all_parts(self, snapshot: Snapshot) -> tuple[dict[str, bytes], dict[str, Path]]:
+    def _all_parts(
+        self, snapshot: Snapshot, top: Path | None
+    ) -> tuple[dict[str, bytes], dict[str, Path]]:
         manifest, storage = snapshot.manifest, self._machine.storage
+        below = [storage.layers.path(layer) for layer in manifest.layers]
+        if top is not None:
+            manifest = replace(manifest, layers=(*manifest.layers, top.stem))
         text = manifest.to_json()
         signature = storage.snapshots.signer.sign(_SIGNED_MANIFEST + text)
         told = {"kind": "snapshot", "snapshot": text.decode(), "signature": signature}
@@ -99,8 +130,8 @@ class Contents:
         memory = {_DIFF: snapshot.diff} if manifest.diff else {}
         memory[_BASE] = storage.base(manifest.base, manifest.memory_mb).path
         layers = {
-            f"layers/{number:02}.qcow2": storage.layers.path(layer)
-            for number, layer in enumerate(manifest.layers)
+            f"layers/{number:02}.qcow2": layer
+            for number, layer in enumerate(below if top is None else [*below, top])
         }
         return contents, {**memory, **layers, **paths}
 
@@ -121,10 +152,10 @@ class Contents:
                 received = await self._receive(draft, chunks)
                 self._machine.step("content:received")
                 # What has come this far is put in its place, or taken back, whoever waits.
-                await to_its_end(self._place(name, path, draft, received))
+                await to_its_end(self.place(name, path, draft, received))
 
-    async def _receive(self, draft: Draft, chunks: AsyncIterator[bytes]) -> _Received:
-        received = _Received()
+    async def _receive(self, draft: Draft, chunks: AsyncIterator[bytes]) -> Received:
+        received = Received()
         (draft.path / "layers").mkdir(mode=0o700)
         async with contextlib.aclosing(archive.members(chunks)) as members:
             async for member in members:
@@ -141,25 +172,17 @@ class Contents:
             raise Invalid("the archive has no seal", hint="it may be cut off: send it again")
         return received
 
-    async def _take(self, member: Member, draft: Draft, received: _Received) -> None:
-        if member.name == _MANIFEST:
-            if received.digests:
-                raise Invalid("the manifest is not the first in the archive")
-            received.manifest = _read_manifest(await member.read(_MAX_TEXT_BYTES))
-            if received.manifest["kind"] == "snapshot":
-                self._check_manifest(received.manifest)
-        elif member.name in {_TRAITS, _STATE}:
-            limit = _MAX_TEXT_BYTES if member.name == _TRAITS else _MAX_STATE_BYTES
-            received.texts[member.name] = await member.read(limit)
-        elif member.name in {IMAGE, _DIFF, _BASE} or _LAYER.fullmatch(member.name):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            file = os.open(draft.path / member.name, flags, 0o600)
-            try:
+    async def _take(self, member: Member, draft: Draft, received: Received) -> None:
+        if (limit := limit_of(member.name)) is None:
+            with new_file(draft, member.name) as file:
                 await member.save(file, self._room_check(draft.path))
-            finally:
-                os.close(file)
-        else:
-            raise Invalid(f"{member.name[:80]!r} is no part of a template")
+            return
+        content = await member.read(limit)
+        if member.name == MANIFEST and received.digests:
+            raise Invalid("the manifest is not the first in the archive")
+        received.take(member.name, content)
+        if member.name == MANIFEST:
+            self._check_manifest(received)
 
     def _room_check(self, path: Path) -> Callable[[], None]:
         """Raises Exhausted, every now and then, when the host's disk gets too full."""
@@ -174,11 +197,13 @@ class Contents:
 
         return check
 
-    def _check_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def _check_manifest(self, received: Received) -> None:
         """Raises Invalid for a snapshot that is not ours, Conflict for one that cannot run here."""
-        text = manifest["snapshot"].encode()
-        self._check_signature(_SIGNED_MANIFEST + text, manifest["signature"])
-        Manifest.from_json(text).platform.check(self._machine.platform, "this snapshot")
+        manifest = received.manifest
+        if manifest is not None and manifest["kind"] == "snapshot":
+            text = manifest["snapshot"].encode()
+            self._check_signature(_SIGNED_MANIFEST + text, manifest["signature"])
+            self.check_runs_here(received)
 
     def _check_signature(self, content: bytes, signature: str) -> None:
         try:
@@ -187,7 +212,7 @@ class Contents:
         except Invalid as error:
             raise Invalid(error.message, hint=_HINT) from error
 
-    def _check_seal(self, content: bytes, received: _Received) -> None:
+    def _check_seal(self, content: bytes, received: Received) -> None:
         """Raises Invalid when it is not of what came, or of a snapshot that is not ours."""
         try:
             seal = json.loads(content)
@@ -204,14 +229,18 @@ class Contents:
             self._check_signature(_signed(received.digests), signature)
         received.sealed = True
 
-    async def _place(self, name: str, path: Path, draft: Draft, received: _Received) -> None:
+    async def place(self, name: str, path: Path, draft: Draft, received: Received) -> None:
+        """Make a template of what came and is believed. To be called to its end.
+
+        Raises Invalid, AlreadyExists; Conflict when it does not run here.
+        """
         if received.manifest is None or received.manifest["kind"] == "image":
             await asyncio.to_thread(self._place_image, name, draft, received)
         else:
             await self._place_snapshot(path, draft, received)
 
-    def _place_image(self, name: str, draft: Draft, received: _Received) -> None:
-        _expect(received, {IMAGE}, {_MANIFEST, _TRAITS})
+    def _place_image(self, name: str, draft: Draft, received: Received) -> None:
+        _expect(received, {IMAGE}, {MANIFEST, _TRAITS})
         image = draft.path / IMAGE
         size_bytes, own_bytes = image.stat().st_size, ext4_bytes(image)
         if own_bytes is None or own_bytes > size_bytes or size_bytes % _PAGE:
@@ -226,12 +255,19 @@ class Contents:
         finally:
             self._templates.forget_failed(target)
 
-    async def _place_snapshot(self, path: Path, draft: Draft, received: _Received) -> None:
+    def check_runs_here(self, received: Received) -> None:
+        """Raises Conflict when what came cannot run on this machine, Invalid."""
+        if received.manifest is not None and received.manifest["kind"] == "snapshot":
+            manifest = Manifest.from_json(received.manifest["snapshot"].encode())
+            manifest.platform.check(self._machine.platform, "this snapshot")
+
+    async def _place_snapshot(self, path: Path, draft: Draft, received: Received) -> None:
         assert received.manifest is not None
+        self.check_runs_here(received)
         manifest = Manifest.from_json(received.manifest["snapshot"].encode())
         layers = [f"layers/{number:02}.qcow2" for number in range(len(manifest.layers))]
         memory = {_STATE, _BASE, *([_DIFF] if manifest.diff else [])}
-        _expect(received, {IMAGE, *memory, *layers}, {_MANIFEST, _TRAITS})
+        _expect(received, {IMAGE, *memory, *layers}, {MANIFEST, _TRAITS})
         if state_digest(received.texts[_STATE]) != manifest.state:
             raise Invalid("the device state in the archive is damaged")
         storage = self._machine.storage
@@ -262,6 +298,30 @@ class Contents:
             await self._machine.storage.snapshots.finish(draft, path, manifest, state)
 
 
+def limit_of(name: str) -> int | None:
+    """The most bytes of a part that is read whole; None for a file. Raises Invalid for others."""
+    if name in {IMAGE, _DIFF, _BASE} or _LAYER.fullmatch(name):
+        return None
+    if name in {MANIFEST, _TRAITS}:
+        return _MAX_TEXT_BYTES
+    if name == _STATE:
+        return _MAX_STATE_BYTES
+    raise Invalid(f"{name[:80]!r} is no part of a template")
+
+
+@contextlib.contextmanager
+def new_file(draft: Draft, name: str) -> Iterator[int]:
+    """A part that is a file, open to be written. Raises OSError."""
+    path = draft.path / name
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    file = os.open(path, flags, 0o600)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
 def _signed(digests: Mapping[str, str]) -> bytes:
     return _SIGNED + json.dumps(digests, sort_keys=True).encode()
 
@@ -274,7 +334,7 @@ def _image_parts(
     image: Path, told: Mapping[str, object]
 ) -> tuple[dict[str, bytes], dict[str, Path]]:
     manifest = {"format": _FORMAT, **told, "disk_bytes": image.stat().st_size}
-    contents = {_MANIFEST: json.dumps(manifest, indent=1).encode()}
+    contents = {MANIFEST: json.dumps(manifest, indent=1).encode()}
     with contextlib.suppress(FileNotFoundError):
         contents[_TRAITS] = image.with_name(_TRAITS).read_bytes()
     return contents, {IMAGE: image}
@@ -293,7 +353,7 @@ def _read_manifest(content: bytes) -> Mapping[str, Any]:
     return {"kind": kind, "snapshot": signed[0], "signature": signed[1]}
 
 
-def _expect(received: _Received, needed: set[str], allowed: set[str]) -> None:
+def _expect(received: Received, needed: set[str], allowed: set[str]) -> None:
     """Raises Invalid when something lacks, or is there that does not belong there."""
     there = set(received.digests)
     if missing := needed - there:
@@ -312,7 +372,7 @@ def _make_base(source: Path, target: Path, manifest: Manifest) -> Base:
     return get_base(target)
 
 
-def _settle(draft: Draft, manifest: Manifest, received: _Received) -> None:
+def _settle(draft: Draft, manifest: Manifest, received: Received) -> None:
     """Check the rest of a snapshot, and have it as it is to stay."""
     if manifest.diff is not None:
         with open_diff(draft.diff, manifest.diff.digest) as diff:

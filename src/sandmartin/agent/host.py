@@ -34,18 +34,21 @@ from sandmartin.agent.images import Growth
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.metrics import Point
-from sandmartin.agent.oci import ImageImports, Imported, Progress
+from sandmartin.agent.oci import ImageImports, Imported
+from sandmartin.agent.oci import Progress as ImportProgress
 from sandmartin.agent.pools import ReadySandboxes, WaitingVms
 from sandmartin.agent.registry import RegistryAuth
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.agent.snapshots import Snapshot
 from sandmartin.agent.startup import NotReady
 from sandmartin.agent.storage import names_in
+from sandmartin.agent.stored import Place, Progress, Pushed, Stored
 from sandmartin.agent.templates import Templates
 from sandmartin.agent.warm import WarmSnapshots
 from sandmartin.errors import (
     AlreadyExists,
     DiskFull,
+    Invalid,
     NotFound,
     SandmartinError,
     Unavailable,
@@ -69,6 +72,7 @@ class Host:
         self._folding = Folding(machine, self.sandboxes, self._templates, self._needed)
         self._contents = Contents(machine, self._templates, self._folding.replacing)
         self._imports = ImageImports(machine, self._templates)
+        self._stored = Stored(machine, self._templates, self._contents)
         self._closing = False
         self._termination: asyncio.Task[None] | None = None
         #: Set once `terminate` is through and the agent has nothing left to do.
@@ -135,6 +139,7 @@ class Host:
         """End the agent; the VMs run on and the next agent adopts them."""
         self._closing = True
         self._warm.close()
+        await self._stored.close()
         if self._termination is not None:
             await asyncio.wait({self._termination})
         await self._machine.tasks.close()
@@ -268,10 +273,6 @@ class Host:
         sandbox = self._record_new(spec)
         await self._start(sandbox, sandbox.prepare, found)
         return sandbox
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise Unavailable("this agent is ending", hint="try again once it has started anew")
 
     def _check_new(self, spec: SandboxSpec) -> None:
         """Raises Unavailable, AlreadyExists, Exhausted."""
@@ -472,16 +473,68 @@ class Host:
 
         Raises Invalid, AlreadyExists, Conflict, Exhausted, DiskFull.
         """
+        await self._bring(self._contents.write(name, chunks))
+
+    def push_template(self, name: str, place: Place) -> AsyncGenerator[Progress | Pushed, None]:
+        """Put a template into an artefact store; as `Stored.push`."""
+        return self._stored.push(check_name(name, "template name"), place)
+
+    def push_sandbox(
+        self, sandbox_id: str, place: Place
+    ) -> AsyncGenerator[Progress | Pushed, None]:
+        """Put what a paused sandbox sleeps in into a store; as `Stored.push_sandbox`."""
+        return self._stored.push_sandbox(self.get(sandbox_id), place)
+
+    async def adopt_sandbox(self, sandbox_id: str, source: str, template: str) -> None:
+        """A paused sandbox that goes on from a template, which another's sleep was made.
+
+        One of this id that sleeps here is success. Raises NotFound, Invalid, AlreadyExists.
+        """
         self._check_open()
+        there = self._sandboxes.get(sandbox_id)
+        if there is not None and there.state is State.PAUSED:
+            return
+        if there is not None:
+            raise AlreadyExists(f"sandbox {sandbox_id} exists already, and is {there.state}")
+        origin = self._templates.find(check_name(source, "template name"))
+        if not isinstance(origin, Snapshot):
+            raise Invalid(f"template {source!r} has no memory that a sandbox could go on from")
+        manifest = origin.manifest
+        spec = SandboxSpec(
+            sandbox_id=sandbox_id,
+            template=template,
+            vcpus=manifest.vcpus,
+            memory_mb=manifest.memory_mb,
+            disk_size_mb=manifest.disk_size_mb,
+            network=manifest.network,
+        )
+        work = self._adopt(self._enter(spec), origin)
+        await self._machine.tasks.operate(f"adopt {sandbox_id}", work)
+
+    async def _adopt(self, sandbox: Sandbox, origin: Snapshot) -> None:
         try:
-            await self._contents.write(name, chunks)
+            with self._machine.storage.pinned(names_in(origin.manifest)):
+                await sandbox.sleep_as(origin)
         finally:
+            self._forget_stopped()
+
+    async def fetch_template(self, name: str, artefact_id: str, place: Place) -> None:
+        """Make a template of an artefact, whole or not at all; as `Stored.fetch`."""
+        await self._bring(self._stored.fetch(name, artefact_id, place))
+
+    async def _bring(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have a template come in. Raises Unavailable."""
+        try:
+            self._check_open()
+            await work
+        finally:
+            work.close()
             self._folding.look()
             await self._machine.storage.sweep(self._needed)
 
     def import_image(
         self, reference: str, name: str, auth: RegistryAuth | None
-    ) -> AsyncGenerator[Progress | Imported, None]:
+    ) -> AsyncGenerator[ImportProgress | Imported, None]:
         """Make a template of an image of a registry, as `ImageImports.from_registry` has it."""
         self._check_open()
         return self._imports.from_registry(reference, name, auth)
@@ -490,6 +543,10 @@ class Host:
         """Make a template of an archive, as `ImageImports.from_archive` has it."""
         self._check_open()
         return await self._imports.from_archive(name, pieces)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise Unavailable("this agent is ending", hint="try again once it has started anew")
 
     # What is told.
 

@@ -394,6 +394,33 @@ class Sandbox(Terms):
                 self._become(State.RESUMING, spec=spec, auto_paused=False)
             await self._wake("resume")
 
+    async def sleep_as(self, origin: Snapshot) -> None:
+        """Sleep as another host's sandbox did, of which `origin` was brought; for a new one.
+
+        What fails leaves nothing behind. Raises Invalid, DiskFull.
+        """
+        async with self._lock, self._or_nothing():
+            manifest, snapshots = origin.manifest, self._machine.storage.snapshots
+            async with snapshots.draft(self._paths.paused) as draft:
+                with files.space_errors(draft.path):
+                    if manifest.diff is not None:
+                        await disk.link_or_copy(origin.diff, draft.diff)
+                    state = await asyncio.to_thread(origin.read_state)
+                    await snapshots.finish(draft, self._paths.paused, manifest, state)
+            self._machine.step("adopt:written")
+            # Until here it is nobody's, and removed by the next agent.
+            self._entry = replace(self._entry, state=State.PAUSED)
+            self._record(
+                sync=True,
+                image=manifest.image,
+                layers=manifest.layers,
+                token=manifest.token,
+                envs=manifest.envs,
+                sleeps_in=self._paths.paused.name,
+                moved=True,
+            )
+            self._machine.step("adopt:paused")
+
     # Its checkpoints.
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
@@ -570,6 +597,25 @@ class Sandbox(Terms):
         with contextlib.suppress(NotFound, Invalid):
             return self._machine.storage.snapshots.read(self._paths.paused)
         return None
+
+    def asleep(self) -> tuple[Snapshot, Path | None]:
+        """What it sleeps in, and its own layer over those that this names.
+
+        That is all of it; where it is not, raises Conflict.
+        """
+        snapshot = self.asleep_in()
+        if snapshot is None:
+            raise Conflict(
+                f"sandbox {self.sandbox_id} is {self.state} and sleeps in nothing that could be"
+                " taken elsewhere"
+            )
+        if self.checkpoints():
+            raise Conflict(
+                f"sandbox {self.sandbox_id} has checkpoints, which stay where they are",
+                hint="delete them, or leave it on its host",
+            )
+        top = self._entry.top
+        return snapshot, self._paths.layer(top) if top else None
 
     def replace_layers(self, layers: tuple[str, ...]) -> None:
         """Have other sealed layers, which hold the same. Raises DiskFull."""

@@ -19,10 +19,13 @@ from sandmartin.agent.disk import Image, allocated_bytes
 from sandmartin.agent.guest import Command, Ended, FileInfo, Output, ProcessEvent, Started, Terminal
 from sandmartin.agent.host import Host
 from sandmartin.agent.metrics import Point
-from sandmartin.agent.oci import Imported, Progress
+from sandmartin.agent.oci import Imported
+from sandmartin.agent.oci import Progress as ImportProgress
 from sandmartin.agent.registry import RegistryAuth
 from sandmartin.agent.sandbox import Sandbox
-from sandmartin.agent.snapshots import Snapshot
+from sandmartin.agent.snapshots import Signer, Snapshot
+from sandmartin.agent.stored import Place, Progress, Pushed
+from sandmartin.artefacts.store import Store
 from sandmartin.errors import Exhausted, Invalid, SandmartinError, TimedOut
 from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec, Shape
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
@@ -36,6 +39,7 @@ MAX_MESSAGE_BYTES = 32 * 2**20
 _MAX_MESSAGE_HINT = "use the streaming call for content of any size"
 _MAX_CHILDREN = 100
 _MAX_COMMENT = 1000
+_KEY_BYTES = 32
 
 
 # Requests.
@@ -165,6 +169,8 @@ _DataOf = Oneof[Literal["data"], pb.ExecStreamData]
 _EndOf = Oneof[Literal["end"], pb.ExecStreamEnd]
 _StdoutOf = Oneof[Literal["stdout"], bytes]
 _StderrOf = Oneof[Literal["stderr"], bytes]
+_ProgressOf = Oneof[Literal["progress"], pb.PushProgress]
+_ArtefactOf = Oneof[Literal["artefact"], pb.Artefact]
 
 
 def _event_message(event: ProcessEvent) -> pb.ExecStreamResponse:
@@ -206,6 +212,8 @@ class HostAgent(HostAgentService):
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        #: Artefact stores that were named, by URL.
+        self._stores: dict[str, Store] = {}
 
     async def create_sandbox(
         self, request: pb.CreateSandboxRequest, _ctx: _Context
@@ -485,6 +493,45 @@ class HostAgent(HostAgentService):
         imported = await self._host.import_archive(content.value.name, _chunks(request))
         return pb.ImportArchiveResponse(image=_imported(imported))
 
+    async def push_template(
+        self, request: pb.PushTemplateRequest, _ctx: _Context
+    ) -> AsyncIterator[pb.PushTemplateResponse]:
+        events = self._host.push_template(request.name, self._place(request.store))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield _push_event(event)
+
+    async def fetch_template(
+        self, request: pb.FetchTemplateRequest, _ctx: _Context
+    ) -> pb.FetchTemplateResponse:
+        place = self._place(request.store)
+        await self._host.fetch_template(request.name, request.artefact_id, place)
+        return pb.FetchTemplateResponse()
+
+    async def push_sandbox(
+        self, request: pb.PushSandboxRequest, _ctx: _Context
+    ) -> AsyncIterator[pb.PushTemplateResponse]:
+        events = self._host.push_sandbox(request.sandbox_id, self._place(request.store))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield _push_event(event)
+
+    async def adopt_sandbox(
+        self, request: pb.AdoptSandboxRequest, _ctx: _Context
+    ) -> pb.AdoptSandboxResponse:
+        await self._host.adopt_sandbox(request.sandbox_id, request.source, request.template)
+        return pb.AdoptSandboxResponse()
+
+    def _place(self, told: pb.ArtefactStore | None) -> Place:
+        """The artefact store that a request names. Raises Invalid."""
+        if told is None or len(told.key) != _KEY_BYTES:
+            raise Invalid(f"no artefact store is named, or its key has not {_KEY_BYTES} bytes")
+        store = self._stores.get(told.url)
+        if store is None:
+            # Whoever may ask for this is the platform, and has one; connections are kept.
+            store = self._stores[told.url] = Store.open(told.url)
+        return Place(store, Signer(told.key))
+
     async def list_templates(
         self, _request: pb.ListTemplatesRequest, _ctx: _Context
     ) -> pb.ListTemplatesResponse:
@@ -653,19 +700,27 @@ def _template(template: Image | Snapshot) -> pb.TemplateInfo:
     )
 
 
-_ProgressOf = Oneof[Literal["progress"], pb.ImportProgress]
+_ImportProgressOf = Oneof[Literal["progress"], pb.ImportProgress]
 _ImageOf = Oneof[Literal["image"], pb.ImportedImage]
 
 
-def _import_message(event: Progress | Imported) -> pb.ImportImageResponse:
-    if isinstance(event, Progress):
+def _import_message(event: ImportProgress | Imported) -> pb.ImportImageResponse:
+    if isinstance(event, ImportProgress):
         told = pb.ImportProgress(message=event.message)
-        return pb.ImportImageResponse(event=_ProgressOf("progress", told))
+        return pb.ImportImageResponse(event=_ImportProgressOf("progress", told))
     return pb.ImportImageResponse(event=_ImageOf("image", _imported(event)))
 
 
 def _imported(imported: Imported) -> pb.ImportedImage:
     return pb.ImportedImage(**asdict(imported))
+
+
+def _push_event(event: Progress | Pushed) -> pb.PushTemplateResponse:
+    if isinstance(event, Progress):
+        progress = pb.PushProgress(chunks_done=event.done, chunks_total=event.total)
+        return pb.PushTemplateResponse(event=_ProgressOf("progress", progress))
+    artefact = pb.Artefact(**asdict(event))
+    return pb.PushTemplateResponse(event=_ArtefactOf("artefact", artefact))
 
 
 def _points(points: list[Point]) -> list[pb.MetricPoint]:

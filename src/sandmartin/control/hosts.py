@@ -550,9 +550,10 @@ async def _sandboxes_on(session: AsyncSession, host_id: str) -> Sequence[str]:
 
 
 async def _templates_only_on(session: AsyncSession, host_id: str) -> Sequence[str]:
-    """Templates of teams that no other host has."""
+    """Templates of teams that no other host has, nor the artefact store."""
     placed, template = tables.TemplatePlacement, tables.Template
     elsewhere = select(placed.template_id).where(placed.host_id != host_id)
+    stored = select(tables.Artefact.template_id).where(tables.Artefact.artefact_id.is_not(None))
     query = (
         select(template.name)
         .join(placed, placed.template_id == template.template_id)
@@ -561,6 +562,7 @@ async def _templates_only_on(session: AsyncSession, host_id: str) -> Sequence[st
             template.team_id != PLATFORM_TEAM_ID,
             template.state.not_in({TemplateState.RETIRED, TemplateState.HIDDEN}),
             template.template_id.not_in(elsewhere),
+            template.template_id.not_in(stored),
         )
     )
     return (await session.scalars(query.order_by(template.name))).all()

@@ -8,8 +8,10 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from sandmartin.artefacts.store import Store
 from sandmartin.context.archive import Limits as ArchiveLimits
 from sandmartin.control.accounts import Accounts
+from sandmartin.control.artefacts import Artefacts
 from sandmartin.control.authority import Authority
 from sandmartin.control.blobs import Blobs
 from sandmartin.control.builds.contexts import Contexts
@@ -23,6 +25,7 @@ from sandmartin.control.contents import Contents
 from sandmartin.control.db import Database
 from sandmartin.control.deadlines import Deadlines
 from sandmartin.control.events import Events
+from sandmartin.control.garbage import Garbage
 from sandmartin.control.guarded import Outgoing, allowed_networks
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.keys import Keys
@@ -48,6 +51,7 @@ from sandmartin.control.trust import Trust
 from sandmartin.control.usage import Usage
 from sandmartin.control.waking import Waking
 from sandmartin.model import random_id
+from sandmartin.transport import ArtefactStore
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +74,8 @@ class Platform:
     oauth: Oauth
     hosts: Hosts
     templates: Templates
+    artefacts: Artefacts
+    garbage: Garbage
     contents: Contents
     operations: Operations
     sandboxes: Sandboxes
@@ -100,6 +106,7 @@ class Platform:
             asyncio.create_task(self.trust.run(), name="trust"),
             asyncio.create_task(self.notifications.run(), name="notifications"),
             asyncio.create_task(self.queue.run(), name="builds"),
+            asyncio.create_task(self.artefacts.run(), name="artefacts"),
         ]
         try:
             yield
@@ -114,7 +121,7 @@ class Platform:
         """What only one replica does."""
         async with asyncio.TaskGroup() as group:
             works = (self.reconciler.run, self.deadlines.run, self.usage.run, self.retention.run)
-            for work in (*works, self.queue.sweep):
+            for work in (*works, self.queue.sweep, self.garbage.run):
                 group.create_task(work())
 
 
@@ -132,6 +139,7 @@ async def open_platform(
     Raises Unavailable, Invalid.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
+    store = Store.open(settings.artefact_store) if settings.artefact_store else None
     sealer = await _open_sealer(settings)
     await asyncio.to_thread(upgrade, settings.url)
     async with contextlib.AsyncExitStack() as stack:
@@ -142,16 +150,26 @@ async def open_platform(
         hosts = Hosts(db, await Authority.open(db, sealer, owner))
         stack.push_async_callback(hosts.close)
         templates = Templates(db, hosts)
-        operations = Operations(db, owner, timing or Timing())
+        timing = timing or Timing()
+        operations = Operations(db, owner, timing)
         quotas = _quotas(settings)
-        sandboxes = Sandboxes(db, operations, hosts, templates, quotas, happenings, usage, sealer)
         pace = pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s)
+        artefacts = Artefacts(
+            db,
+            hosts,
+            _place_of(settings, sealer),
+            look_s=min(1.0, pace.period_s),
+            retry_s=timing.retry_s,
+        )
+        sandboxes = Sandboxes(
+            db, operations, hosts, templates, quotas, happenings, usage, sealer, artefacts
+        )
         limits = Limits(db)
         teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
         accounts = Accounts(db, settings, limits, teams)
         reconciler = Reconciler(db, hosts, sandboxes, templates, happenings, pace)
         of_builds = building or _builds(settings)
-        blobs = Blobs.open(settings.store_url)
+        blobs = Blobs.open(settings.artefact_store_url)
         layers = Layers(db, of_builds.layers)
         contexts = _contexts(settings, blobs)
         builds = Builds(db, sealer, happenings, contexts, max_open=settings.max_builds_per_team)
@@ -170,6 +188,14 @@ async def open_platform(
             oauth=Oauth(db, sealer, accounts, limits, settings),
             hosts=hosts,
             templates=templates,
+            artefacts=artefacts,
+            garbage=Garbage(
+                db,
+                store,
+                owner,
+                grace_s=settings.artefact_grace_s,
+                period_s=settings.artefact_sweep_s,
+            ),
             contents=Contents(db, hosts, templates),
             operations=operations,
             sandboxes=sandboxes,
@@ -197,6 +223,13 @@ async def _open_sealer(settings: ControlSettings) -> Sealer:
     if settings.secret_key:
         return Sealer(settings.secret_key)
     return await asyncio.to_thread(Sealer.open, settings.data_dir / "secret.key")
+
+
+def _place_of(settings: ControlSettings, sealer: Sealer) -> ArtefactStore | None:
+    """Where hosts put templates, and the key by which they know each other's."""
+    if not settings.artefact_store:
+        return None
+    return ArtefactStore(url=settings.artefact_store, key=sealer.derive("artefacts"))
 
 
 def _quotas(settings: ControlSettings) -> Quotas:

@@ -169,10 +169,11 @@ def first_envs(new: NewRow, template: tables.Template) -> dict[str, str]:
     return {**template.defaults.get("envs", {}), **new.envs}
 
 
-def need_of(spec: SandboxSpec, template: tables.Template) -> Need:
+def need_of(spec: SandboxSpec, template: tables.Template, *, stored: bool) -> Need:
     return Need(
         template_id=template.template_id,
         template=template.name,
         vcpus=spec.vcpus,
         memory_mb=spec.memory_mb,
+        stored=stored,
     )

@@ -15,10 +15,12 @@ from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events
+from sandmartin.control.artefacts import Artefacts, NotBrought
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.copies import Copies
 from sandmartin.control.db import Database
 from sandmartin.control.hosts import Hosts
+from sandmartin.control.moves import Moves
 from sandmartin.control.operations import Held, Kind, Operations, Unfinished
 from sandmartin.control.quotas import Quotas
 from sandmartin.control.requests import (
@@ -76,8 +78,11 @@ class Sandboxes(Copies):
         happenings: events.Events,
         usage: Usage,
         sealer: Sealer,
+        artefacts: Artefacts,
     ) -> None:
         super().__init__(db, operations, hosts, templates, quotas, happenings)
+        self._artefacts = artefacts
+        self._moves = Moves(db, hosts, templates, artefacts)
         self._usage = usage
         self._sealer = sealer
         operations.register(Kind.CREATE, self._do_create)
@@ -202,7 +207,7 @@ class Sandboxes(Copies):
         spec = spec_of(new, template)
         await self._quotas.check(session, caller.team_id, [spec])
         policy = wanted_policy(new, template)
-        need = need_of(spec, template)
+        need = need_of(spec, template, stored=self._artefacts.stores)
         choice = await choose_host(session, need)
         now = time.time()
         row = Row(
@@ -281,6 +286,7 @@ class Sandboxes(Copies):
         refused: set[str] = set()
         while True:
             try:
+                await self._artefacts.bring(agent, row, held.arguments["template_id"])
                 return await agent.create(new)
             except AlreadyExists:
                 # Made by a try whose answer was lost; what it is now is seen afterwards.
@@ -294,13 +300,14 @@ class Sandboxes(Copies):
                     address=info.address,
                     envd_version=info.envd_version,
                 )
-            except Exhausted as error:
+            except (Exhausted, NotBrought) as error:
                 assert row.host_id is not None
                 refused.add(row.host_id)
-                agent = await self._place_elsewhere(row, held, refused, error)
+                why = error.cause if isinstance(error, NotBrought) else error
+                agent = await self._place_elsewhere(row, held, refused, why)
 
     async def _place_elsewhere(
-        self, row: Row, held: Held, refused: set[str], error: Exhausted
+        self, row: Row, held: Held, refused: set[str], error: SandmartinError
     ) -> Agent:
         """Another host for a sandbox that its own has refused. Raises `error` without one."""
         need = Need(
@@ -308,6 +315,7 @@ class Sandboxes(Copies):
             template=row.template,
             vcpus=row.vcpus,
             memory_mb=row.memory_mb,
+            stored=self._artefacts.stores,
         )
         async with self._db.write() as session:
             try:
@@ -362,11 +370,26 @@ class Sandboxes(Copies):
 
     async def _do_resume(self, held: Held) -> None:
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
-            await self._hold_asleep(agent, row)
-            woken = await agent.resume(row.sandbox_id, row.timeout_s)
+            source, due = agent, await self._moves.is_due(row)
+            if due:
+                agent = await self._moves.bring(source, row) or source
+            try:
+                woken = await self._wake(agent, row)
+            except Exhausted:
+                # Where it is has no room for it.
+                agent = (None if due else await self._moves.bring(source, row)) or source
+                if agent is source:
+                    raise
+                woken = await self._wake(agent, row)
+            if agent is not source:
+                await self._moves.leave(source, row)
             return placed(woken)
 
         await self._perform(held, act, State.RUNNING, "sandbox.resumed")
+
+    async def _wake(self, agent: Agent, row: Row) -> CreatedSandbox:
+        await self._hold_asleep(agent, row)
+        return await agent.resume(row.sandbox_id, row.timeout_s)
 
     async def destroy(self, caller: Caller, sandbox_id: str, *, seen: Row | None = None) -> None:
         """End a sandbox, whatever is done to it. Already gone is success.

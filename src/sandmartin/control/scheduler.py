@@ -31,6 +31,8 @@ class Need:
     vcpus: int
     memory_mb: int
     disk_floor_mb: int = 1024
+    #: Whether a host can get the template from the artefact store.
+    stored: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +51,14 @@ class Choice:
 async def choose_host(
     session: AsyncSession, need: Need, *, without: Collection[str] = ()
 ) -> Choice:
-    """The best host for `need`, in a writing transaction.
+    """The best host for `need`, in a writing transaction: of those that have the template.
 
-    Raises Unavailable when no host that has the template is there, NotFound when none has it,
-    Exhausted.
+    Where none of them has room, one that can fetch it. Raises Unavailable when no host that has
+    the template or could fetch it is there, NotFound when none has it, Exhausted.
     """
     hosts = await _online(session)
-    having = await _having(session, need, hosts)
+    artefact = await _artefact(session, need) if need.stored else None
+    having = await _having(session, need, hosts, artefact)
     loads = await loads_of(session)
     fitting: dict[str, tuple[float, str]] = {}
     refused: dict[str, str] = {}
@@ -64,8 +67,10 @@ async def choose_host(
             refused[host.name] = "it refused"
         elif host.draining:
             refused[host.name] = "it is drained"
-        elif host.host_id not in having:
+        elif host.host_id not in having and artefact is None:
             refused[host.name] = "it lacks the template"
+        elif host.host_id not in having and artefact is not None and not _runs(artefact, host):
+            refused[host.name] = f"the template was saved on {artefact.accel or 'another VMM'}"
         else:
             load, bottleneck = _load(host, loads.get(host.host_id, Load()), need)
             if load <= 1.0:
@@ -82,7 +87,8 @@ async def choose_host(
             f"no host has room for {need.vcpus} vCPUs and {need.memory_mb} MB ({why})",
             hint="destroy or pause sandboxes, use less, or add a host",
         )
-    best = min(fitting, key=lambda name: (fitting[name][0], name))
+    fetching = {host.name for host in hosts if host.host_id not in having}
+    best = min(fitting, key=lambda name: (name in fetching, fitting[name][0], name))
     load, bottleneck = fitting.pop(best)
     return Choice(
         host=next(host for host in hosts if host.name == best),
@@ -122,14 +128,31 @@ async def _online(session: AsyncSession) -> Sequence[tables.Host]:
     return hosts
 
 
+async def _artefact(session: AsyncSession, need: Need) -> tables.Artefact | None:
+    """The template in the artefact store; None where it is not."""
+    row = await session.get(tables.Artefact, need.template_id)
+    return row if row is not None and row.artefact_id is not None else None
+
+
+def _runs(artefact: tables.Artefact, host: tables.Host) -> bool:
+    """Whether what is in an artefact may run on a host, as far as is known; it looks itself."""
+    needs = (artefact.accel, host.accel), (artefact.vmm_version, host.vmm_version)
+    return all(not of_artefact or of_artefact == of_host for of_artefact, of_host in needs)
+
+
 async def _having(
-    session: AsyncSession, need: Need, hosts: Sequence[tables.Host]
+    session: AsyncSession,
+    need: Need,
+    hosts: Sequence[tables.Host],
+    artefact: tables.Artefact | None,
 ) -> Collection[str]:
-    """The hosts that have the template, one of `hosts` at least."""
+    """The hosts that have the template, one of `hosts` at least if it is in no store."""
     placed = tables.TemplatePlacement
     having = set(
         await session.scalars(select(placed.host_id).where(placed.template_id == need.template_id))
     )
+    if artefact is not None:
+        return having
     if not having:
         raise NotFound(f"no host has the template {need.template!r}")
     if not having & {host.host_id for host in hosts}:

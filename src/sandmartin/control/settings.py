@@ -53,9 +53,6 @@ class ControlSettings:
     max_build_s: float = 3600.0
     max_layers: int = 100
     max_layers_mb: int = 20 * 1024
-    #: Where artefacts are kept: `file:///PATH` or `s3://BUCKET/PREFIX`; empty for a folder in the
-    #: data directory.
-    artefact_store: str = ""
     #: The longest that a sandbox may be asked to run for at a time, where its time is limited.
     max_lifetime_s: int = 24 * 3600
     #: For how long a request waits for the sandbox that it wakes.
@@ -78,6 +75,13 @@ class ControlSettings:
     keep_operations_days: float = 7.0
     keep_deliveries_days: float = 7.0
     keep_contexts_days: float = 7.0
+    #: Where uploads and templates are kept: `file:///DIRECTORY` or `s3://BUCKET/PREFIX`; empty for
+    #: a folder in the data directory. Templates go there only when it is given, and then every
+    #: host must reach it.
+    artefact_store: str = ""
+    #: What nothing refers to is removed from it when it is older.
+    artefact_grace_s: float = 3600.0
+    artefact_sweep_s: float = 6 * 3600.0
 
     def __post_init__(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -109,7 +113,7 @@ class ControlSettings:
         return self.database_url or f"sqlite:///{self.data_dir / 'control.sqlite3'}"
 
     @property
-    def store_url(self) -> str:
+    def artefact_store_url(self) -> str:
         """The artefact store."""
         return self.artefact_store or (self.data_dir.absolute() / "store").as_uri()
 

@@ -269,6 +269,41 @@ class TemplatePlacement(Base):
     )
 
 
+class Artefact(Base):
+    """A template in the artefact store, or on its way there; who pushes it holds its lease."""
+
+    __tablename__ = "artefacts"
+
+    template_id: Mapped[str] = mapped_column(
+        ForeignKey("templates.template_id", ondelete="CASCADE"), primary_key=True
+    )
+    #: Its name in the store; None while it is not there, or not whole.
+    artefact_id: Mapped[str | None]
+    #: Before compression.
+    size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    #: What a snapshot was made on, and needs of a host; empty for an image.
+    accel: Mapped[str] = mapped_column(default="")
+    vmm_version: Mapped[str] = mapped_column(default="")
+    created_at: Mapped[float]
+    stored_at: Mapped[float | None]
+    #: Nobody tries before; 0 tries at once.
+    next_at: Mapped[float] = mapped_column(default=0.0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    #: Why the last try failed.
+    error: Mapped[str] = mapped_column(default="")
+    lease_token: Mapped[str] = mapped_column(default="")
+    lease_expires_at: Mapped[float] = mapped_column(default=0.0)
+
+    __table_args__ = (
+        Index(
+            "artefacts_open",
+            "next_at",
+            sqlite_where=text("artefact_id IS NULL"),
+            postgresql_where=text("artefact_id IS NULL"),
+        ),
+    )
+
+
 # Sandboxes.
 
 

@@ -297,6 +297,32 @@ class Ended:
 ExecEvent = Started | Stdout | Stderr | Ended
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArtefactStore:
+    """Where an agent is to put artefacts, and the platform's key, by which hosts know them."""
+
+    url: str
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushProgress:
+    """How far an agent is with storing a template, in chunks of 1 MiB."""
+
+    chunks_done: int
+    chunks_total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """A template in an artefact store."""
+
+    artefact_id: str
+    #: Of its chunks before compression, and what of that was not there before, compressed.
+    size_bytes: int
+    added_bytes: int
+
+
 def find_sandbox(listed: Iterable[SandboxInfo], sandbox_id: str) -> SandboxInfo:
     """The one with this id. Raises NotFound."""
     for info in listed:

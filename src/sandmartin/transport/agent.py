@@ -9,6 +9,7 @@ streams, which carry content, are protobuf's binary form.
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import ssl
 from abc import ABC, abstractmethod
@@ -25,6 +26,8 @@ from sandmartin.model import INTERNET, NetworkPolicy
 from sandmartin.relay.kept import KeptLines
 from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
+    Artefact,
+    ArtefactStore,
     Checkpoint,
     Command,
     CreatedSandbox,
@@ -39,6 +42,7 @@ from sandmartin.transport import (
     NewSandbox,
     Process,
     PtySize,
+    PushProgress,
     RegistryAuth,
     SandboxInfo,
     Snapshot,
@@ -68,6 +72,8 @@ _DESTROY_S = 60.0
 _SNAPSHOT_S = 300.0
 #: What unpacks a whole image.
 _IMPORT_S = 3600.0
+#: What brings a whole template from an artefact store.
+_FETCH_S = 900.0
 _CALL_S = 30.0
 _FILE_S = 120.0
 #: Stays far below any frame limit.
@@ -286,6 +292,60 @@ class Agent(ABC):
         meta = wire.text(1, name)
         answer = await self._upload("ImportArchive", meta, pieces, deadline_s=_IMPORT_S)
         return _imported_image(_content(_fields(answer), 1))
+
+    async def push_template(
+        self, name: str, store: ArtefactStore
+    ) -> AsyncGenerator[PushProgress | Artefact, None]:
+        """Have a template stored; the last word is the artefact.
+
+        Raises NotFound, Invalid, DiskFull, Denied, Unavailable.
+        """
+        async with aclosing(self._push("PushTemplate", name, store)) as events:
+            async for event in events:
+                yield event
+
+    async def push_sandbox(
+        self, sandbox_id: str, store: ArtefactStore
+    ) -> AsyncGenerator[PushProgress | Artefact, None]:
+        """Have what a paused sandbox sleeps in stored, as a template's is.
+
+        Raises also Conflict when it has checkpoints, or does not sleep on to the end.
+        """
+        async with aclosing(self._push("PushSandbox", sandbox_id, store)) as events:
+            async for event in events:
+                yield event
+
+    async def adopt_sandbox(self, sandbox_id: str, source: str, template: str) -> None:
+        """Have a paused sandbox made of a template that such an artefact became.
+
+        One that sleeps there already is success. Raises NotFound, Invalid, AlreadyExists.
+        """
+        message = {"sandbox_id": sandbox_id, "source": source, "template": template}
+        await self._call("AdoptSandbox", message, deadline_s=_DESTROY_S)
+
+    async def _push(
+        self, method: str, what: str, store: ArtefactStore
+    ) -> AsyncGenerator[PushProgress | Artefact, None]:
+        message = wire.text(1, what) + wire.content(2, _store(store))
+        with self._connect_errors_as_ours():
+            async with aclosing(self._channel.server_stream(method, message)) as answers:
+                async for answer in answers:
+                    if (event := _push_event(answer)) is not None:
+                        yield event
+
+    async def fetch_template(self, name: str, artefact_id: str, store: ArtefactStore) -> None:
+        """Have a template made of an artefact, whole or not at all.
+
+        Raises Invalid for one that is damaged or gone, AlreadyExists, Exhausted, Denied,
+        Unavailable; Conflict when it does not run there.
+        """
+        key = base64.b64encode(store.key).decode()
+        message = {
+            "name": name,
+            "artefact_id": artefact_id,
+            "store": {"url": store.url, "key": key},
+        }
+        await self._call("FetchTemplate", message, deadline_s=_FETCH_S)
 
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         message = {"sandbox_id": sandbox_id, "range": time_range}
@@ -573,10 +633,32 @@ def _number(fields: wire.Fields, number: int) -> int:
     return wire.signed(value)
 
 
+def _store(store: ArtefactStore) -> bytes:
+    return wire.text(1, store.url) + wire.content(2, store.key)
+
+
+def _push_event(message: bytes) -> PushProgress | Artefact | None:
+    """The event in a PushTemplateResponse, None for a kind that this release does not know."""
+    event = _fields(message)
+    if 1 in event:
+        told = _fields(_content(event, 1))
+        return PushProgress(chunks_done=_size(told, 1), chunks_total=_size(told, 2))
+    if 2 in event:
+        told = _fields(_content(event, 2))
+        return Artefact(
+            artefact_id=_content(told, 1).decode(errors="replace"),
+            size_bytes=_size(told, 2),
+            added_bytes=_size(told, 3),
+        )
+    return None
+
+
 def _size(fields: wire.Fields, number: int) -> int:
-    """A number of 64 bits, not below 0."""
+    """A 64-bit number that is never below 0."""
     value = fields.get(number, 0)
-    return value if isinstance(value, int) else 0
+    if isinstance(value, bytes):
+        raise SandmartinError(f"the agent's answer has no number in field {number}")
+    return value
 
 
 def _exec_event(message: bytes) -> ExecEvent | None:

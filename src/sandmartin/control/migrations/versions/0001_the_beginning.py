@@ -407,6 +407,32 @@ def upgrade() -> None:
         batch_op.create_index("templates_by_layer", ["team_id", "layer_key"], unique=False)
 
     op.create_table(
+        "artefacts",
+        sa.Column("template_id", sa.String(), nullable=False),
+        sa.Column("artefact_id", sa.String(), nullable=True),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("accel", sa.String(), nullable=False),
+        sa.Column("vmm_version", sa.String(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("stored_at", sa.Double(), nullable=True),
+        sa.Column("next_at", sa.Double(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("error", sa.String(), nullable=False),
+        sa.Column("lease_token", sa.String(), nullable=False),
+        sa.Column("lease_expires_at", sa.Double(), nullable=False),
+        sa.ForeignKeyConstraint(["template_id"], ["templates.template_id"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("template_id"),
+    )
+    with op.batch_alter_table("artefacts", schema=None) as batch_op:
+        batch_op.create_index(
+            "artefacts_open",
+            ["next_at"],
+            unique=False,
+            sqlite_where=sa.text("artefact_id IS NULL"),
+            postgresql_where=sa.text("artefact_id IS NULL"),
+        )
+
+    op.create_table(
         "build_log",
         sa.Column("build_id", sa.String(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),

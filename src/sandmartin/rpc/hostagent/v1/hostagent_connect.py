@@ -19,7 +19,7 @@ from connectrpc.server import ConnectASGIApplication, ConnectWSGIApplication, DE
 from protobuf import DescService
 
 from . import hostagent_pb
-from .hostagent_pb import ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ImportArchiveRequest, ImportArchiveResponse, ImportImageRequest, ImportImageResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, ReadTreeRequest, ReadTreeResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse, WriteTreeRequest, WriteTreeResponse
+from .hostagent_pb import AdoptSandboxRequest, AdoptSandboxResponse, ConnectProcessRequest, CreateCheckpointRequest, CreateCheckpointResponse, CreateSandboxRequest, CreateSandboxResponse, CreateSnapshotRequest, CreateSnapshotResponse, DeleteCheckpointRequest, DeleteCheckpointResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DescribeHostRequest, DescribeHostResponse, DestroySandboxRequest, DestroySandboxResponse, ExecRequest, ExecResponse, ExecStreamRequest, ExecStreamResponse, FetchTemplateRequest, FetchTemplateResponse, FlattenRootfsRequest, FlattenRootfsResponse, FlushSandboxMetricsRequest, FlushSandboxMetricsResponse, ForkSandboxRequest, ForkSandboxResponse, GetSandboxMetricsRequest, GetSandboxMetricsResponse, ImportArchiveRequest, ImportArchiveResponse, ImportImageRequest, ImportImageResponse, ListCheckpointsRequest, ListCheckpointsResponse, ListFilesRequest, ListFilesResponse, ListProcessesRequest, ListProcessesResponse, ListSandboxesRequest, ListSandboxesResponse, ListTemplatesRequest, ListTemplatesResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveFileRequest, MoveFileResponse, PauseSandboxRequest, PauseSandboxResponse, PingSandboxRequest, PingSandboxResponse, PushSandboxRequest, PushTemplateRequest, PushTemplateResponse, ReadConsoleRequest, ReadConsoleResponse, ReadFileRequest, ReadFileResponse, ReadFileStreamRequest, ReadFileStreamResponse, ReadTemplateRequest, ReadTemplateResponse, ReadTreeRequest, ReadTreeResponse, RemoveFileRequest, RemoveFileResponse, ResizePtyRequest, ResizePtyResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse, SendSignalRequest, SendSignalResponse, SetTimeoutRequest, SetTimeoutResponse, StatFileRequest, StatFileResponse, StreamInputRequest, StreamInputResponse, TerminateRequest, TerminateResponse, UpdateNetworkRequest, UpdateNetworkResponse, WriteFileRequest, WriteFileResponse, WriteFileStreamRequest, WriteFileStreamResponse, WriteTemplateRequest, WriteTemplateResponse, WriteTreeRequest, WriteTreeResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
@@ -183,6 +183,34 @@ class HostAgentService(Protocol):
     async def write_template(self, request: AsyncIterator[WriteTemplateRequest], ctx: RequestContext[WriteTemplateRequest, WriteTemplateResponse], /) -> WriteTemplateResponse:
         """
         Makes a template of such an archive; a snapshot must be signed by this host's key.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def push_template(self, request: PushTemplateRequest, ctx: RequestContext[PushTemplateRequest, PushTemplateResponse], /) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def fetch_template(self, request: FetchTemplateRequest, ctx: RequestContext[FetchTemplateRequest, FetchTemplateResponse], /) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def push_sandbox(self, request: PushSandboxRequest, ctx: RequestContext[PushSandboxRequest, PushTemplateResponse], /) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    async def adopt_sandbox(self, request: AdoptSandboxRequest, ctx: RequestContext[AdoptSandboxRequest, AdoptSandboxResponse], /) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
@@ -616,6 +644,50 @@ class HostAgentServiceASGIApplication(ConnectASGIApplication[HostAgentService]):
                         stream_type=StreamType.CLIENT_STREAM,
                     ),
                     function=svc.write_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushTemplate": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="PushTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushTemplateRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.push_template,
+                ),
+                "/hostagent.v1.HostAgentService/FetchTemplate": Endpoint.unary(
+                    method=MethodInfo(
+                        name="FetchTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=FetchTemplateRequest,
+                        output=FetchTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.fetch_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushSandbox": Endpoint.server_stream(
+                    method=MethodInfo(
+                        name="PushSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushSandboxRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=svc.push_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/AdoptSandbox": Endpoint.unary(
+                    method=MethodInfo(
+                        name="AdoptSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=AdoptSandboxRequest,
+                        output=AdoptSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=svc.adopt_sandbox,
                 ),
                 "/hostagent.v1.HostAgentService/ImportImage": Endpoint.server_stream(
                     method=MethodInfo(
@@ -1456,6 +1528,102 @@ class HostAgentServiceClient(ConnectClient):
             headers=headers,
             timeout_ms=timeout_ms,
         )
+    def push_template(
+        self,
+        request: PushTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushTemplateRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def fetch_template(
+        self,
+        request: FetchTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="FetchTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=FetchTemplateRequest,
+                output=FetchTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def push_sandbox(
+        self,
+        request: PushSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AsyncIterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushSandboxRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    async def adopt_sandbox(
+        self,
+        request: AdoptSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
+        """
+        return await self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="AdoptSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=AdoptSandboxRequest,
+                output=AdoptSandboxResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
     def import_image(
         self,
         request: ImportImageRequest,
@@ -1906,6 +2074,34 @@ class HostAgentServiceSync(Protocol):
         """
         raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
 
+    def push_template(self, request: PushTemplateRequest, ctx: RequestContext[PushTemplateRequest, PushTemplateResponse], /) -> Iterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def fetch_template(self, request: FetchTemplateRequest, ctx: RequestContext[FetchTemplateRequest, FetchTemplateResponse], /) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def push_sandbox(self, request: PushSandboxRequest, ctx: RequestContext[PushSandboxRequest, PushTemplateResponse], /) -> Iterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
+    def adopt_sandbox(self, request: AdoptSandboxRequest, ctx: RequestContext[AdoptSandboxRequest, AdoptSandboxResponse], /) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
+        """
+        raise ConnectError(Code.UNIMPLEMENTED, 'Not implemented')
+
     def import_image(self, request: ImportImageRequest, ctx: RequestContext[ImportImageRequest, ImportImageResponse], /) -> Iterator[ImportImageResponse]:
         """
         Makes a template, an image, of an image in a registry: what is done meanwhile, and at the end
@@ -2334,6 +2530,50 @@ class HostAgentServiceWSGIApplication(ConnectWSGIApplication):
                         stream_type=StreamType.CLIENT_STREAM,
                     ),
                     function=service.write_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushTemplate": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="PushTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushTemplateRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.push_template,
+                ),
+                "/hostagent.v1.HostAgentService/FetchTemplate": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="FetchTemplate",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=FetchTemplateRequest,
+                        output=FetchTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.fetch_template,
+                ),
+                "/hostagent.v1.HostAgentService/PushSandbox": EndpointSync.server_stream(
+                    method=MethodInfo(
+                        name="PushSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=PushSandboxRequest,
+                        output=PushTemplateResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.SERVER_STREAM,
+                    ),
+                    function=service.push_sandbox,
+                ),
+                "/hostagent.v1.HostAgentService/AdoptSandbox": EndpointSync.unary(
+                    method=MethodInfo(
+                        name="AdoptSandbox",
+                        service_name="hostagent.v1.HostAgentService",
+                        input=AdoptSandboxRequest,
+                        output=AdoptSandboxResponse,
+                        idempotency_level=IdempotencyLevel.UNKNOWN,
+                        stream_type=StreamType.UNARY,
+                    ),
+                    function=service.adopt_sandbox,
                 ),
                 "/hostagent.v1.HostAgentService/ImportImage": EndpointSync.server_stream(
                     method=MethodInfo(
@@ -3170,6 +3410,102 @@ class HostAgentServiceClientSync(ConnectClientSync):
                 output=WriteTemplateResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
                 stream_type=StreamType.CLIENT_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def push_template(
+        self,
+        request: PushTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[PushTemplateResponse]:
+        """
+        Puts a template into an artefact store; what is there already is not sent again. The last
+        answer has the artefact. Who hangs up ends it; what was stored is of use to the next try.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushTemplateRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def fetch_template(
+        self,
+        request: FetchTemplateRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> FetchTemplateResponse:
+        """
+        Makes a template of an artefact, whole or not at all. Who comes while the same is fetched
+        waits for that; it ends when nobody waits any more.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="FetchTemplate",
+                service_name="hostagent.v1.HostAgentService",
+                input=FetchTemplateRequest,
+                output=FetchTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def push_sandbox(
+        self,
+        request: PushSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> Iterator[PushTemplateResponse]:
+        """
+        Puts what a paused sandbox sleeps in into an artefact store, as PushTemplate does; the sandbox
+        stays as it is. One that has checkpoints, or sleeps in one, is failed_precondition.
+        """
+        return self.execute_server_stream(
+            request=request,
+            method=MethodInfo(
+                name="PushSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=PushSandboxRequest,
+                output=PushTemplateResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
+            ),
+            headers=headers,
+            timeout_ms=timeout_ms,
+        )
+    def adopt_sandbox(
+        self,
+        request: AdoptSandboxRequest,
+        *,
+        headers: Headers | Mapping[str, str] | None = None, 
+        timeout_ms: int | None = None,
+    ) -> AdoptSandboxResponse:
+        """
+        Makes a paused sandbox that goes on from a template that was fetched of such an artefact. One
+        of that id that sleeps here already is success.
+        """
+        return self.execute_unary(
+            request=request,
+            method=MethodInfo(
+                name="AdoptSandbox",
+                service_name="hostagent.v1.HostAgentService",
+                input=AdoptSandboxRequest,
+                output=AdoptSandboxResponse,
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
             ),
             headers=headers,
             timeout_ms=timeout_ms,
