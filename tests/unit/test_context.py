@@ -237,6 +237,7 @@ def test_a_zip_is_the_same_tree_as_a_tar(tmp_path: Path) -> None:
         (gzip.compress(_tar(_member("a")))[:-9], "damaged"),
         (_tar(_member("a", content=b"x" * 2000))[:1500], "as long as it says|damaged"),
     ],
+    ids=lambda each: each if isinstance(each, str) else f"{len(each)} bytes",
 )
 def test_a_bad_archive_is_refused(content: bytes, why: str) -> None:
     with pytest.raises(InvalidBuild, match=why):
