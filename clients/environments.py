@@ -1,5 +1,7 @@
 """Environments with E2B's own packages and nothing of ours, as their users have them.
 
+And what templates of tests are built from.
+
 Kept outside the checkout, keyed by what is in them, as setup keeps what it builds: `scripts/test`
 makes them before the tests, which have no way to a registry. An environment is made beside and
 renamed whole.
@@ -85,6 +87,13 @@ def _make_javascript(path: Path, packages: tuple[str, ...]) -> None:
     _run(*npm, f"node@{_NODE}", *packages)
 
 
+def _fetch_wheels(path: Path, packages: tuple[str, ...]) -> None:
+    """Packages for the Python of the template `base`, to be unpacked there."""
+    pip = (str(_PYTHON), "-m", "pip", "download", "--quiet", "--disable-pip-version-check")
+    of_base = ("--python-version=3.11", "--platform=manylinux2014_x86_64", "--only-binary=:all:")
+    _run(*pip, *of_base, "--dest", str(path), *packages)
+
+
 def _run(*words: str) -> None:
     subprocess.run(words, check=True, timeout=_DEADLINE_S, stdin=subprocess.DEVNULL)
 
@@ -97,10 +106,13 @@ def variables(url: str, api_key: str) -> dict[str, str]:
 _MAKERS: dict[str, Callable[[Path, tuple[str, ...]], None]] = {
     "python": _make_python,
     "javascript": _make_javascript,
+    "wheels": _fetch_wheels,
 }
 
 NEWEST = Environment("python", ("e2b==2.63.0", "e2b-code-interpreter==2.11.5"))
 JAVASCRIPT = Environment("javascript", ("e2b@2.51.0", "@e2b/code-interpreter@2.8.0"))
+#: What the template of a test is built from.
+FLASK = Environment("wheels", ("flask==3.1.2",))
 OLDER = tuple(
     Environment("python", (f"e2b=={version}",), full=True)
     for version in ("2.45.1", "2.20.3", "2.7.0")
@@ -112,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--tier", choices=("default", "full"), default="default")
     tier = parser.parse_args().tier
-    for each in (NEWEST, JAVASCRIPT, *OLDER):
+    for each in (NEWEST, JAVASCRIPT, FLASK, *OLDER):
         if tier == "full" or not each.full:
             each.ensure()
 

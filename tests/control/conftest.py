@@ -26,6 +26,7 @@ from sandmartin.agent.server import serve_machine
 from sandmartin.control import tables
 from sandmartin.control.app import create_app
 from sandmartin.control.bootstrap import ensure_platform
+from sandmartin.control.builds.settings import BuildSettings
 from sandmartin.control.caller import Role, Whence
 from sandmartin.control.hosts import HostFacts
 from sandmartin.control.keys import add_key
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
 #: Nothing waits for longer than a moment.
 TIMING = Timing(lease_s=2.0, pick_up_s=0.05, retry_s=0.05, grace_s=5.0)
+BUILDING = BuildSettings(
+    lease_s=2.0, pick_up_s=0.05, retry_s=0.05, look_s=0.05, layer_after_s=0.0, most_s=60.0
+)
 PACE = Pace(period_s=0.05, unreachable_s=0.5, unknown_s=0.3, grace_s=0.2)
 DEADLINE_S = 20.0
 
@@ -204,6 +208,7 @@ async def running_platform(
     directory: Path,
     *hosts: RunningHost,
     working: bool = True,
+    building: BuildSettings = BUILDING,
     **settings: object,
 ) -> AsyncIterator[Platform]:
     """A replica with these hosts, that works by itself or only does what it is asked for."""
@@ -212,7 +217,7 @@ async def running_platform(
         database_url=database_url,
         **settings,  # type: ignore[arg-type]
     )
-    async with open_platform(made, timing=TIMING, pace=PACE) as platform:
+    async with open_platform(made, timing=TIMING, pace=PACE, building=building) as platform:
         await ensure_platform(platform.db)
         for host in hosts:
             await platform.hosts.ensure_local(facts_of(host))

@@ -117,7 +117,13 @@ async def test_whatever_is_asked_is_answered_as_documented(
     database_url: str, tmp_path: Path, host: RunningHost
 ) -> None:
     limits = {"max_sandboxes": 8, "max_memory_mb": 2048}
-    async with running_platform(database_url, tmp_path, host, working=False, **limits) as platform:
+    async with running_platform(
+        database_url,
+        tmp_path,
+        host,
+        working=False,
+        **limits,  # type: ignore[arg-type]
+    ) as platform:
         _, key = await make_team(platform)
         async with served(platform) as (name, port):
             url = f"http://{name}:{port}"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import io
+import json
+import statistics
 import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from clients.environments import FLASK
 from tests.e2e.conftest import new_place
 from tests.e2e.test_up import Up, clear, up
 
@@ -22,7 +28,7 @@ _DEADLINE_S = 240.0
 @pytest.fixture(scope="module")
 def one(private_host: None) -> Iterator[Up]:
     with new_place() as place:
-        with up(place, "data") as one:
+        with up(place, "data", "--domain", "sandboxes.test") as one:
             yield one
         clear(place, "data")
 
@@ -106,7 +112,8 @@ COPY --from=made /out /data/all
 RUN <<"END"
 #!/usr/bin/env python3
 import os
-print(sorted(os.listdir("/data")), oct(os.stat("/data/a.txt").st_mode), os.stat("/data/a.txt").st_uid)
+found = os.stat("/data/a.txt")
+print(sorted(os.listdir("/data")), oct(found.st_mode), found.st_uid)
 END
 LABEL colour=sand
 """
@@ -129,3 +136,79 @@ def test_stages_secrets_and_files(one: Up, tmp_path: Path) -> None:
     one.curl("DELETE", sandbox, expect=204)
     again = build(one, "stages", dockerfile(STAGES), **more)
     assert again["state"] == "ready" and again["steps_cached"] > 0, again["log"]
+
+
+# An application, warm.
+
+FLASK_DOCKERFILE = """\
+FROM base
+COPY wheels /wheels
+RUN mkdir /lib-app && for each in /wheels/*.whl; do python3 -m zipfile -e $each /lib-app; done
+ENV PYTHONPATH=/lib-app PORT=8000
+WORKDIR /srv
+RUN sleep 2; python3 -m compileall -q /lib-app
+EXPOSE 8000
+HEALTHCHECK --interval=1s --retries=60 CMD python3 -c \
+  "import urllib.request as u; u.urlopen('http://127.0.0.1:8000')"
+CMD ["python3", "/srv/app.py"]
+COPY app.py /srv/
+"""
+APP = """\
+import os, flask
+app = flask.Flask(__name__)
+started = str(os.getpid())
+@app.get("/")
+def index():
+    return "%s " + started
+app.run("0.0.0.0", int(os.environ["PORT"]))
+"""
+
+
+def timed(one: Up, template: str, *, ask: bool) -> tuple[float, float, str]:
+    """Seconds of a create, and until the first answer through the proxy; and what that is."""
+    # Without a process for each request, which would be measured too.
+    at = urlsplit(one.url)
+    assert at.hostname and at.port
+    with contextlib.closing(http.client.HTTPConnection(at.hostname, at.port, 60)) as line:
+        line.connect()
+        began_at = time.monotonic()
+        body = json.dumps({"template": template, "memory_mb": 256})
+        headers = {"X-API-Key": one.key, "Content-Type": "application/json"}
+        line.request("POST", "/v1/sandboxes", body, headers)
+        sandbox_id = json.loads(line.getresponse().read())["id"]
+        created, said = time.monotonic() - began_at, ""
+        if ask:
+            line.request("GET", "/", headers={"Host": f"8000-{sandbox_id}.sandboxes.test"})
+            said = line.getresponse().read().decode()
+        answered = time.monotonic() - began_at
+    one.curl("DELETE", f"/sandboxes/{sandbox_id}", expect=204)
+    return created, answered, said
+
+
+def test_an_application_starts_warm_and_is_built_again_quickly(one: Up, tmp_path: Path) -> None:
+    wheels = {f"wheels/{each.name}": each.read_bytes() for each in FLASK.path.glob("*.whl")}
+    assert wheels, "scripts/test fetches them"
+    builds = []
+    for word in ("first", "second"):
+        context = send(one, {**wheels, "app.py": (APP % word).encode()}, tmp_path)
+        built = build(one, "flask", dockerfile(FLASK_DOCKERFILE), context=context)
+        assert built["state"] == "ready", (built["error"], built["log"])
+        builds.append(built)
+    took = [each["finished_at"] - each["started_at"] for each in builds]
+    # What was only once is there already: the files, the packages, what they were compiled to.
+    assert builds[1]["steps_cached"] >= 3, builds[1]["log"]
+    # The first of each finds no memory of it in the host's cache.
+    alone = [timed(one, "base", ask=False) for _ in range(6)][1:]
+    warm = [timed(one, "flask", ask=True) for _ in range(6)][1:]
+    created = statistics.median(each for each, _, _ in alone)
+    answered = statistics.median(each for _, each, _ in warm)
+    print(
+        f"built in {took[0]:.1f} s, after a change of the last line in {took[1]:.1f} s;"
+        f" create {created:.3f} s, of it {statistics.median(each for each, _, _ in warm):.3f} s,"
+        f" to its first answer {answered:.3f} s"
+    )
+    # It was started once, before all of them.
+    assert len({said for _, _, said in warm}) == 1 and warm[0][2].startswith("second ")
+    assert took[1] < 0.6 * took[0]
+    # It is twice as long at present, as the first answer runs code that no VM has run before.
+    assert answered < 3 * created

@@ -488,7 +488,12 @@ class HostAgent(HostAgentService):
     async def list_templates(
         self, _request: pb.ListTemplatesRequest, _ctx: _Context
     ) -> pb.ListTemplatesResponse:
-        return pb.ListTemplatesResponse(templates=[_template(t) for t in self._host.templates()])
+        found = []
+        for each in self._host.templates():
+            # One that is deleted meanwhile is not there.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_template(each))
+        return pb.ListTemplatesResponse(templates=found)
 
     # What it tells of itself.
 

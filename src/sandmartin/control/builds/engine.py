@@ -118,7 +118,7 @@ class Engine:
         new, log, row = work.new, work.log, work.row
         names = ", ".join(f"{row.name}:{tag}" for tag in row.tags)
         await log.say(f"template {names} is ready", always=True)
-        async with self._db.write() as session:
+        async with log.turn, self._db.write() as session:
             await log.write(session)
             made = await session.get(Template, template.template_id, with_for_update=True)
             if made is None or made.state != TemplateState.HIDDEN:

@@ -15,7 +15,7 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control.builds.lease import Lease, lease_of
-from sandmartin.control.db import Database
+from sandmartin.control.db import Database, uncut
 from sandmartin.control.events import Events
 from sandmartin.control.operations import LeaseLost
 from sandmartin.control.tables import Build, BuildLine
@@ -46,9 +46,12 @@ class Log:
         self._lease = lease
         self._limits = limits
         self._began_at = row.started_at or time.time()
-        self._lines, self._bytes = row.log_lines, row.log_bytes
+        self._lines = self._written = row.log_lines
+        self._bytes = row.log_bytes
         self._cut = self._lines >= limits.lines or self._bytes >= limits.size_bytes
         self._waiting: list[BuildLine] = []
+        #: Held by whoever writes, until what he wrote waits no longer.
+        self.turn = asyncio.Lock()
         self._room = asyncio.Event()
         self._room.set()
         self.step, self.phase = 0, ""
@@ -103,29 +106,32 @@ class Log:
         while True:
             await asyncio.sleep(_FLUSH_S)
             with contextlib.suppress(Unavailable):
-                await self.flush()
+                # Cut off after its commit, it would be written again.
+                await uncut(self.flush())
 
     async def flush(self) -> None:
         """Write what waits. Raises LeaseLost, Unavailable."""
-        if not self._waiting:
-            return
-        async with self._db.write() as session:
-            taken = len(self._waiting)
-            await self.write(session)
-        self.written(taken)
+        async with self.turn:
+            if taken := len(self._waiting):
+                async with self._db.write() as session:
+                    await self.write(session, taken)
+                self.written(taken)
 
-    async def write(self, session: AsyncSession) -> None:
-        """The same, in the transaction of something else; `written` is to follow it."""
+    async def write(self, session: AsyncSession, count: int | None = None) -> None:
+        """The same in a transaction of somebody whose turn it is; `written` is to follow it."""
+        lines = self._waiting[:count]
+        if lines:
+            self._written = lines[-1].number
         done = await session.execute(
             update(Build)
             .where(*lease_of(self._lease))
-            .values(log_lines=self._lines, log_bytes=self._bytes)
+            .values(log_lines=self._written, log_bytes=self._bytes)
             .execution_options(synchronize_session=False)
         )
         if not done.rowcount:  # type: ignore[attr-defined]
             raise LeaseLost(f"build {self._lease.build_id} is another replica's now")
         # Copies: a transaction that is undone must not take the originals along.
-        for each in self._waiting:
+        for each in lines:
             session.add(_copy(each))
 
     def written(self, count: int | None = None) -> None:

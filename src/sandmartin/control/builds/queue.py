@@ -304,7 +304,7 @@ class Queue:
         log = running.log
         said = error.message if error is not None else "it was cancelled"
         await log.say(said, "error" if error is not None else "warn", always=True)
-        async with self._db.write() as session:
+        async with log.turn, self._db.write() as session:
             await log.write(session)
             await session.execute(
                 update(Build)
