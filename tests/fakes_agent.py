@@ -470,7 +470,7 @@ def make_spec(
     sandbox_id: str = "sb1", *, network: NetworkPolicy | None = None, **shape: int
 ) -> SandboxSpec:
     """A small sandbox, far below what any host has."""
-    values: dict[str, int] = {"memory_mb": 128, "disk_size_mb": IMAGE_MB, **shape}
+    values: dict[str, Any] = {"memory_mb": 128, "disk_size_mb": IMAGE_MB, **shape}
     return SandboxSpec(sandbox_id=sandbox_id, template=IMAGE, network=network, **values)
 
 

@@ -105,6 +105,9 @@ class Identity:
     root_bytes: int = 0
     #: It is in another place than it believes: connections to the outside are of no use any more.
     moved: bool = False
+    #: Of requests that name nobody; empty leaves them as they are.
+    default_user: str = ""
+    default_workdir: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -611,6 +614,8 @@ def _introduction(identity: Identity) -> dict[str, Any]:
         "entropy": base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
         "rootBytes": identity.root_bytes,
         "moved": identity.moved,
+        "defaultUser": identity.default_user,
+        "defaultWorkdir": identity.default_workdir,
     }
 
 

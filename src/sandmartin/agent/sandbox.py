@@ -199,6 +199,8 @@ class Sandbox(Terms):
             envs=envs,
             root_bytes=self._entry.spec.disk_size_mb << 20,
             moved=moved,
+            default_user=self._entry.spec.default_user,
+            default_workdir=self._entry.spec.default_workdir,
         )
         deadline_s = self._machine.settings.boot_timeout_s
         try:

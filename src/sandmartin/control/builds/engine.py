@@ -82,7 +82,7 @@ class Engine:
             stages = Stages(self, work, shop, what, stack)
             try:
                 last = await stages.do()
-                template = await last.finish(defaults_to_dict(last.settled.defaults))
+                template = await last.finish(defaults_to_dict(last.settled.defaults, what))
                 await self._publish(work, template)
             finally:
                 await stages.end()
