@@ -146,7 +146,7 @@ class Engine:
             tell_end(session, over)
             events.record(session, row.team_id, "template.created", name=made.name)
             audit.record(session, work.caller, "template.built", "template", made.name)
-            await self._layers.undo(session, row.build_id, keep=True)
+            await self._layers.undo(session, row.build_id)
         log.written()
 
 
