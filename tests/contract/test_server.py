@@ -38,8 +38,8 @@ from tests.waiting import until
 pytestmark = pytest.mark.qemu_img
 
 SERVICE = "hostagent.v1.HostAgentService"
-STREAMS_IN = {"WriteFileStream", "StreamInput", "WriteTemplate"}
-STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream", "ReadTemplate"}
+STREAMS_IN = {"ImportArchive", "WriteFileStream", "StreamInput", "WriteTemplate"}
+STREAMS_OUT = {"ConnectProcess", "ExecStream", "ImportImage", "ReadFileStream", "ReadTemplate"}
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
 DEADLINE_S = 20.0
 
