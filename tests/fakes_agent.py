@@ -315,6 +315,9 @@ class FakeGuest(Guest):
         self._guests.checks += 1
         return self._address not in self._guests.silent
 
+    async def sync(self, deadline_s: float) -> None:
+        self._check()
+
     async def ask(self, port: int, path: str, deadline_s: float) -> int | None:
         self._guests.vm(self._address)
         return self._guests.answers.get(port)

@@ -323,6 +323,21 @@ class Guest:
         except _SILENT:
             return False
 
+    async def sync(self, deadline_s: float) -> None:
+        """Have it write all that it has not written yet.
+
+        Raises GuestSilent, ToolFailed, Unimplemented.
+        """
+        with _translated():
+            async with (
+                asyncio.timeout(deadline_s),
+                self._http.stream("POST", f"{self._url}/sync", self._headers()) as response,
+            ):
+                if response.status == 404:
+                    raise Unimplemented("the guest is of an earlier release")
+                if response.status != 204:
+                    raise ToolFailed(f"the guest did not write its disk ({response.status})")
+
     async def ask(self, port: int, path: str, deadline_s: float) -> int | None:
         """Status of what serves HTTP on a port of the sandbox; None when nothing answers."""
         # No header of ours: it is the guest's own program, and may not know the token.
