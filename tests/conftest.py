@@ -55,6 +55,8 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
         return "need root"
     if item.get_closest_marker("qemu_img") and shutil.which("qemu-img") is None:
         return "need qemu-img"
+    if item.get_closest_marker("registry") and not _has_registry():
+        return "need a registry of images (Debian: docker-registry, busybox-static)"
     if _takes_postgresql(item) and not any(_POSTGRESQL.glob("*/bin/initdb")):
         return "need PostgreSQL (Debian: postgresql)"
     if (template := item.get_closest_marker("template")) and template.args[0] not in _templates():
@@ -64,6 +66,10 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
     if item.get_closest_marker("one_database") and _takes_postgresql(item) and tier != "full":
         return "show on PostgreSQL what SQLite has shown, in tier full alone"
     return ""
+
+
+def _has_registry() -> bool:
+    return all(map(shutil.which, ("docker-registry", "busybox")))
 
 
 @functools.cache

@@ -60,15 +60,15 @@ def tar(members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:
 
 @dataclass
 class OciImage:
-    """An image of layers, each the bytes of a tar."""
+    """An image of layers, each the bytes of a tar; `packed` are the same compressed."""
 
     layers: list[bytes]
     config: Mapping[str, object] = field(default_factory=dict)
+    packed: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
-        #: By its digest.
-        self.packed = [gzip.compress(layer, mtime=0) for layer in self.layers]
+        self.packed = self.packed or [gzip.compress(layer, mtime=0) for layer in self.layers]
         diffs = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in self.layers]
         described = {
             "architecture": "amd64",

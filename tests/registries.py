@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
+import json
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+import httpx
 
 from tests.ociimages import OciImage
 from tests.waiting import until
@@ -29,17 +29,42 @@ class Registry:
     directory: Path
     protected: bool = False
 
-    def push(self, image: OciImage, name: str) -> str:
+    def push(self, image: OciImage, name: str, form: str = "oci") -> str:
         """Put an image there; the reference by which it is found."""
         archive = self.directory / "pushed.tar"
         archive.write_bytes(image.archive())
         whom = [f"--dest-creds={USERNAME}:{PASSWORD}"] if self.protected else []
         command = ["skopeo", "--insecure-policy", "copy", "--dest-tls-verify=false", *whom]
+        command.append(f"--format={form}")
         target = f"docker://{self.address}/{name}"
         subprocess.run(
             [*command, f"oci-archive:{archive}", target], check=True, capture_output=True
         )
         return f"{self.address}/{name}"
+
+    def push_index(self, repository: str, tag: str, digests: Mapping[str, str]) -> str:
+        """Put an index of images that are there, by their architecture; its reference."""
+        kind = "application/vnd.oci.image.manifest.v1+json"
+        root = f"http://{self.address}/v2/{repository}/manifests"
+        manifests = []
+        for architecture, digest in digests.items():
+            size = len(httpx.get(f"{root}/{digest}", headers={"Accept": kind}).content)
+            platform = {"os": "linux", "architecture": architecture}
+            described = {"mediaType": kind, "digest": digest, "size": size}
+            manifests.append({**described, "platform": platform})
+        media_type = "application/vnd.oci.image.index.v1+json"
+        index = {"schemaVersion": 2, "mediaType": media_type, "manifests": manifests}
+        answer = httpx.put(
+            f"{root}/{tag}", content=json.dumps(index), headers={"Content-Type": media_type}
+        )
+        answer.raise_for_status()
+        return f"{self.address}/{repository}:{tag}"
+
+    def manifest_digest(self, repository: str, tag: str) -> str:
+        """Of what a tag names, as it was put there in Docker's form."""
+        kind = "application/vnd.docker.distribution.manifest.v2+json"
+        url = f"http://{self.address}/v2/{repository}/manifests/{tag}"
+        return httpx.head(url, headers={"Accept": kind}).headers["Docker-Content-Digest"]
 
     def blob(self, digest: str) -> Path:
         """The file that has a blob."""
@@ -51,8 +76,6 @@ class Registry:
 @contextlib.asynccontextmanager
 async def registry(directory: Path, *, protected: bool = False) -> AsyncIterator[Registry]:
     """A registry with its files in a directory; one that is protected knows one user."""
-    if shutil.which("docker-registry") is None or shutil.which("skopeo") is None:
-        pytest.skip("docker-registry or skopeo is not installed")
     address = f"127.0.0.1:{_free_port()}"
     lines = ["version: 0.1", f"http: {{addr: '{address}'}}"]
     lines.append(f"storage: {{filesystem: {{rootdirectory: '{directory}'}}}}")

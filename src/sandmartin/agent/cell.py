@@ -64,12 +64,18 @@ class Cell:
 
     @contextlib.contextmanager
     def opened(self, *names: str) -> Iterator[int | None]:
-        """A plain file below the directory, without following a link; None when there is none."""
+        """A plain file below the directory, without following a link; None when there is none.
+
+        Each name is that of one step.
+        """
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with contextlib.ExitStack() as stack:
             handle = os.open(self.work, flags | os.O_DIRECTORY)
             stack.callback(os.close, handle)
             for name in names:
+                if "/" in name or name == "..":
+                    yield None
+                    return
                 try:
                     handle = os.open(name, flags, dir_fd=handle)
                 except OSError:

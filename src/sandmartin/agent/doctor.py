@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 from sandmartin.agent import disk, packages, proc
 from sandmartin.agent.assets import Assets
+from sandmartin.agent.cell import Cell
 from sandmartin.agent.limits import OVERHEAD_MB, Allowance, ControlGroups
 from sandmartin.agent.network import rules
 from sandmartin.agent.network.slot import LINK_PREFIX
@@ -179,6 +181,17 @@ def _control_groups(_: Settings) -> str:
 
 
 # What setup brings.
+
+
+async def _cells(settings: Settings) -> str:
+    with tempfile.TemporaryDirectory(prefix="sandmartin-") as directory:
+        # Its users must be able to pass.
+        Path(directory).chmod(0o711)  # noqa: ASYNC240
+        work = Path(directory, "work")
+        cell = Cell(work=work, uid=settings.unpack_uid_base, file_bytes=1)
+        cell.open()
+        await cell.run(["true"], deadline_s=_TOOL_DEADLINE_S)
+    return "images can be unpacked where they harm nobody"
 
 
 def _packages(_: Settings) -> str:
@@ -393,6 +406,7 @@ _CHECKS = (
     _Check("assets", _assets, "run `sudo sandmartin setup`"),
     _Check("accelerator", _accelerator, "run `sudo sandmartin setup`"),
     _Check("namespaces", _namespaces, "run as root, in a container with CAP_SYS_ADMIN"),
+    _Check("cells", _cells, "allow user namespaces: `sysctl user.max_user_namespaces=65536`"),
     _Check("tun", _tun, "`modprobe tun`; for a container: --device /dev/net/tun"),
     _Check(
         "nftables",

@@ -58,6 +58,7 @@ _MAX_ARCHIVE_BYTES = 2 * _DISK_BYTES
 _CONVERT_S = 1800.0
 _UNPACK_S = 1800.0
 _LOOK_S = 0.5
+_TELL_S = 2.0
 #: A look that takes long is taken less often.
 _LOOK_SHARE = 10
 _AT_ONCE = 2
@@ -66,6 +67,7 @@ _MAX_JSON_BYTES = 4 << 20
 _MAX_LOG_BYTES = 1 << 20
 _CHECK_BYTES = 64 << 20
 _SAID = 400
+_NO_SPACE = os.strerror(errno.ENOSPC).lower()
 #: Before what umoci says.
 _MARKS = " \t\u2022\u2a2f"
 _LAYOUT, _ROOT, _FILE, _ARCHIVE = "layout", "root", "disk.ext4", "archive"
@@ -151,7 +153,8 @@ class ImageImports:
                 await draft.watched(copying, draft.layout, "fetched", _MAX_ARCHIVE_BYTES)
                 await asyncio.to_thread(self._registries.keep, visit, new, _LAYOUT)
             self._machine.step("import:fetched")
-            return await draft.finish(manifest.digest, str(reference))
+            async with self._turn(report):
+                return await draft.finish(manifest.digest, str(reference))
 
     async def from_archive(self, name: str, pieces: AsyncIterator[bytes]) -> Imported:
         """Make a template of an archive of one image, gzipped or not.
@@ -161,25 +164,31 @@ class ImageImports:
         async with self._draft(name, lambda _: None) as draft:
             await draft.receive(pieces)
             self._machine.step("import:received")
-            await draft.convert()
-            return await draft.finish("", "an archive")
+            async with self._turn(lambda _: None):
+                await draft.convert()
+                return await draft.finish("", "an archive")
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, report: Report) -> AsyncIterator[None]:
+        """For what takes a processor: not for what waits for others, who may be slow on purpose."""
+        if self._places.locked():
+            report("waiting for other images to be unpacked")
+        async with self._places:
+            yield
 
     @contextlib.asynccontextmanager
     async def _draft(self, name: str, report: Report) -> AsyncIterator[_Draft]:
         """Where an image is made; what it takes is given back, however it ends."""
         packages.require("skopeo", "umoci")
         self._templates.new(name)
-        if self._places.locked():
-            report(f"waiting for one of {_AT_ONCE} imports to end")
-        async with self._places:
-            path = self._machine.data.images / f".{name}.{random_id(6)}"
-            try:
-                with files.space_errors(path):
-                    draft = _Draft(self._machine, self._templates, name, path, report)
-                    draft.open()
-                    yield draft
-            finally:
-                await asyncio.shield(asyncio.to_thread(remove, path))
+        path = self._machine.data.images / f".{name}.{random_id(6)}"
+        try:
+            with files.space_errors(path):
+                draft = _Draft(self._machine, self._templates, name, path, report)
+                draft.open()
+                yield draft
+        finally:
+            await asyncio.shield(asyncio.to_thread(remove, path))
 
 
 class _Draft:
@@ -194,7 +203,7 @@ class _Draft:
         self._path = path
         self._report = report
         uid = machine.settings.unpack_uid_base
-        self.cell = Cell(work=path / "cell", uid=uid, file_bytes=_MAX_ARCHIVE_BYTES)
+        self.cell = Cell(work=path / "cell", uid=uid, file_bytes=_DISK_BYTES)
         self.layout = self.cell.work / _LAYOUT
 
     def open(self) -> None:
@@ -227,13 +236,13 @@ class _Draft:
         archive = self.cell.work / _ARCHIVE
         # One that says of itself that it is both is OCI's.
         for kind in ("oci-archive", "docker-archive"):
-            words = ["copy", "--dest-oci-accept-uncompressed-layers", f"{kind}:{archive}"]
-            command = [*SKOPEO, *words, f"oci:{self.layout}:{IMAGE}"]
+            words = [f"{kind}:{archive}", f"oci:{self.layout}:{IMAGE}"]
+            command = [*SKOPEO, f"--tmpdir={self.cell.work}", "copy", *words]
             copying = self.cell.run(command, deadline_s=_CONVERT_S)
             done = await self.watched(copying, self.cell.work, "read", 3 * _MAX_ARCHIVE_BYTES)
             if done.returncode == 0:
                 break
-            said = done.stderr.decode(errors="replace")
+            said = self._told(done.stderr)
             if kind == "docker-archive" or "index.json: no such file" not in said:
                 raise explain_archive(said)
         await asyncio.to_thread(remove, archive)
@@ -243,6 +252,7 @@ class _Draft:
     async def finish(self, digest: str, source: str) -> Imported:
         """Make the template of the layout; it is there afterwards, whole."""
         found, config = self._read_layout()
+        origin = _config(digest or found, config)
         await self._unpack()
         self._machine.step("import:unpacked")
         await asyncio.to_thread(remove, self.layout)
@@ -250,7 +260,6 @@ class _Draft:
         making = make_file_system(self.cell.work / _ROOT, self.cell.work / _FILE, self._in_cell)
         await self.watched(making, None, "", 0)
         self._machine.step("import:made")
-        origin = _config(digest or found, config)
         # From here on it is put in its place, or taken back, whoever waits.
         return await to_its_end(asyncio.to_thread(self._place, origin, source))
 
@@ -262,7 +271,7 @@ class _Draft:
                 [*command, self.cell.work / _ROOT], deadline_s=_UNPACK_S, log=log
             )
             done = await self.watched(unpacking, self.cell.work / _ROOT, "unpacked", _DISK_BYTES)
-            said = _read_log(log)
+            said = self._told(_read_log(log))
         if done.returncode:
             raise _unpacking_failed(said, self._path)
         for device in _DEVICE.findall(said):
@@ -276,13 +285,19 @@ class _Draft:
     async def _in_cell(self, argv: _Words, deadline_s: float) -> None:
         done = await self.cell.run(argv, deadline_s=deadline_s)
         if done.returncode:
-            said = (done.stdout + done.stderr).decode(errors="replace")
+            said = self._told(done.stdout + done.stderr)
             raise _making_failed(os.fspath(argv[0]), said, self._path)
+
+    def _told(self, output: bytes) -> str:
+        """What a program said, without our own directories."""
+        return output.decode(errors="replace").replace(f"{self.cell.work}/", "")
 
     def _place(self, origin: Imported, source: str) -> Imported:
         target = self._templates.new_image(self._name)
         try:
-            content = json.dumps({"source": source, **asdict(origin)}, indent=1).encode()
+            told = {"source": source, **asdict(origin)}
+            del told["size_bytes"]
+            content = json.dumps(told, indent=1).encode()
             write_whole(target.with_name(_ORIGIN), content, mode=0o644, sync=True)
             disk.publish(self.cell.work / _FILE, target)
         finally:
@@ -315,7 +330,7 @@ class _Draft:
         Raises Exhausted for the host's disk, Invalid for more than `limit_bytes`.
         """
         working = asyncio.create_task(work, name=f"import {self._name}: {verb}")
-        told_mb, pause_s = 0, _LOOK_S
+        told_mb, told_at, pause_s = 0, time.monotonic(), _LOOK_S
         try:
             while not (await asyncio.wait({working}, timeout=pause_s))[0]:
                 began = time.monotonic()
@@ -323,8 +338,8 @@ class _Draft:
                 used = 0 if where is None else await asyncio.to_thread(_used, where, limit_bytes)
                 if used > limit_bytes:
                     raise _too_large(verb, limit_bytes)
-                if used // _MB > told_mb:
-                    told_mb = used // _MB
+                if used // _MB > told_mb and began > told_at + _TELL_S:
+                    told_mb, told_at = used // _MB, began
                     self._report(f"{verb} {told_mb} MB")
                 pause_s = max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - began))
             return working.result()
@@ -355,7 +370,7 @@ def _too_large(verb: str, limit_bytes: int) -> Invalid:
     )
 
 
-def _read_log(log: IO[bytes]) -> str:
+def _read_log(log: IO[bytes]) -> bytes:
     """The beginning of a log, and its end."""
     size = log.seek(0, os.SEEK_END)
     log.seek(0)
@@ -363,7 +378,7 @@ def _read_log(log: IO[bytes]) -> str:
     if size > len(text):
         log.seek(max(len(text), size - _MAX_LOG_BYTES))
         text += log.read(_MAX_LOG_BYTES)
-    return text.decode(errors="replace")
+    return text
 
 
 def _last_words(said: str) -> str:
@@ -373,7 +388,7 @@ def _last_words(said: str) -> str:
 
 def _unpacking_failed(said: str, path: Path) -> SandmartinError:
     last = _last_words(said)
-    if os.strerror(errno.ENOSPC) in last.capitalize():
+    if _NO_SPACE in last.lower():
         return files.disk_full(path)
     if "file too large" in last:
         return _too_large("unpacked", _DISK_BYTES)
@@ -384,7 +399,7 @@ def _unpacking_failed(said: str, path: Path) -> SandmartinError:
 def _making_failed(program: str, said: str, path: Path) -> SandmartinError:
     if "Could not allocate" in said or "No free space" in said:
         return _too_large("unpacked", _DISK_BYTES)
-    if os.strerror(errno.ENOSPC) in said:
+    if _NO_SPACE in said.lower():
         return files.disk_full(path)
     return ToolFailed(f"{program} failed on the image: {_last_words(said)}")
 

@@ -7,6 +7,7 @@ fetched by digests. Layers that were fetched before are lent from the cache.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -41,6 +42,7 @@ SKOPEO = ("skopeo", "--insecure-policy", "--override-os=linux", "--override-arch
 #: Name of an image in its layout.
 IMAGE = "image"
 _MAX_LAYERS = 500
+_RESOLVE_S = 10.0
 _ASK_S = 60.0
 _FETCH_S = 3600.0
 _AUTH_FILE = "auth.json"
@@ -141,7 +143,11 @@ class Registries:
         """The way to an image. Raises Denied, Unavailable."""
         host = "127.0.0.1" if reference.host == "localhost" else reference.host
         # Said here, where it can be told from a registry that is down.
-        await self._guard.addresses(host, reference.port)
+        try:
+            async with asyncio.timeout(_RESOLVE_S):
+                await self._guard.addresses(host, reference.port)
+        except TimeoutError as error:
+            raise Unavailable(f"the name of registry {host} is not resolved in time") from error
         loopback = (host, reference.port) if _is_loopback(host) else None
         async with guarded_way(self._guard, loopback) as way:
             yield Visit(
@@ -240,10 +246,7 @@ def _read(content: bytes) -> Manifest:
         if len(layers) > _MAX_LAYERS:
             raise Invalid(f"the image has {len(layers)} layers", hint=f"use {_MAX_LAYERS} at most")
         for each in layers:
-            if each.get("mediaType", "").endswith("zstd"):
-                raise Invalid(
-                    f"layer {each['digest']} is compressed by zstd", hint="push it with gzip"
-                )
+            _check_layer(each)
         return Manifest(
             digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
             layers=list(dict.fromkeys(_checked(each["digest"]) for each in layers)),
@@ -253,22 +256,31 @@ def _read(content: bytes) -> Manifest:
         raise Invalid(_WRONG) from error
 
 
+def _check_layer(layer: Mapping[str, Any]) -> None:
+    if layer.get("urls"):
+        raise Invalid(f"layer {layer['digest']} is elsewhere", hint="push the image with it")
+    if layer.get("mediaType", "").endswith("zstd"):
+        raise Invalid(f"layer {layer['digest']} is compressed by zstd", hint="push it with gzip")
+
+
 # What went wrong.
 
 #: Words in what skopeo says, the first that fit, and what they mean.
 _MEANINGS: Sequence[tuple[str, type[SandmartinError], str]] = (
     ("no space left on device", DiskFull, "the host's disk is full"),
     ("file too large", Exhausted, "a layer of {} is larger than the disk of a sandbox"),
+    ("x509:", Unavailable, "the registry of {} has no certificate that is trusted here"),
     ("digest did not match", Unavailable, "the registry sent something else than it names of {}"),
     ("does not match", Unavailable, "the registry sent something else than it names of {}"),
     ("unexpected eof", Unavailable, "the registry broke off in the middle of {}"),
     ("unauthorized", Denied, "the registry does not let {} be pulled"),
     ("authentication required", Denied, "the registry does not let {} be pulled"),
     ("denied", Denied, "the registry does not let {} be pulled"),
-    ("unknown", NotFound, "there is no image {}"),
-    ("not found", NotFound, "there is no image {}"),
+    ("manifest unknown", NotFound, "there is no image {}"),
+    ("name unknown", NotFound, "there is no image {}"),
+    ("repository name not known", NotFound, "there is no image {}"),
     ("toomanyrequests", Unavailable, "the registry has had too many requests for {}"),
-    ("connection refused", Unavailable, "the registry of {} is not reached"),
+    ("pinging container registry", Unavailable, "the registry of {} does not answer"),
 )
 _HINTS: Mapping[type[SandmartinError], str] = {
     Denied: "give a user name and a password that may pull it",
@@ -290,6 +302,10 @@ def explain_archive(said: str) -> SandmartinError:
     last = _last_words(said)
     if "no space left on device" in last:
         return DiskFull("the host's disk is full", hint="free disk space on the host")
+    if "file too large" in last:
+        return Invalid("a layer of the archive is larger than the disk of a sandbox")
+    if "did not match" in last:
+        return Invalid(f"the archive is damaged: {last}", hint="send it again")
     return Invalid(
         f"the archive is no image of OCI or Docker: {last}",
         hint="`docker save` makes one, and `skopeo copy` to oci-archive:FILE",
@@ -298,4 +314,5 @@ def explain_archive(said: str) -> SandmartinError:
 
 def _last_words(said: str) -> str:
     line = (said.strip().splitlines() or ["without a word"])[-1]
-    return _QUERY.sub("", line.partition("msg=")[2] or line).strip('" ')[:_SAID]
+    text = (line.partition("msg=")[2] or line).replace('\\"', '"')
+    return _QUERY.sub("", text).strip('" ')[:_SAID]

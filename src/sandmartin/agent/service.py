@@ -77,7 +77,16 @@ def spec_of(request: pb.CreateSandboxRequest, shape_of: Callable[[str], Shape]) 
         disk_size_mb=request.disk_size_mb or model.DEFAULT_DISK_SIZE_MB,
         timeout_s=request.timeout_sec,
         network=None if request.network is None else policy_of(request.network),
+        default_user=_plain(request.default_user),
+        default_workdir=_plain(request.default_workdir),
     )
+
+
+def _plain(text: str) -> str:
+    """Raises Invalid."""
+    if "\0" in text:
+        raise Invalid("the default user or directory contains a NUL character")
+    return text
 
 
 def policy_of(message: pb.NetworkPolicy | None) -> NetworkPolicy:

@@ -18,6 +18,7 @@ from sandmartin.control import audit, events
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.copies import Copies
 from sandmartin.control.db import Database
+from sandmartin.control.defaults import account
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.operations import Held, Kind, Operations, Unfinished
 from sandmartin.control.quotas import Quotas
@@ -268,6 +269,8 @@ class Sandboxes(Copies):
                 timeout_s=row.timeout_s,
                 envs=envs,
                 network=policy_of(row),
+                default_user=account(row.defaults.get("user", "")),
+                default_workdir=row.defaults.get("workdir", ""),
             )
             made = await self._create_somewhere(agent, row, new, held)
             return {**placed(made), "started_at": time.time()}
