@@ -315,6 +315,9 @@ class FakeGuest(Guest):
         self._guests.checks += 1
         return self._address not in self._guests.silent
 
+    async def sync(self, deadline_s: float) -> None:
+        self._check()
+
     async def ask(self, port: int, path: str, deadline_s: float) -> int | None:
         self._guests.vm(self._address)
         return self._guests.answers.get(port)
@@ -470,7 +473,7 @@ def make_spec(
     sandbox_id: str = "sb1", *, network: NetworkPolicy | None = None, **shape: int
 ) -> SandboxSpec:
     """A small sandbox, far below what any host has."""
-    values: dict[str, int] = {"memory_mb": 128, "disk_size_mb": IMAGE_MB, **shape}
+    values: dict[str, Any] = {"memory_mb": 128, "disk_size_mb": IMAGE_MB, **shape}
     return SandboxSpec(sandbox_id=sandbox_id, template=IMAGE, network=network, **values)
 
 

@@ -261,6 +261,10 @@ class SandboxSpec:
     timeout_s: int = 0
     #: None is what its template has.
     network: NetworkPolicy | None = None
+    #: Whom its guest takes for a request that names nobody, and where that one's relative paths
+    #: begin; empty leaves the guest's own, or what a snapshot has.
+    default_user: str = ""
+    default_workdir: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.sandbox_id, "sandbox id")

@@ -38,8 +38,10 @@ from tests.waiting import until
 pytestmark = pytest.mark.qemu_img
 
 SERVICE = "hostagent.v1.HostAgentService"
-STREAMS_IN = {"WriteFileStream", "StreamInput", "WriteTemplate", "WriteTree"}
-STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream", "ReadTemplate", "ReadTree"}
+STREAMS_IN = {"ImportArchive", "WriteFileStream", "StreamInput", "WriteTemplate", "WriteTree"}
+STREAMS_OUT = {
+    *("ConnectProcess", "ExecStream", "ImportImage", "ReadFileStream", "ReadTemplate", "ReadTree"),
+}
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
 DEADLINE_S = 20.0
 

@@ -144,6 +144,7 @@ async def test_a_build_is_reserved_and_begun(platform: Platform, team: Team) -> 
 async def test_what_a_build_starts_from(
     platform: Platform, team: Team, ground: dict[str, str], image: str, template: str
 ) -> None:
+    await add_template(platform, team, "code-interpreter-v1")
     build_id = (await reserve(team))["buildID"]
     registry = {"type": "registry", "username": "u", "password": "hush"}
     answer = await begin(team, build_id, **ground, fromImageRegistry=registry)
@@ -245,6 +246,9 @@ async def send(team: Team, url: str, content: bytes) -> httpx.Response:
 async def test_files_are_sent_once_without_a_key(
     platform: Platform, team: Team, other_team: Team
 ) -> None:
+    refused(await team.http.get(f"/templates/app/files/{HASH}"), 404)
+    for each in (team, other_team):
+        await reserve(each)
     found = await place(team)
     assert found["present"] is False
     assert found["url"].startswith("http://control/templates/uploads/")
@@ -258,6 +262,7 @@ async def test_files_are_sent_once_without_a_key(
 
 
 async def test_an_address_holds_for_what_it_was_made(platform: Platform, team: Team) -> None:
+    await reserve(team)
     now = time.time()
     late = Ticket(team.team_id, HASH, now - 1).sealed(platform.sealer)
     told = refused(await send(team, f"/templates/uploads/{late}", archive()), 403)
@@ -274,9 +279,8 @@ async def test_an_address_holds_for_what_it_was_made(platform: Platform, team: T
     assert (await place(team))["present"] is False
 
 
-async def test_the_public_address_is_told_where_there_is_one(
-    database_url: str, tmp_path: Path, team: Team, platform: Platform
-) -> None:
+async def test_the_address_is_that_by_which_the_client_came(team: Team) -> None:
+    await reserve(team)
     answer = await team.http.get(f"/templates/app/files/{HASH}", headers={"host": "127.0.0.1:99"})
     assert answer.json()["url"].startswith("http://127.0.0.1:99/templates/uploads/")
 

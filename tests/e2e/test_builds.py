@@ -20,6 +20,7 @@ import pytest
 from clients.environments import FLASK
 from tests.e2e.conftest import new_place
 from tests.e2e.test_up import Up, clear, up
+from tests.vm.test_oci import BUSYBOX, alpine_like
 
 pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.timeout(900)]
 _DEADLINE_S = 240.0
@@ -66,6 +67,14 @@ def test_a_recipe_becomes_a_template(one: Up) -> None:
     sandbox = one.create(template="first")
     said = one.sh(sandbox, "cat /work/made who; pwd; id -un; sudo id -un; echo $COLOUR")
     assert said.split() == ["sand", "bird", "/work", "bird", "root", "sand"]
+    # And so has the guest itself, which E2B's clients ask.
+    token = one.ask("GET", f"{sandbox}/access")["access_token"]
+    host = f"49983-{sandbox.rpartition('/')[2]}.sandboxes.test"
+    at = urlsplit(one.url)
+    assert at.hostname and at.port
+    with contextlib.closing(http.client.HTTPConnection(at.hostname, at.port, 60)) as line:
+        line.request("GET", "/files?path=who", headers={"Host": host, "X-Access-Token": token})
+        assert line.getresponse().read() == b"bird\n"
     one.curl("DELETE", sandbox, expect=204)
     assert one.ask("GET", "/sandboxes")["items"] == []
 
@@ -82,13 +91,13 @@ def test_a_step_that_fails_says_how(one: Up) -> None:
 # Dockerfiles.
 
 
-def send(one: Up, files: dict[str, bytes], tmp_path: Path) -> str:
+def send(one: Up, files: dict[str, bytes], tmp_path: Path, *, mode: int = 0o644) -> str:
     """Upload a context; its digest."""
     archive = tmp_path / "context.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
-            info.size, info.mode = len(content), 0o644
+            info.size, info.mode = len(content), mode
             tar.addfile(info, io.BytesIO(content))
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     one.curl("PUT", f"/builds/contexts/{digest}", "-T", str(archive), expect=204)
@@ -136,6 +145,39 @@ def test_stages_secrets_and_files(one: Up, tmp_path: Path) -> None:
     one.curl("DELETE", sandbox, expect=204)
     again = build(one, "stages", dockerfile(STAGES), **more)
     assert again["state"] == "ready" and again["steps_cached"] > 0, again["log"]
+
+
+# Archives, and nothing.
+
+
+def test_archives_become_templates(one: Up, tmp_path: Path) -> None:
+    (archive := tmp_path / "image.tar").write_bytes(alpine_like().archive())
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    one.curl("PUT", f"/builds/contexts/{digest}", "-T", str(archive), expect=204)
+    text = "RUN cat hello > /tmp/copied; id -u >> /tmp/copied\nUSER other\nRUN id -un > /tmp/who\n"
+    built = build(one, "alpine", recipe(text), from_archive=digest, skip_pre_post=True)
+    assert built["state"] == "ready", (built["error"], built["log"])
+    sandbox = one.create(template="alpine")
+    said = one.sh(sandbox, "cat /tmp/copied /tmp/who; id -un; echo $A")
+    assert said.split() == ["hello", "1000", "other", "other", "b=c"]
+    one.curl("DELETE", sandbox, expect=204)
+
+
+def test_what_has_no_shell_is_built_from_nothing(one: Up, tmp_path: Path) -> None:
+    # One static program, and the files that another stage made.
+    text = (
+        "FROM base AS made\nRUN mkdir /out && echo text > /out/file\n"
+        "FROM scratch\nCOPY busybox /bin/cat\nCOPY --from=made /out/ /data/\n"
+        'RUN ["/bin/cat", "/data/file"]\nUSER 12\nCMD ["/bin/cat", "/dev/zero"]\n'
+        'HEALTHCHECK CMD ["/bin/cat", "/data/file"]\n'
+    )
+    context = send(one, {"busybox": BUSYBOX.read_bytes()}, tmp_path, mode=0o755)
+    built = build(one, "bare", dockerfile(text), context=context)
+    assert built["state"] == "ready", (built["error"], built["log"])
+    sandbox = one.create(template="bare")
+    said = one.ask("POST", f"{sandbox}/exec", {"cmd": "/bin/cat", "args": ["/data/file"]})
+    assert (said["stdout"], said["exit_code"]) == ("text\n", 0)
+    one.curl("DELETE", sandbox, expect=204)
 
 
 # An application, warm.

@@ -129,6 +129,10 @@ func newAgent(who *identity.Identity, gateway, cgroupRoot string) *agent {
 	mux.Handle("/tree", trees.Handler(files.UploadIdle))
 	mux.HandleFunc("GET /envs", a.tellEnvs)
 	mux.Handle("GET /metrics", &metrics.Meter{})
+	mux.HandleFunc("POST /sync", func(w http.ResponseWriter, _ *http.Request) {
+		unix.Sync()
+		w.WriteHeader(http.StatusNoContent)
+	})
 	mux.Handle("GET /tunnel", tunnel.Handler(gateway))
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {

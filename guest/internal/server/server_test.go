@@ -53,7 +53,7 @@ func ask(t *testing.T, method, url, token, body string) (int, string) {
 	return answer.StatusCode, string(content)
 }
 
-var everyRoute = []string{"/health", "/metrics", "/files?path=/etc/passwd", "/process.Process/List", "/filesystem.Filesystem/Stat", "/tunnel?port=22", "/no/such"}
+var everyRoute = []string{"/health", "/metrics", "/sync", "/files?path=/etc/passwd", "/process.Process/List", "/filesystem.Filesystem/Stat", "/tunnel?port=22", "/no/such"}
 
 func TestNothingIsServedBeforeTheIntroduction(t *testing.T) {
 	a := newAgent(identity.New(true), "127.0.0.1", "")

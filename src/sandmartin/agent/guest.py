@@ -105,6 +105,9 @@ class Identity:
     root_bytes: int = 0
     #: It is in another place than it believes: connections to the outside are of no use any more.
     moved: bool = False
+    #: Of requests that name nobody; empty leaves them as they are.
+    default_user: str = ""
+    default_workdir: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +322,21 @@ class Guest:
                 return response.status == 204
         except _SILENT:
             return False
+
+    async def sync(self, deadline_s: float) -> None:
+        """Have it write all that it has not written yet.
+
+        Raises GuestSilent, ToolFailed, Unimplemented.
+        """
+        with _translated():
+            async with (
+                asyncio.timeout(deadline_s),
+                self._http.stream("POST", f"{self._url}/sync", self._headers()) as response,
+            ):
+                if response.status == 404:
+                    raise Unimplemented("the guest is of an earlier release")
+                if response.status != 204:
+                    raise ToolFailed(f"the guest did not write its disk ({response.status})")
 
     async def ask(self, port: int, path: str, deadline_s: float) -> int | None:
         """Status of what serves HTTP on a port of the sandbox; None when nothing answers."""
@@ -611,6 +629,8 @@ def _introduction(identity: Identity) -> dict[str, Any]:
         "entropy": base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
         "rootBytes": identity.root_bytes,
         "moved": identity.moved,
+        "defaultUser": identity.default_user,
+        "defaultWorkdir": identity.default_workdir,
     }
 
 

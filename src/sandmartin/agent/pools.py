@@ -134,6 +134,8 @@ class ReadySandboxes:
                 sandbox_id=spec.sandbox_id,
                 timeout_s=spec.timeout_s,
                 network=spec.network,
+                default_user=spec.default_user,
+                default_workdir=spec.default_workdir,
             )
             if own == spec and sandbox.alive():
                 self._ready[spec.template].remove(sandbox)

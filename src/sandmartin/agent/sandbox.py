@@ -42,6 +42,7 @@ from sandmartin.errors import (
     Invalid,
     NotFound,
     SandmartinError,
+    Unimplemented,
 )
 from sandmartin.model import SandboxSpec, State, random_id
 
@@ -51,6 +52,8 @@ _log = logging.getLogger(__name__)
 _SETTLED = frozenset({State.RUNNING, State.PAUSED, State.ERROR})
 #: From the third time on it is not faster.
 _REHEARSALS = 3
+#: For all that a guest has not written yet, on a disk that may be slow.
+_SYNC_S = 120.0
 
 
 class Sandbox(Terms):
@@ -199,6 +202,8 @@ class Sandbox(Terms):
             envs=envs,
             root_bytes=self._entry.spec.disk_size_mb << 20,
             moved=moved,
+            default_user=self._entry.spec.default_user,
+            default_workdir=self._entry.spec.default_workdir,
         )
         deadline_s = self._machine.settings.boot_timeout_s
         try:
@@ -244,6 +249,15 @@ class Sandbox(Terms):
             await self._put_to_sleep(template=path)
             return self._machine.storage.snapshots.read(path)
 
+    async def _sync(self) -> None:
+        guest = self._require_guest()
+        try:
+            await guest.sync(_SYNC_S)
+        except Unimplemented:
+            # One that was frozen by an earlier release; an image without the command has none.
+            async for _ in guest.start(Command(cmd="sync", timeout_s=int(_SYNC_S))):
+                pass
+
     async def flatten(self, target: Path) -> None:
         """Write its whole disk as an image to `target`, and end it; if that fails, it sleeps.
 
@@ -251,8 +265,7 @@ class Sandbox(Terms):
         """
         await self.resume()
         # Its memory is dropped, so what the guest has not written yet must be.
-        async for _ in self._require_guest().start(Command(cmd="sync", timeout_s=120)):
-            pass
+        await self._sync()
         async with self._lock:
             self._require_running()
             with self._all_or_nothing():

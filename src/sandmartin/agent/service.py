@@ -81,7 +81,16 @@ def spec_of(request: pb.CreateSandboxRequest, shape_of: Callable[[str], Shape]) 
         disk_size_mb=request.disk_size_mb or model.DEFAULT_DISK_SIZE_MB,
         timeout_s=request.timeout_sec,
         network=None if request.network is None else policy_of(request.network),
+        default_user=_plain(request.default_user),
+        default_workdir=_plain(request.default_workdir),
     )
+
+
+def _plain(text: str) -> str:
+    """Raises Invalid."""
+    if "\0" in text:
+        raise Invalid("the default user or directory contains a NUL character")
+    return text
 
 
 def policy_of(message: pb.NetworkPolicy | None) -> NetworkPolicy:
@@ -535,7 +544,12 @@ class HostAgent(HostAgentService):
     async def list_templates(
         self, _request: pb.ListTemplatesRequest, _ctx: _Context
     ) -> pb.ListTemplatesResponse:
-        return pb.ListTemplatesResponse(templates=[_template(t) for t in self._host.templates()])
+        found = []
+        for each in self._host.templates():
+            # One that is deleted meanwhile is not there.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_template(each))
+        return pb.ListTemplatesResponse(templates=found)
 
     # What it tells of itself.
 

@@ -37,7 +37,7 @@ class BuildLogText:
         self._out = out
         self._has_colours = has_colours(out)
         #: How many there are; 0 when that is not known.
-        self._steps = steps
+        self.steps = steps
 
     def __call__(self, entry: BuildLog) -> None:
         for line in self.lines(entry):
@@ -57,7 +57,7 @@ class BuildLogText:
     def _step(self, step: str) -> str:
         if not step:
             return ""
-        of = f"/{self._steps}" if step.isdecimal() and self._steps else ""
+        of = f"/{self.steps}" if step.isdecimal() and self.steps else ""
         return f"[{plain(step)}{of}] "
 
     def _in(self, colour: str, text: str) -> str:

@@ -28,11 +28,12 @@ from sandmartin.cli.options import (
 from sandmartin.cli.progress import Progress
 from sandmartin.cli.talk import moment, print_json, print_table, say
 from sandmartin.client.builds import Terms, building, finished
+from sandmartin.client.callbacks import OnEach
 from sandmartin.client.template import Template, is_dockerfile
 from sandmartin.errors import Invalid, SandmartinError
 from sandmartin.model import check_tag, split_tag
 from sandmartin.transport.api import Api
-from sandmartin.transport.builds import Build, Builds, Script, Tag
+from sandmartin.transport.builds import Build, BuildLog, Builds, Script, Tag
 
 #: Name of the variable that holds it.
 _PASSWORD = "SANDMARTIN_REGISTRY_PASSWORD"  # noqa: S105
@@ -123,7 +124,7 @@ def _build(args: argparse.Namespace) -> int:
         build = await stack.enter_async_context(building(builds, template, terms, upload))
         upload.end()
         say(f"build {build.build_id} of {terms.name}")
-        done = await finished(builds, build, BuildLogText(sys.stderr, build.steps_total))
+        done = await finished(builds, build, _teller(builds, build))
         _tell_end(done)
         if args.json:
             print_json(asdict(done))
@@ -137,6 +138,19 @@ def _build(args: argparse.Namespace) -> int:
         for line in excerpt(template, error.message):
             say(line)
         raise
+
+
+def _teller(builds: Builds, build: Build) -> OnEach[BuildLog]:
+    """What writes the log to standard error."""
+    text = BuildLogText(sys.stderr, build.steps_total)
+
+    async def tell(entry: BuildLog) -> None:
+        # How many steps there are is known once the first has begun.
+        if entry.step and not text.steps:
+            text.steps = (await builds.get(build.build_id)).steps_total
+        text(entry)
+
+    return tell
 
 
 def _tell_end(build: Build) -> None:

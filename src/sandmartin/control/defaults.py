@@ -10,16 +10,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sandmartin.control.builds import plan
 from sandmartin.control.builds.actions import Defaults
 from sandmartin.transport import Command, ImportedImage
 
 
-def defaults_to_dict(defaults: Defaults) -> dict[str, Any]:
-    """What sandboxes and later builds need to know."""
+def defaults_to_dict(defaults: Defaults, build: plan.Build) -> dict[str, Any]:
+    """What sandboxes and later builds need to know of what `build` came to.
+
+    A user and a directory that nobody named are left to whoever asks: E2B's clients have others.
+    """
+    named = {type(step) for stage in build.stages for step in stage.steps}
+    user_named = plan.User in named or defaults.user != Defaults.user
+    workdir_named = plan.Workdir in named or defaults.workdir != Defaults.workdir
     return {
         "envs": dict(defaults.envs),
-        "user": defaults.user,
-        "workdir": defaults.workdir,
+        "user": defaults.user if user_named else "",
+        "workdir": defaults.workdir if workdir_named else "",
         "ports": list(defaults.ports),
         "labels": dict(defaults.labels),
     }
@@ -50,6 +57,11 @@ def image_to_dict(image: ImportedImage) -> dict[str, Any]:
     }
 
 
+def account(user: str) -> str:
+    """Of `user:group` what commands are run as; the group is that of the account."""
+    return user.partition(":")[0]
+
+
 def with_defaults(command: Command, raw: Mapping[str, Any]) -> Command:
     """A command of a sandbox with what its template says where the command says nothing.
 
@@ -61,4 +73,4 @@ def with_defaults(command: Command, raw: Mapping[str, Any]) -> Command:
     workdir = str(raw.get("workdir", ""))
     # A directory of `/` is none that was chosen.
     cwd = command.cwd or (workdir if workdir != "/" else "")
-    return replace(command, user=user.partition(":")[0], cwd=cwd)
+    return replace(command, user=account(user), cwd=cwd)

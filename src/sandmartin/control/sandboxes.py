@@ -19,6 +19,7 @@ from sandmartin.control.artefacts import Artefacts, NotBrought
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.copies import Copies
 from sandmartin.control.db import Database
+from sandmartin.control.defaults import account
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.moves import Moves
 from sandmartin.control.operations import Held, Kind, Operations, Unfinished
@@ -273,6 +274,8 @@ class Sandboxes(Copies):
                 timeout_s=row.timeout_s,
                 envs=envs,
                 network=policy_of(row),
+                default_user=account(row.defaults.get("user", "")),
+                default_workdir=row.defaults.get("workdir", ""),
             )
             made = await self._create_somewhere(agent, row, new, held)
             return {**placed(made), "started_at": time.time()}

@@ -178,6 +178,7 @@ class Templates:
             Row.team_id == caller.team_id,
             Row.state == TemplateState.READY,
             Row.sandbox_id.is_not(None),
+            Row.build_id.is_(None),
         )
         if sandbox_id:
             query = query.where(Row.sandbox_id == sandbox_id)

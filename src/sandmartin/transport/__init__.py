@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from sandmartin.errors import NotFound, SandmartinError
 from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec, split_tag
@@ -33,6 +33,10 @@ class NewSandbox:
     #: Environment of every command run in the sandbox.
     envs: Mapping[str, str] = field(default_factory=dict)
     network: NetworkPolicy | None = None
+    #: What a host agent alone is told, by a control plane: whom the guest takes for a request that
+    #: names nobody, and where that one's relative paths begin.
+    default_user: str = ""
+    default_workdir: str = ""
     #: What a control plane alone knows; a host agent refuses it. By metadata it is found again.
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: What becomes of it then: `pause` or `kill`; empty is the other side's default.
@@ -43,7 +47,7 @@ class NewSandbox:
     private: bool = False
 
     def __post_init__(self) -> None:
-        shape = {
+        shape: dict[str, Any] = {
             "vcpus": self.vcpus,
             "memory_mb": self.memory_mb,
             "disk_size_mb": self.disk_size_mb,

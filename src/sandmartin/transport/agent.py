@@ -170,6 +170,8 @@ class Agent(ABC):
             timeout_sec=new.timeout_s,
             envs=dict(new.envs),
             network=None if new.network is None else new.network.to_dict(),
+            default_user=new.default_user,
+            default_workdir=new.default_workdir,
         )
         answer = await self._call("CreateSandbox", message, deadline_s=_CREATE_S)
         return _placed(answer, _text(answer, "sandboxId"))

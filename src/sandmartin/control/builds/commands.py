@@ -18,6 +18,7 @@ from sandmartin.control.builds import plan
 from sandmartin.control.builds.actions import Execute
 from sandmartin.control.builds.failure import StepFailed
 from sandmartin.control.builds.log import Lines, Log
+from sandmartin.control.defaults import account
 from sandmartin.errors import NotFound, NotStarted
 from sandmartin.model import random_id
 from sandmartin.transport import Command, Ended, Stderr, Stdout
@@ -47,11 +48,6 @@ async def execute(
             timeout_s=math.ceil(action.timeout_s) if action.timeout_s else None,
         )
         await run(agent, sandbox_id, command, log)
-
-
-def account(user: str) -> str:
-    """Of `user:group` what commands are run as; the group is that of the account."""
-    return user.partition(":")[0]
 
 
 async def run(agent: Agent, sandbox_id: str, command: Command, log: Log) -> None:

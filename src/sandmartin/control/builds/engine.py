@@ -82,7 +82,7 @@ class Engine:
             stages = Stages(self, work, shop, what, stack)
             try:
                 last = await stages.do()
-                template = await last.finish(defaults_to_dict(last.settled.defaults))
+                template = await last.finish(defaults_to_dict(last.settled.defaults, what))
                 await self._publish(work, template)
             finally:
                 await stages.end()
@@ -146,7 +146,7 @@ class Engine:
             tell_end(session, over)
             events.record(session, row.team_id, "template.created", name=made.name)
             audit.record(session, work.caller, "template.built", "template", made.name)
-            await self._layers.undo(session, row.build_id, keep=True)
+            await self._layers.undo(session, row.build_id)
         log.written()
 
 

@@ -175,7 +175,8 @@ def _of_image(row: Template) -> Ground:
 
 def _nothing() -> bytes:
     """An archive of an image in which there is nothing, as Docker would save it."""
-    layer = _tar({})
+    # A layer without any member is one that tools leave out; what is in here each sandbox has.
+    layer = _tar(dict.fromkeys(("dev/", "proc/", "run/", "sys/"), b""))
     config = {
         "architecture": "amd64",
         "os": "linux",
@@ -194,6 +195,8 @@ def _tar(files: dict[str, bytes]) -> bytes:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(content), 0o644
+            if name.endswith("/"):
+                info.type, info.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(info, io.BytesIO(content))
     return out.getvalue()
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control.db import Database
@@ -65,19 +65,17 @@ class Layers:
             best.used_at = time.time()
         return best
 
-    async def undo(self, session: AsyncSession, build_id: str, *, keep: bool) -> None:
-        """Forget what a build was about to make, and without `keep` all that it made."""
-        made = (Template.build_id == build_id, Template.layer_key.is_not(None))
+    async def undo(self, session: AsyncSession, build_id: str) -> None:
+        """Forget what a build was about to make, and what only it needed."""
+        own = (Template.build_id == build_id, Template.layer_key == "")
         await session.execute(
             delete(Template).where(
                 Template.build_id == build_id, Template.state == TemplateState.MAKING
             )
         )
-        only_its_own = (Template.build_id == build_id, Template.layer_key == "")
-        for conditions in (only_its_own, *(() if keep else (made,))):
-            query = select(Template).where(*conditions, Template.state == TemplateState.HIDDEN)
-            for row in (await session.scalars(query)).all():
-                await retire(session, row)
+        query = select(Template).where(*own, Template.state == TemplateState.HIDDEN)
+        for row in (await session.scalars(query)).all():
+            await retire(session, row)
 
     async def evict(self) -> None:
         """Have no team have more than it may, and deleted teams nothing."""
@@ -109,10 +107,3 @@ class Layers:
                 size_bytes += row.size_bytes
                 if number > limits.count or size_bytes > limits.size_bytes:
                     await retire(session, row)
-
-    async def outdate(self, row: Template) -> None:
-        """Have nobody find it any more: there is a newer one."""
-        async with self._db.write() as session:
-            await session.execute(
-                update(Template).where(Template.template_id == row.template_id).values(layer_key="")
-            )

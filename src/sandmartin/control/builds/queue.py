@@ -323,7 +323,7 @@ class Queue:
             row = await session.get(Build, running.lease.build_id, populate_existing=True)
             assert row is not None
             tell_end(session, row)
-            await self._layers.undo(session, running.lease.build_id, keep=True)
+            await self._layers.undo(session, running.lease.build_id)
         log.written()
         await self._end_sandboxes(running.row)
 
@@ -358,6 +358,7 @@ class Queue:
                         Sandbox.build_id.not_in(select(Build.build_id)),
                     ),
                 )
+                await uncut(self._builds.cancel_of_deleted_teams())
                 await uncut(self._destroy_all(gone))
                 if looks % _PRUNE_EACH == 0:
                     await uncut(self._builds.prune(time.time(), self._settings.keep_s))

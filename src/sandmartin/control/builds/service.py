@@ -10,13 +10,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select, tuple_, update
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events, tables
 from sandmartin.control.builds.contexts import Contexts
 from sandmartin.control.builds.request import NewBuild
-from sandmartin.control.caller import Caller
+from sandmartin.control.caller import Caller, system
 from sandmartin.control.db import Database
 from sandmartin.control.rows import read_cursor
 from sandmartin.control.seal import Sealer
@@ -32,7 +32,6 @@ _FOLLOW_S = 1.0
 _BATCH = 500
 #: How long a reserved build waits for what it is to do.
 AWAITED_S = 3600.0
-OPEN = frozenset({BuildState.WAITING, BuildState.BUILDING})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,14 +224,16 @@ class Builds:
                 await session.delete(row)
         await self.contexts.prune(now)
 
-    async def cancel_all_of(self, team_id: str) -> None:
-        """Call off what a deleted team has under way."""
-        async with self._db.write() as session:
-            await session.execute(
-                update(Row)
-                .where(Row.team_id == team_id, Row.finished_at.is_(None))
-                .values(cancelling=True)
-            )
+    async def cancel_of_deleted_teams(self) -> None:
+        """Call off what deleted teams still have under way."""
+        deleted = select(Team.team_id).where(Team.deleted_at.is_not(None))
+        query = select(Row).where(
+            Row.team_id.in_(deleted), Row.finished_at.is_(None), Row.cancelling.is_(False)
+        )
+        async with self._db.read() as session:
+            rows = (await session.scalars(query)).all()
+        for row in rows:
+            await self.cancel(system(row.team_id), row.build_id)
 
 
 def tell(session: AsyncSession, row: Row, kind: str, **more: str) -> None:

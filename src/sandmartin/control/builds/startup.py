@@ -10,9 +10,9 @@ from contextlib import aclosing
 
 from sandmartin.control.builds import plan
 from sandmartin.control.builds.actions import Defaults, Launch
-from sandmartin.control.builds.commands import account
 from sandmartin.control.builds.failure import StepFailed
 from sandmartin.control.builds.log import Lines, Log
+from sandmartin.control.defaults import account
 from sandmartin.errors import NotFound, NotStarted
 from sandmartin.transport import Command, Ended, Started, Stderr, Stdout
 from sandmartin.transport.agent import Agent

@@ -20,14 +20,14 @@ from sandmartin.control.caller import system
 from sandmartin.control.e2b import bodies
 from sandmartin.control.e2b.names import TheName
 from sandmartin.control.seal import Sealer
-from sandmartin.errors import Denied, Invalid, Unauthenticated
+from sandmartin.errors import Denied, Invalid, NotFound, Unauthenticated
 
 router = APIRouter()
 
 LIFE_S = 3600.0
 _PURPOSE = "e2b files"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,1000}")
-TheHash = Annotated[str, Path(pattern=r"^[0-9a-f]{32,128}$", description="As the client has it.")]
+TheHash = Annotated[str, Path(max_length=128, description="As the client has it.")]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ class Ticket:
 
 @router.get("/templates/{name}/files/{digest}", status_code=201)
 async def place(
-    _name: TheName, digest: TheHash, request: Request, caller: TheCaller, platform: ThePlatform
+    name: TheName, digest: TheHash, request: Request, caller: TheCaller, platform: ThePlatform
 ) -> bodies.FileUpload:
     """Where to send the files of a step, and whether they are there already."""
+    if not (await platform.builds.list(caller, name=name, limit=1)).rows:
+        raise NotFound(f"template {name!r} has no build", hint="reserve one first")
     ticket = Ticket(caller.team_id, digest, time.time() + LIFE_S)
     base = platform.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
     return bodies.FileUpload(
