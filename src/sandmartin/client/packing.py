@@ -7,12 +7,12 @@ were written to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import posixpath
 import tarfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -36,7 +36,7 @@ class Contents:
 
 
 #: What a file is read within.
-Reading = Callable[[Path], AbstractContextManager[None]]
+Reading = Callable[[Path], contextlib.AbstractContextManager[None]]
 #: Told the path of a file, how much more of it was read, and whether that was all.
 OnRead = Callable[[str, int, bool], Awaitable[None]]
 
@@ -65,7 +65,7 @@ class Packing:
         for path, mode in self._contents.directories.items():
             self._pending += self._header(path, tarfile.DIRTYPE, mode)
         for path, (_, mode) in self._contents.files.items():
-            async with aclosing(self._file(path, mode)) as pieces:
+            async with contextlib.aclosing(self._file(path, mode)) as pieces:
                 async for piece in pieces:
                     yield piece
         for path, text in self._contents.links.items():
@@ -80,9 +80,11 @@ class Packing:
 
     async def _file(self, path: str, mode: int) -> AsyncGenerator[bytes, None]:
         local = self._source / path
-        with self._reading(local), await asyncio.to_thread(local.open, "rb") as file:
-            piece = await asyncio.to_thread(file.read, _PIECE_BYTES)
-            size = left = await asyncio.to_thread(_size_of, file, piece)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._reading(local))
+            file, piece, size = await asyncio.to_thread(_begin, local)
+            stack.enter_context(file)
+            left = size
             self._pending += self._header(path, tarfile.REGTYPE, mode, size=size)
             while piece:
                 # What it has grown by since is left to the next time.
@@ -100,8 +102,16 @@ class Packing:
         await self._on_read(path, 0, True)
 
 
-def _size_of(file: IO[bytes], beginning: bytes) -> int:
-    """How much will be read, which of a short file is known: the kernel's tell no true size."""
-    if len(beginning) < _PIECE_BYTES:
-        return len(beginning)
-    return max(os.fstat(file.fileno()).st_size, len(beginning))
+def _begin(local: Path) -> tuple[IO[bytes], bytes, int]:
+    """A file, how it begins, and how much of it will be read.
+
+    Of a short one that is what was read: the kernel's files tell no true size.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(local.open("rb"))
+        piece = file.read(_PIECE_BYTES)
+        size = len(piece)
+        if size == _PIECE_BYTES:
+            size = max(os.fstat(file.fileno()).st_size, size)
+        stack.pop_all()
+        return file, piece, size
