@@ -308,6 +308,17 @@ class FakeTransport:
         raise NotFound(f"{path} does not exist")
         yield b""
 
+    async def write_tree(
+        self, sandbox_id: str, directory: str, pieces: AsyncIterator[bytes], *, owner: str = ""
+    ) -> int:
+        async for _ in pieces:
+            pass
+        return 0
+
+    async def read_tree(self, sandbox_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        raise NotFound(f"{path} does not exist")
+        yield b""
+
     async def aclose(self) -> None:
         pass
 

@@ -359,13 +359,16 @@ class FakeGuest(Guest):
 
     async def write_tree(self, directory: str, owner: str, chunks: AsyncIterable[bytes]) -> int:
         self._check()
-        content = b"".join([chunk async for chunk in chunks])
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            members = tar.getmembers()
-            for each in filter(tarfile.TarInfo.isfile, members):
-                file = tar.extractfile(each)
-                assert file is not None
-                self._guests.files[posixpath.join(directory, each.name)] = file.read()
+        content = io.BytesIO(b"".join([chunk async for chunk in chunks]))
+        try:
+            with tarfile.open(fileobj=content, mode="r:") as tar:
+                members = tar.getmembers()
+                for each in filter(tarfile.TarInfo.isfile, members):
+                    file = tar.extractfile(each)
+                    assert file is not None
+                    self._guests.files[posixpath.join(directory, each.name)] = file.read()
+        except tarfile.TarError as error:
+            raise Invalid(f"this is no tar: {error}") from error
         return len(members)
 
     async def read_tree(self, path: str) -> AsyncGenerator[bytes, None]:

@@ -279,6 +279,36 @@ async def test_a_folder_goes_up_and_comes_down_as_it_was(
     assert tree_of(back) == tree
 
 
+def whole_seconds(top: Path) -> set[bool]:
+    """Whether files have such times, as those have that came as one tar."""
+    return {path.lstat().st_mtime_ns % 10**9 == 0 for path in top.rglob("*")}
+
+
+async def test_a_large_new_folder_goes_up_as_one(sandbox: AsyncSandbox, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_tree(source)
+    for n in range(300):
+        (source / "sub" / f"{n}").write_bytes(bytes(n))
+    (source / "sub").chmod(0o711)
+    tree, told = tree_of(source), list[CopyProgress]()
+    inside = tmp_path / "on the way" / "inside"
+    up = await sandbox.files.upload(source, str(inside), on_progress=told.append)
+    assert tree_of(inside) == tree
+    assert whole_seconds(inside) == {True}
+    assert stat.S_IMODE(inside.stat().st_mode) == stat.S_IMODE(source.stat().st_mode)
+    assert (up.files, told[-1].files, told[-1].size_bytes) == (305, 305, up.size_bytes)
+    # Over what is there, and by a link that anybody may have made, each goes by itself.
+    (inside / "large").write_bytes(b"")
+    await sandbox.files.upload(source, str(inside))
+    assert tree_of(inside) == tree
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    os.lchown(tmp_path / "link", 1000, 1000)
+    await sandbox.files.upload(source, f"{tmp_path}/link/inside")
+    assert tree_of(tmp_path / "real" / "inside") == tree
+    assert False in whole_seconds(tmp_path / "real" / "inside")
+
+
 async def test_one_file_goes_up_and_comes_down(sandbox: AsyncSandbox, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"content")

@@ -18,16 +18,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from sandmartin.client import packing
 from sandmartin.client.callbacks import OnEach, call
 from sandmartin.client.concurrent import at_once
 from sandmartin.client.link import Link
 from sandmartin.client.shell import link_all, read_links, set_modes
-from sandmartin.errors import AlreadyExists, Denied, DiskFull, Exhausted, Invalid, NotFound
+from sandmartin.errors import (
+    AlreadyExists,
+    Denied,
+    DiskFull,
+    Exhausted,
+    Invalid,
+    NotFound,
+    Unimplemented,
+)
 from sandmartin.transport import FileInfo
 
 _PIECE_BYTES = 512 << 10
 _DIRECTORY_MODE, _FILE_MODE = 0o755, 0o644
 _MODE = 0o777
+#: Names of the user whose files may go as one tar, and from how many on they do.
+_ROOT = frozenset({"", "root", "0"})
+_FEW = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +123,50 @@ class Upload(_Copy):
         """Raises Invalid, NotFound, Denied, DiskFull."""
         with _local_errors(source, "read"):
             await asyncio.to_thread(_walk, source, self._found)
+        if await self._can_go_whole(target):
+            await self._send_whole(source, target)
+        else:
+            await self._send_each(source, target)
+        return self._copied()
+
+    async def _can_go_whole(self, target: str) -> bool:
+        """Whether one tar makes just what file by file would.
+
+        That is done with root's rights, and follows no links that others could have made.
+        """
+        if self._user not in _ROOT or len(self._found.files) < _FEW or not target.startswith("/"):
+            return False
+        transport = self._link.transport
+        try:
+            await transport.stat_file(self._link.sandbox_id, target, self._user)
+        except NotFound:
+            above = posixpath.dirname(target.rstrip("/"))
+            try:
+                await transport.write_tree(self._link.sandbox_id, above, packing.nothing())
+            except (Invalid, NotFound, Denied, Unimplemented):
+                # It is on such a way, or the other side of an earlier release.
+                return False
+            return True
+        return False
+
+    async def _send_whole(self, source: Path, target: str) -> None:
+        above, name = posixpath.split(target.rstrip("/"))
+        found = self._found
+        contents = packing.Contents(
+            directories=found.directories, files=found.files, links=found.links
+        )
+
+        whole = packing.Packing(
+            source,
+            name,
+            contents,
+            reading=lambda local: _local_errors(local, "read"),
+            on_read=lambda path, size, is_whole: self._progress(path, size, is_whole=is_whole),
+        )
+        async with aclosing(whole.pieces()) as pieces:
+            await self._link.transport.write_tree(self._link.sandbox_id, above, pieces)
+
+    async def _send_each(self, source: Path, target: str) -> None:
         directories = [_below(target, each) for each in self._found.directories]
         for path in directories:
             await self._make_directory(path)
@@ -118,7 +174,6 @@ class Upload(_Copy):
         links = [(text, _below(target, path)) for path, text in self._found.links.items()]
         await link_all(self._link, links, self._user)
         await set_modes(self._link, self._modes(target), self._user)
-        return self._copied()
 
     def _modes(self, target: str) -> Iterator[tuple[int, str]]:
         """What has other modes than it was made with, in the order in which they can be set."""

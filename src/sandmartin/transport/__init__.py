@@ -482,5 +482,23 @@ class Transport(Protocol):
     def read_file(self, sandbox_id: str, path: str, user: str = "") -> AsyncGenerator[bytes, None]:
         """Read a file of any size, chunk by chunk. Raises NotFound."""
 
+    async def write_tree(
+        self, sandbox_id: str, directory: str, pieces: AsyncIterator[bytes], *, owner: str = ""
+    ) -> int:
+        """Unpack a plain tar below an absolute directory, made if missing; the number of members.
+
+        It is done with root's rights. All becomes the owner's: `user`, `user:group` or numbers;
+        empty keeps the numbers of the tar. Raises Invalid (which member, and why), DiskFull,
+        NotFound, and Unimplemented where the other side is of an earlier release; what was
+        unpacked before stays.
+        """
+
+    def read_tree(self, sandbox_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        """A file, a link or a whole directory as a plain tar, read with root's rights.
+
+        Names are relative to the directory above the absolute path. Raises NotFound, Invalid;
+        ToolFailed or Unavailable in the end when it is not whole.
+        """
+
     async def aclose(self) -> None:
         """Close the connections; what runs over them ends as Unavailable."""

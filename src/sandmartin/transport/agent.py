@@ -459,22 +459,11 @@ class Agent(ABC):
     async def write_tree(
         self, sandbox_id: str, directory: str, pieces: AsyncIterator[bytes], *, owner: str = ""
     ) -> int:
-        """Unpack a plain tar below an absolute directory, made if missing; the number of members.
-
-        It is done with root's rights. All becomes the owner's: `user`, `user:group` or numbers;
-        empty keeps the numbers of the tar. Raises Invalid (which member, and why), DiskFull,
-        NotFound; what was unpacked before stays.
-        """
         meta = wire.text(1, sandbox_id) + wire.text(2, directory) + wire.text(3, owner)
         answer = await self._upload("WriteTree", meta, pieces, deadline_s=_FILE_S)
         return _number(_fields(answer), 1)
 
     async def read_tree(self, sandbox_id: str, path: str) -> AsyncGenerator[bytes, None]:
-        """A file, a link or a whole directory as a plain tar, read with root's rights.
-
-        Names are relative to the directory above the absolute path. Raises NotFound, Invalid;
-        ToolFailed in the end when it is not whole.
-        """
         message = wire.text(1, sandbox_id) + wire.text(2, path)
         async with aclosing(self._download("ReadTree", message)) as chunks:
             async for chunk in chunks:

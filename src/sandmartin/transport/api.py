@@ -151,8 +151,11 @@ class Api:
         *,
         params: Params | None = None,
         deadline_s: float | None,
-    ) -> None:
-        """Send a body of any size. `deadline_s` bounds the wait for the answer to it."""
+    ) -> Any:
+        """Send a body of any size; what is answered, None for nothing.
+
+        `deadline_s` bounds the wait for the answer to it.
+        """
         timeout = httpx.Timeout(deadline_s, connect=_CONNECT_S, write=deadline_s and _WRITE_S)
 
         async def body() -> AsyncGenerator[bytes, None]:
@@ -166,7 +169,8 @@ class Api:
                 method, path, content=content, params=params, timeout=timeout
             ) as response,
         ):
-            await _read_whole(response)
+            answer = await _read_whole(response)
+        return self._parsed(answer)
 
     async def events(
         self,

@@ -357,6 +357,19 @@ class Rest:
             async for piece in pieces:
                 yield piece
 
+    async def write_tree(
+        self, sandbox_id: str, directory: str, pieces: AsyncIterator[bytes], *, owner: str = ""
+    ) -> int:
+        path, params = _path(sandbox_id, "files", "tree"), {"path": directory, "owner": owner}
+        answer = await self._api.write("PUT", path, pieces, params=params, deadline_s=_FILE_S)
+        return integer(answer or {}, "members")
+
+    async def read_tree(self, sandbox_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        reading = self._api.read("GET", _path(sandbox_id, "files", "tree"), params={"path": path})
+        async with aclosing(reading) as pieces:
+            async for piece in pieces:
+                yield piece
+
 
 def _path(sandbox_id: str, *below: str) -> str:
     return "/".join(["/v1/sandboxes", check_name(sandbox_id, "sandbox id"), *below])

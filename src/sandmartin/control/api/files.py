@@ -21,7 +21,6 @@ _KINDS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "symlink": stat.S_IFL
 _CONTENT = {200: {"content": BINARY, "description": "The content."}}
 _TAR = {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}
 _TREE = {200: {"content": _TAR, "description": "A plain tar."}}
-_TREE_BODY = {"requestBody": {"required": True, "content": _TAR}}
 _FORM = {
     "requestBody": {
         "required": True,
@@ -155,7 +154,7 @@ async def read(body: FileName, inside: TheInside) -> Response:
 # Directories.
 
 
-@router.put("/{sandbox_id}/files/tree", openapi_extra=_TREE_BODY)
+@router.put("/{sandbox_id}/files/tree", openapi_extra=RAW_BODY)
 async def put_tree(
     request: Request, inside: TheInside, path: ThePath, owner: TheOwner = ""
 ) -> Unpacked:
