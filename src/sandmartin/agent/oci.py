@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import (
@@ -66,6 +67,8 @@ _ORIGIN = "origin.json"
 _MAX_JSON_BYTES = 4 << 20
 _MAX_LOG_BYTES = 1 << 20
 _CHECK_BYTES = 64 << 20
+#: An empty file takes something of a disk too.
+_LEAST_BYTES = 4096
 _SAID = 400
 _NO_SPACE = os.strerror(errno.ENOSPC).lower()
 #: Before what umoci says.
@@ -349,15 +352,18 @@ class _Draft:
 
 
 def _used(directory: Path, limit_bytes: int) -> int:
-    """Blocks of all that is below a directory, in bytes; it may change meanwhile."""
+    """What all below a directory takes, in bytes, names too; it may change meanwhile."""
     used, directories = 0, [os.fspath(directory)]
     for each in directories:
         with contextlib.suppress(OSError), os.scandir(each) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
-                    used += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(status.st_mode):
                         directories.append(entry.path)
+                        used += _LEAST_BYTES
+                    else:
+                        used += max(_LEAST_BYTES, status.st_blocks * 512) // status.st_nlink
         if used > limit_bytes:
             break
     return used
@@ -397,6 +403,8 @@ def _unpacking_failed(said: str, path: Path) -> SandmartinError:
 
 
 def _making_failed(program: str, said: str, path: Path) -> SandmartinError:
+    if "allocate inode" in said:
+        return Invalid(f"the image has more files than a disk of {DEFAULT_DISK_SIZE_MB} MB holds")
     if "Could not allocate" in said or "No free space" in said:
         return _too_large("unpacked", _DISK_BYTES)
     if _NO_SPACE in said.lower():
