@@ -59,7 +59,7 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
     if item.get_closest_marker("qemu_img") and shutil.which("qemu-img") is None:
         return "need qemu-img"
     if item.get_closest_marker("registry") and not _has_registry():
-        return "need a registry of images (Debian: docker-registry, busybox-static)"
+        return "need a registry of images (Debian: docker-registry, busybox-static, skopeo, umoci)"
     if _takes_postgresql(item) and not any(_POSTGRESQL.glob("*/bin/initdb")):
         return "need PostgreSQL (Debian: postgresql)"
     if item.get_closest_marker("s3") and not s3.binary().exists():
@@ -74,7 +74,7 @@ def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:
 
 
 def _has_registry() -> bool:
-    return all(map(shutil.which, ("docker-registry", "busybox")))
+    return all(map(shutil.which, ("docker-registry", "busybox", "skopeo", "umoci")))
 
 
 @functools.cache
