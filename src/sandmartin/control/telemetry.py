@@ -35,8 +35,8 @@ _sandbox_id: ContextVar[str] = ContextVar("sandbox_id", default="")
 
 _SANDBOX_PATH = re.compile(r"/(?:v1/|v2/)?(?:sandboxes|capsules)/(sb[a-z0-9]{20})(?:/|$)")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-#: They tell each request with its address, which may be a secret.
-_TALKATIVE = ("httpx", "httpcore")
+#: They tell each request with its address, and each statement with its values: any may be secret.
+_TALKATIVE = ("httpx", "httpcore", "aiosqlite")
 
 _log = logging.getLogger(__name__)
 
