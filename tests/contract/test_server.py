@@ -39,7 +39,14 @@ pytestmark = pytest.mark.qemu_img
 
 SERVICE = "hostagent.v1.HostAgentService"
 STREAMS_IN = {"WriteFileStream", "StreamInput", "WriteTemplate"}
-STREAMS_OUT = {"ConnectProcess", "ExecStream", "ReadFileStream", "ReadTemplate"}
+STREAMS_OUT = {
+    "ConnectProcess",
+    "ExecStream",
+    "ReadFileStream",
+    "ReadTemplate",
+    "PushTemplate",
+    "PushSandbox",
+}
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
 DEADLINE_S = 20.0
 
