@@ -41,6 +41,7 @@ SERVICE = "hostagent.v1.HostAgentService"
 STREAMS_IN = {"ImportArchive", "WriteFileStream", "StreamInput", "WriteTemplate", "WriteTree"}
 STREAMS_OUT = {
     *("ConnectProcess", "ExecStream", "ImportImage", "ReadFileStream", "ReadTemplate", "ReadTree"),
+    *("PushTemplate", "PushSandbox"),
 }
 SMALL = {"template": "base", "memoryMb": 128, "diskSizeMb": IMAGE_MB}
 DEADLINE_S = 20.0

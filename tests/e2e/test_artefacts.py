@@ -13,7 +13,8 @@ from tests.e2e.conftest import Agent, Place, agent
 from tests.e2e.test_agent_process import states
 from tests.e2e.test_hosts import Control, control, run, wait_for
 
-pytestmark = pytest.mark.s3
+#: Two hosts, a server and several VMs: on a busy machine that takes its time.
+pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 
 _COUNT = "n=0; while :; do n=$((n+1)); echo $n >/dev/shm/count; sleep 0.05; done"
 _SHAPE = {"memory_mb": 256, "disk_size_mb": 5120}

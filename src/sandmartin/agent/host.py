@@ -515,6 +515,9 @@ class Host:
         try:
             with self._machine.storage.pinned(names_in(origin.manifest)):
                 await sandbox.sleep_as(origin)
+        except BaseException:
+            await asyncio.shield(sandbox.destroy())
+            raise
         finally:
             self._forget_stopped()
 

@@ -27,13 +27,13 @@ from sandmartin.agent.guest import (
     Identity,
 )
 from sandmartin.agent.journal import Entry
+from sandmartin.agent.kept import Kept
 from sandmartin.agent.machine import Machine
 from sandmartin.agent.memory import Written, write_diff
 from sandmartin.agent.microvm import Frozen, Shape, Take, new_token
 from sandmartin.agent.recorded import boot_id
 from sandmartin.agent.snapshots import Draft, Manifest, Snapshot, remove_snapshot, state_digest
 from sandmartin.agent.storage import names_in, remove
-from sandmartin.agent.terms import Terms
 from sandmartin.agent.traits import Traits
 from sandmartin.agent.vmm import VmStatus
 from sandmartin.errors import (
@@ -56,7 +56,7 @@ _REHEARSALS = 3
 _SYNC_S = 120.0
 
 
-class Sandbox(Terms):
+class Sandbox(Kept):
     """One sandbox of this host. Made by `Host`."""
 
     def __init__(self, machine: Machine, entry: Entry, take_waiting: Take) -> None:
@@ -83,13 +83,6 @@ class Sandbox(Terms):
         for snapshot in self.kept_snapshots():
             needed |= names_in(snapshot.manifest)
         return needed
-
-    def kept_snapshots(self) -> list[Snapshot]:
-        """What it sleeps in while it is paused, and its checkpoints, oldest first."""
-        return [*self._snapshots(self._paths.path), *self.checkpoints()]
-
-    def _snapshots(self, directory: Path) -> list[Snapshot]:
-        return self._machine.storage.snapshots.list(directory)
 
     # Creating.
 
@@ -407,33 +400,6 @@ class Sandbox(Terms):
                 self._become(State.RESUMING, spec=spec, auto_paused=False)
             await self._wake("resume")
 
-    async def sleep_as(self, origin: Snapshot) -> None:
-        """Sleep as another host's sandbox did, of which `origin` was brought; for a new one.
-
-        What fails leaves nothing behind. Raises Invalid, DiskFull.
-        """
-        async with self._lock, self._or_nothing():
-            manifest, snapshots = origin.manifest, self._machine.storage.snapshots
-            async with snapshots.draft(self._paths.paused) as draft:
-                with files.space_errors(draft.path):
-                    if manifest.diff is not None:
-                        await disk.link_or_copy(origin.diff, draft.diff)
-                    state = await asyncio.to_thread(origin.read_state)
-                    await snapshots.finish(draft, self._paths.paused, manifest, state)
-            self._machine.step("adopt:written")
-            # Until here it is nobody's, and removed by the next agent.
-            self._entry = replace(self._entry, state=State.PAUSED)
-            self._record(
-                sync=True,
-                image=manifest.image,
-                layers=manifest.layers,
-                token=manifest.token,
-                envs=manifest.envs,
-                sleeps_in=self._paths.paused.name,
-                moved=True,
-            )
-            self._machine.step("adopt:paused")
-
     # Its checkpoints.
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
@@ -581,54 +547,12 @@ class Sandbox(Terms):
         self._paths.checkpoints.mkdir(mode=0o700, exist_ok=True)
         return await self.snapshot(self._paths.checkpoints / f"cp{random_id(12)}", comment)
 
-    def checkpoints(self) -> list[Snapshot]:
-        """Its checkpoints, oldest first."""
-        found = self._snapshots(self._paths.checkpoints)
-        return sorted(found, key=lambda each: each.manifest.created_at)
-
-    def get_checkpoint(self, checkpoint_id: str) -> Snapshot:
-        """Raises NotFound."""
-        for checkpoint in self.checkpoints():
-            if checkpoint.path.name == checkpoint_id:
-                return checkpoint
-        raise NotFound(
-            f"sandbox {self.sandbox_id} has no checkpoint {checkpoint_id[:80]!r}",
-            hint="ListCheckpoints shows those that it has",
-        )
-
     # Folding. Whoever changes what it is made of holds `lifecycle`.
 
     @property
     def lifecycle(self) -> asyncio.Lock:
         """The lock that orders its life cycle."""
         return self._lock
-
-    def asleep_in(self) -> Snapshot | None:
-        """The snapshot of its pause, if it sleeps in that."""
-        if self.state is not State.PAUSED or self._entry.sleeps_in != self._paths.paused.name:
-            return None
-        with contextlib.suppress(NotFound, Invalid):
-            return self._machine.storage.snapshots.read(self._paths.paused)
-        return None
-
-    def asleep(self) -> tuple[Snapshot, Path | None]:
-        """What it sleeps in, and its own layer over those that this names.
-
-        That is all of it; where it is not, raises Conflict.
-        """
-        snapshot = self.asleep_in()
-        if snapshot is None:
-            raise Conflict(
-                f"sandbox {self.sandbox_id} is {self.state} and sleeps in nothing that could be"
-                " taken elsewhere"
-            )
-        if self.checkpoints():
-            raise Conflict(
-                f"sandbox {self.sandbox_id} has checkpoints, which stay where they are",
-                hint="delete them, or leave it on its host",
-            )
-        top = self._entry.top
-        return snapshot, self._paths.layer(top) if top else None
 
     def replace_layers(self, layers: tuple[str, ...]) -> None:
         """Have other sealed layers, which hold the same. Raises DiskFull."""

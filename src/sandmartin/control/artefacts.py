@@ -49,6 +49,8 @@ LEASE_S = 60.0
 _MAX_RETRY_S = 600.0
 #: The lease of whoever removes something from the store.
 SWEEP = "artefact sweep"
+#: Its owner while whoever wants it waits for pushes to end, and for how long others hold back.
+_WAITING, _WAIT_S = "waiting", 30.0
 
 
 class NotBrought(SandmartinError):
@@ -369,17 +371,21 @@ async def _sweeping(session: AsyncSession, now: float) -> bool:
 
 
 async def begin_sweep(session: AsyncSession, owner: str, lease_s: float) -> bool:
-    """Whether nobody pushes, so that `owner` may remove something for the time of a lease."""
+    """Whether nobody pushes, so that `owner` may remove something for the time of a lease.
+
+    Where somebody does, nobody begins to push for a while, so that it comes to its turn.
+    """
     now = time.time()
     lease = await session.get(tables.Lease, SWEEP, with_for_update=True)
     if lease is None:
         # Locked by whoever comes next only once it is there.
         session.add(tables.Lease(name=SWEEP, owner="", expires_at=0.0))
         return False
-    if lease.expires_at > now and lease.owner != owner:
+    if lease.expires_at > now and lease.owner not in {owner, _WAITING}:
         return False
     pushing = select(func.count()).where(Row.lease_expires_at > now)
     if await session.scalar(pushing):
+        lease.owner, lease.expires_at = _WAITING, now + _WAIT_S
         return False
     lease.owner, lease.expires_at = owner, now + lease_s
     return True

@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 _BATCH = 500
 _BATCH_S = 20.0
 _LEASE_S = 60.0
-#: How soon it is tried again where somebody pushes.
-_BUSY_S = 30.0
+#: How soon it is tried again where somebody pushes; others hold back for longer.
+_BUSY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
