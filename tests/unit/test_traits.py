@@ -61,7 +61,10 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_built_in_images_say_what_can_be_read() -> None:
-    assert built_in_images() == ["base", "code-interpreter-v1"]
+    names = ["base", "code-interpreter-v1", "minimal", "node", "python311"]
+    assert built_in_images() == names
+    for name in names:
+        Traits.of(ROOT / "images" / name / "rootfs.ext4")
     traits = Traits.of(ROOT / "images/code-interpreter-v1/rootfs.ext4")
     assert traits.starts and traits.ready.port == 49999
     assert not Traits.of(ROOT / "images/base/rootfs.ext4").starts
