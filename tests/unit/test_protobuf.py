@@ -14,7 +14,7 @@ from sandmartin.errors import SandmartinError, Unavailable
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.transport import Command, Ended, PtySize, Started, Stderr, Stdout
 from sandmartin.transport import protobuf as wire
-from sandmartin.transport.agent import _exec_event, _exec_request, _file_request
+from sandmartin.transport.messages import exec_event, exec_request, file_request
 
 _WORDS = st.text(max_size=200)
 
@@ -64,7 +64,7 @@ def test_a_command_is_what_the_library_reads(
         timeout_sec=-1 if timeout_s is None else timeout_s,
         pty=None if pty is None else pb.PtySize(cols=pty.cols, rows=pty.rows),
     )
-    assert pb.ExecStreamRequest.from_binary(_exec_request("sb1", command)) == expected
+    assert pb.ExecStreamRequest.from_binary(exec_request("sb1", command)) == expected
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 2**21 + 1])
@@ -82,7 +82,7 @@ def test_content_of_any_size_is_what_the_library_reads(size: int) -> None:
 
 def test_a_file_is_asked_for_as_the_library_would() -> None:
     asked = pb.ReadFileStreamRequest(sandbox_id="sb1", path="/ü", user="1000")
-    assert _file_request("sb1", "/ü", "1000") == asked.to_binary()
+    assert file_request("sb1", "/ü", "1000") == asked.to_binary()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_file_is_asked_for_as_the_library_would() -> None:
     ],
 )
 def test_an_event_is_what_the_library_wrote(message: bytes, expected: object) -> None:
-    assert _exec_event(message) == expected
+    assert exec_event(message) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_event_is_what_the_library_wrote(message: bytes, expected: object) ->
 )
 def test_what_is_cut_short_or_no_message_is_malformed(message: bytes) -> None:
     with pytest.raises(Unavailable, match="malformed"):
-        _exec_event(message)
+        exec_event(message)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_is_cut_short_or_no_message_is_malformed(message: bytes) -> None:
 )
 def test_a_field_of_another_type_is_refused(message: bytes) -> None:
     with pytest.raises(SandmartinError, match="field"):
-        _exec_event(message)
+        exec_event(message)
 
 
 @given(st.binary(max_size=60))

@@ -15,7 +15,7 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,16 +25,13 @@ from urllib.parse import unquote
 import pyqwest
 from protobuf import Message, Oneof
 
+from sandmartin.agent import replies
 from sandmartin.agent.body import Body
 from sandmartin.agent.passage import Passage
 from sandmartin.errors import (
-    AlreadyExists,
-    Conflict,
     Denied,
-    DiskFull,
     Exhausted,
     GuestSilent,
-    Invalid,
     NotFound,
     NotStarted,
     SandmartinError,
@@ -57,7 +54,6 @@ _CLOCK_TOLERANCE_S = 0.12
 _CLOCK_TRIES = 1
 #: Until a stream closes that has told the command's end.
 _FINISH_S = 0.5
-_MAX_REPLY_BYTES = 1 << 20
 #: Output comes in chunks of 32 KiB at most.
 _MAX_MESSAGE_BYTES = 1 << 20
 _ENTROPY_BYTES = 64
@@ -65,9 +61,6 @@ _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}")
 
 #: Said after the last byte of a tree.
 _OUTCOME, _WHOLE = "sandmartin-outcome", "whole"
-#: What agents of earlier releases answer on a path that they do not know.
-_NO_ROUTE = "there is no such route"
-_MAX_REASON = 500
 
 #: The Connect protocol's envelope: flags and size, then the message.
 _ENVELOPE = struct.Struct(">BI")
@@ -272,12 +265,12 @@ class Guest:
                 async with asyncio.timeout(min(left, _INTRODUCE_TRY_S)):
                     status, reply = await self._post_introduction(identity)
                 break
-            except _SILENT:
+            except replies.SILENT:
                 if time.monotonic() >= until:
                     raise _not_booted(deadline_s) from None
                 await asyncio.sleep(_INTRODUCE_PAUSE_S)
         if status != 200:
-            raise ToolFailed(f"the guest did not take its identity: {_message(reply)}")
+            raise ToolFailed(f"the guest did not take its identity: {replies.reason(reply)}")
         told = (identity.sandbox_id, identity.hostname, identity.machine_id)
         if tuple(reply.get(key) for key in ("sandboxId", "hostname", "machineId")) != told:
             raise ToolFailed("the guest confirmed another identity than it was given")
@@ -292,7 +285,7 @@ class Guest:
             yield json.dumps(_introduction(identity)).encode()
 
         async with self._http.stream("POST", f"{self._url}/init", headers, content()) as response:
-            return response.status, _parse(await _read_bounded(response))
+            return response.status, replies.parse(await replies.read_bounded(response))
 
     async def awake(self, deadline_s: float) -> None:
         """Wait until the guest agent answers anything at all. Raises TimedOut."""
@@ -309,7 +302,7 @@ class Guest:
                 self._http.stream("GET", f"{self._url}/health") as response,
             ):
                 return response.status in {204, 503}
-        except _SILENT:
+        except replies.SILENT:
             return False
 
     async def healthy(self, deadline_s: float) -> bool:
@@ -320,7 +313,7 @@ class Guest:
                 self._http.stream("GET", f"{self._url}/health") as response,
             ):
                 return response.status == 204
-        except _SILENT:
+        except replies.SILENT:
             return False
 
     async def sync(self, deadline_s: float) -> None:
@@ -328,7 +321,7 @@ class Guest:
 
         Raises GuestSilent, ToolFailed, Unimplemented.
         """
-        with _translated():
+        with replies.translated():
             async with (
                 asyncio.timeout(deadline_s),
                 self._http.stream("POST", f"{self._url}/sync", self._headers()) as response,
@@ -342,7 +335,7 @@ class Guest:
         """Status of what serves HTTP on a port of the sandbox; None when nothing answers."""
         # No header of ours: it is the guest's own program, and may not know the token.
         url = f"http://{self._address}:{port}{path}"
-        with contextlib.suppress(*_SILENT):
+        with contextlib.suppress(*replies.SILENT):
             async with asyncio.timeout(deadline_s), self._http.stream("GET", url) as response:
                 return response.status
         return None
@@ -396,12 +389,12 @@ class Guest:
         message = request.to_binary()
         content = _ENVELOPE.pack(_PLAIN, len(message)) + message
         asking = self._http.stream("POST", self._procedure(method), headers, content)
-        with _translated():
+        with replies.translated():
             async with contextlib.AsyncExitStack() as stack:
                 opening = _opened(asking, asyncio.timeout(self._deadlines.call_s))
                 response = await stack.enter_async_context(opening)
                 if response.status != 200:
-                    raise _call_error(await self._reply(response))
+                    raise replies.call_error(await self._reply(response))
                 chunks = _audible(response.content, self._deadlines.stream_s)
                 async for payload in _messages(chunks):
                     event = _process_event(payload)
@@ -475,12 +468,12 @@ class Guest:
         headers = self._headers(user) | {"content-type": "application/proto"}
         asking = self._http.stream("POST", self._procedure(method), headers, request.to_binary())
         limit = asyncio.timeout(None if patient else self._deadlines.call_s)
-        with _translated():
+        with replies.translated():
             async with _opened(asking, limit) as response:
                 async with asyncio.timeout(self._deadlines.call_s):
-                    reply = await _read_bounded(response)
+                    reply = await replies.read_bounded(response)
                 if response.status != 200:
-                    raise _call_error(_parse(reply))
+                    raise replies.call_error(replies.parse(reply))
                 return reply
 
     def _procedure(self, method: str) -> str:
@@ -491,7 +484,7 @@ class Guest:
 
     async def _reply(self, response: pyqwest.Response) -> dict[str, Any]:
         async with asyncio.timeout(self._deadlines.call_s):
-            return _parse(await _read_bounded(response))
+            return replies.parse(await replies.read_bounded(response))
 
     # Directories. All raise NotFound, Denied, Invalid, GuestSilent.
 
@@ -558,7 +551,9 @@ class Guest:
         if not outcome:
             raise GuestSilent("the guest agent broke off before the end of the tree")
         if outcome != _WHOLE:
-            raise ToolFailed(f"the tree could not be read to its end: {outcome[:_MAX_REASON]}")
+            raise ToolFailed(
+                f"the tree could not be read to its end: {outcome[: replies.MAX_REASON]}"
+            )
 
     async def _upload(
         self, route: str, query: dict[str, str | None], chunks: AsyncIterable[bytes]
@@ -569,11 +564,11 @@ class Guest:
             "POST", f"{self._url}/{route}", headers, body.read(), params=query
         )
         try:
-            with _translated():
+            with replies.translated():
                 async with _opened(sending, body.silence) as response:
                     reply = await self._reply(response)
                     if response.status != 200:
-                        raise _file_error(response.status, reply)
+                        raise replies.file_error(response.status, reply)
                     return reply
         except SandmartinError as error:
             if body.failure is not None:
@@ -585,10 +580,10 @@ class Guest:
     ) -> AsyncGenerator[bytes]:
         """The content of an answer; what is told after it goes into `trailers`."""
         asking = self._http.stream("GET", f"{self._url}/{route}", self._headers(), params=query)
-        with _translated():
+        with replies.translated():
             async with _opened(asking, asyncio.timeout(self._deadlines.call_s)) as response:
                 if response.status != 200:
-                    raise _file_error(response.status, await self._reply(response))
+                    raise replies.file_error(response.status, await self._reply(response))
                 async for chunk in _audible(response.content, self._deadlines.stream_s):
                     yield chunk
                 if trailers is not None:
@@ -714,7 +709,7 @@ async def _audible(
 
 
 async def _finish(stream: contextlib.AsyncExitStack, chunks: AsyncIterator[bytes]) -> None:
-    with contextlib.suppress(*_SILENT):
+    with contextlib.suppress(*replies.SILENT):
         async with stream, asyncio.timeout(_FINISH_S):
             async for _ in chunks:
                 pass
@@ -736,82 +731,7 @@ async def _messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             del buffer[:end]
             if flags == _PLAIN:
                 yield payload
-            elif isinstance(error := _parse(payload).get("error"), dict):
-                raise _call_error(error)
+            elif isinstance(error := replies.parse(payload).get("error"), dict):
+                raise replies.call_error(error)
             else:
                 return
-
-
-async def _read_bounded(response: pyqwest.Response) -> bytes:
-    content = bytearray()
-    async for chunk in response.content:
-        content += chunk
-        if len(content) > _MAX_REPLY_BYTES:
-            raise ToolFailed("the guest agent's answer is too large")
-    return bytes(content)
-
-
-def _parse(content: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        parsed = json.loads(content)
-        if isinstance(parsed, dict):
-            return parsed
-    return {}
-
-
-def _message(reply: Mapping[str, Any]) -> str:
-    return str(reply.get("message", "no reason given"))[:_MAX_REASON]
-
-
-_FILE_ERRORS: dict[int, type[SandmartinError]] = {
-    400: Invalid,
-    401: Invalid,
-    403: Denied,
-    404: NotFound,
-    507: DiskFull,
-}
-
-
-def _file_error(status: int, reply: Mapping[str, Any]) -> SandmartinError:
-    if _message(reply) == _NO_ROUTE:
-        return Unimplemented(
-            "the sandbox's guest agent is of an earlier release, which cannot do this",
-            hint="use a sandbox of a template that was made since",
-        )
-    error = _FILE_ERRORS.get(status, ToolFailed)
-    hint = "remove files in the sandbox, or create it with a larger disk" if status == 507 else ""
-    return error(_message(reply), hint=hint)
-
-
-_CALL_ERRORS: dict[str, type[SandmartinError]] = {
-    "invalid_argument": Invalid,
-    "unauthenticated": Invalid,
-    "not_found": NotFound,
-    "already_exists": AlreadyExists,
-    "permission_denied": Denied,
-    "failed_precondition": Conflict,
-    "resource_exhausted": Exhausted,
-    "unavailable": GuestSilent,
-}
-
-
-def _call_error(reply: Mapping[str, Any]) -> SandmartinError:
-    return _CALL_ERRORS.get(str(reply.get("code")), ToolFailed)(_message(reply))
-
-
-_SILENT = (
-    OSError,
-    TimeoutError,
-    pyqwest.ReadError,
-    pyqwest.WriteError,
-    pyqwest.RemoteProtocolError,
-)
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Turn what the transport raises into our errors."""
-    try:
-        yield
-    except _SILENT as error:
-        raise GuestSilent(f"the guest agent does not answer: {error}") from error

@@ -19,14 +19,13 @@ from sandmartin.control.db import Database
 from sandmartin.control.states import TemplateState
 from sandmartin.control.tables import Template, TemplateTag
 from sandmartin.control.templates import (
-    DEFAULT_TAG,
     find_template,
     hidden_name,
     retire,
-    split_name,
     tagged_name,
 )
 from sandmartin.errors import Denied, Invalid, NotFound
+from sandmartin.model import DEFAULT_TAG, split_tag
 
 MAX_TAGS = 32
 
@@ -39,7 +38,7 @@ class Tags:
 
     async def list(self, caller: Caller, name: str) -> Sequence[TemplateTag]:
         """Tags of a name of the team, oldest first. Raises NotFound, Invalid."""
-        base, _ = split_name(name)
+        base, _ = split_tag(name)
         async with self._db.read() as session:
             if found := await _tags_of(session, caller.team_id, base):
                 return found
@@ -59,7 +58,7 @@ class Tags:
 
         Raises NotFound, Denied for what is the platform's, Invalid.
         """
-        base, _ = split_name(target)
+        base, _ = split_tag(target)
         async with self._db.write() as session:
             row = await self._own(session, caller, target)
             await move_tags(session, row, base, tags)
@@ -68,7 +67,7 @@ class Tags:
 
     async def remove(self, caller: Caller, name: str, tags: Sequence[str]) -> None:
         """Take tags of a name away. Raises NotFound, Denied, Invalid."""
-        base, _ = split_name(name)
+        base, _ = split_tag(name)
         check_tags(base, tags)
         async with self._db.write() as session:
             for tag in dict.fromkeys(tags):
@@ -94,7 +93,7 @@ def check_tags(name: str, tags: Sequence[str]) -> None:
     if not 1 <= len(tags) <= MAX_TAGS:
         raise Invalid(f"there are {len(tags)} tags", hint=f"give 1 to {MAX_TAGS}")
     for tag in tags:
-        split_name(f"{name}:{tag}")
+        split_tag(f"{name}:{tag}")
 
 
 async def move_tags(session: AsyncSession, row: Template, name: str, tags: Sequence[str]) -> None:

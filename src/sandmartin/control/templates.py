@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +26,8 @@ from sandmartin.control.hosts import Hosts
 from sandmartin.control.rows import read_cursor
 from sandmartin.control.states import ALIVE, TemplateState
 from sandmartin.control.tables import PLATFORM_TEAM_ID, TemplatePlacement, TemplateTag
-from sandmartin.errors import AlreadyExists, Conflict, Denied, Invalid, NotFound, SandmartinError
-from sandmartin.model import check_name, random_id
+from sandmartin.errors import AlreadyExists, Conflict, Denied, NotFound, SandmartinError
+from sandmartin.model import DEFAULT_TAG, check_name, random_id, split_tag
 from sandmartin.transport import TemplateInfo as AgentTemplate
 from sandmartin.transport.agent import Agent
 
@@ -39,9 +38,6 @@ Row = tables.Template
 _OF_A_TEAM = "t-"
 #: Nobody deletes this one of the platform's.
 _DEFAULT = "base"
-#: What a name means that has no tag.
-DEFAULT_TAG = "default"
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 async def find_template(
@@ -62,7 +58,7 @@ async def find_template(
     if template_id:
         query = query.where(Row.template_id == template_id, Row.state != TemplateState.RETIRED)
     else:
-        base, tag = split_name(name)
+        base, tag = split_tag(name)
         tagged = select(TemplateTag.template_id).where(
             TemplateTag.team_id == Row.team_id, TemplateTag.name == base, TemplateTag.tag == tag
         )
@@ -80,20 +76,6 @@ async def find_template(
     if row.state == TemplateState.MAKING:
         raise Conflict(f"template {name!r} is still being made", hint="try again in a moment")
     return row
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Name and tag of `name:tag`, or of a name alone. Raises Invalid."""
-    base, colon, tag = name.partition(":")
-    check_name(base, "template name")
-    if not colon:
-        return base, DEFAULT_TAG
-    if not _TAG.fullmatch(tag):
-        raise Invalid(
-            f"the tag {tag[:80]!r} is not valid",
-            hint="use letters, digits, dot, dash and underscore, 128 at most",
-        )
-    return base, tag
 
 
 def tagged_name(name: str, tag: str) -> str:

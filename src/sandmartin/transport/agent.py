@@ -1,9 +1,9 @@
 """The transport to a host agent: `hostagent.v1` over its unix socket, or TLS to another machine.
 
-The only module that knows that contract's messages: they end here, in both directions. Single
-calls are JSON. Protobuf's rules for it that matter: bytes are base64, 64-bit integers are strings,
-a field with its default value is left out, and unknown fields are ignored. The messages of
-streams, which carry content, are protobuf's binary form.
+With `messages` the only module that knows that contract's messages: they end here, in both
+directions. Single calls are JSON. Protobuf's rules for it that matter: bytes are base64, 64-bit
+integers are strings, a field with its default value is left out, and unknown fields are ignored.
+The messages of streams, which carry content, are protobuf's binary form.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
-from sandmartin.errors import Denied, SandmartinError, Unavailable, Unimplemented, from_code
-from sandmartin.model import INTERNET, NetworkPolicy
+from sandmartin.errors import Denied, SandmartinError, Unavailable, Unimplemented
+from sandmartin.model import NetworkPolicy
 from sandmartin.relay.kept import KeptLines
 from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
@@ -31,7 +31,6 @@ from sandmartin.transport import (
     Checkpoint,
     Command,
     CreatedSandbox,
-    Ended,
     ExecEvent,
     FileInfo,
     ForkedSandbox,
@@ -46,22 +45,18 @@ from sandmartin.transport import (
     RegistryAuth,
     SandboxInfo,
     Snapshot,
-    Started,
-    Stderr,
-    Stdout,
     TemplateInfo,
     find_sandbox,
+    messages,
 )
 from sandmartin.transport import protobuf as wire
-from sandmartin.transport.connect import ConnectChannel, malformed
+from sandmartin.transport.connect import ConnectChannel
 from sandmartin.transport.fields import Message
 from sandmartin.transport.fields import integer as _int
-from sandmartin.transport.fields import number as _float
 from sandmartin.transport.fields import octets as _bytes
 from sandmartin.transport.fields import part as _part
 from sandmartin.transport.fields import parts as _parts
 from sandmartin.transport.fields import text as _text
-from sandmartin.transport.fields import texts as _texts
 
 _SERVICE = "hostagent.v1.HostAgentService"
 _CONNECT_S = 5.0
@@ -174,7 +169,7 @@ class Agent(ABC):
             default_workdir=new.default_workdir,
         )
         answer = await self._call("CreateSandbox", message, deadline_s=_CREATE_S)
-        return _placed(answer, _text(answer, "sandboxId"))
+        return messages.placed(answer, _text(answer, "sandboxId"))
 
     async def destroy(self, sandbox_id: str) -> None:
         await self._call("DestroySandbox", {"sandbox_id": sandbox_id}, deadline_s=_DESTROY_S)
@@ -187,7 +182,7 @@ class Agent(ABC):
 
     async def list_sandboxes(self) -> tuple[SandboxInfo, ...]:
         answer = await self._call("ListSandboxes", {})
-        return tuple(_sandbox_info(each) for each in _parts(answer, "sandboxes"))
+        return tuple(messages.sandbox_info(each) for each in _parts(answer, "sandboxes"))
 
     async def ping(self, sandbox_id: str) -> None:
         await self._call("PingSandbox", {"sandbox_id": sandbox_id})
@@ -213,7 +208,7 @@ class Agent(ABC):
             sandbox_id=sandbox_id, timeout_sec=timeout_s, keep_timeout=timeout_s is None
         )
         answer = await self._call("ResumeSandbox", message, deadline_s=_SNAPSHOT_S)
-        return _placed(answer, sandbox_id)
+        return messages.placed(answer, sandbox_id)
 
     async def fork(
         self, sandbox_id: str, child_ids: tuple[str, ...], timeout_s: int
@@ -222,7 +217,7 @@ class Agent(ABC):
             sandbox_id=sandbox_id, child_ids=list(child_ids), timeout_sec=timeout_s
         )
         answer = await self._call("ForkSandbox", message, deadline_s=_SNAPSHOT_S)
-        return tuple(_forked(each) for each in _parts(answer, "children"))
+        return tuple(messages.forked(each) for each in _parts(answer, "children"))
 
     async def undo_fork(
         self,
@@ -237,11 +232,11 @@ class Agent(ABC):
     async def create_checkpoint(self, sandbox_id: str, comment: str) -> Checkpoint:
         message = _without_defaults(sandbox_id=sandbox_id, comment=comment)
         answer = await self._call("CreateCheckpoint", message, deadline_s=_SNAPSHOT_S)
-        return _checkpoint(_part(answer, "checkpoint") or {})
+        return messages.checkpoint(_part(answer, "checkpoint") or {})
 
     async def list_checkpoints(self, sandbox_id: str) -> tuple[Checkpoint, ...]:
         answer = await self._call("ListCheckpoints", {"sandbox_id": sandbox_id})
-        return tuple(_checkpoint(each) for each in _parts(answer, "checkpoints"))
+        return tuple(messages.checkpoint(each) for each in _parts(answer, "checkpoints"))
 
     async def delete_checkpoint(self, sandbox_id: str, checkpoint_id: str) -> None:
         message = {"sandbox_id": sandbox_id, "checkpoint_id": checkpoint_id}
@@ -250,7 +245,7 @@ class Agent(ABC):
     async def rollback(self, sandbox_id: str, checkpoint_id: str) -> CreatedSandbox:
         message = {"sandbox_id": sandbox_id, "checkpoint_id": checkpoint_id}
         answer = await self._call("RollbackSandbox", message, deadline_s=_SNAPSHOT_S)
-        return _placed(answer, sandbox_id)
+        return messages.placed(answer, sandbox_id)
 
     async def create_snapshot(self, sandbox_id: str, name: str, *, live: bool) -> Snapshot:
         message = _without_defaults(sandbox_id=sandbox_id, name=name, live=live)
@@ -262,7 +257,7 @@ class Agent(ABC):
 
     async def list_templates(self) -> tuple[TemplateInfo, ...]:
         answer = await self._call("ListTemplates", {})
-        return tuple(_template(each) for each in _parts(answer, "templates"))
+        return tuple(messages.template(each) for each in _parts(answer, "templates"))
 
     async def read_template(self, name: str) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._download("ReadTemplate", wire.text(1, name))) as chunks:
@@ -286,14 +281,14 @@ class Agent(ABC):
         with self._connect_errors_as_ours():
             async with aclosing(self._channel.server_stream("ImportImage", message)) as answers:
                 async for answer in answers:
-                    if (event := _import_event(answer)) is not None:
+                    if (event := messages.import_event(answer)) is not None:
                         yield event
 
     async def import_archive(self, name: str, pieces: AsyncIterator[bytes]) -> ImportedImage:
         """Make a template of an archive of one image, of OCI's or Docker's form."""
         meta = wire.text(1, name)
         answer = await self._upload("ImportArchive", meta, pieces, deadline_s=_IMPORT_S)
-        return _imported_image(_content(_fields(answer), 1))
+        return messages.imported_image(messages.content(messages.fields(answer), 1))
 
     async def push_template(
         self, name: str, store: ArtefactStore
@@ -328,11 +323,11 @@ class Agent(ABC):
     async def _push(
         self, method: str, what: str, store: ArtefactStore
     ) -> AsyncGenerator[PushProgress | Artefact, None]:
-        message = wire.text(1, what) + wire.content(2, _store(store))
+        message = wire.text(1, what) + wire.content(2, messages.store(store))
         with self._connect_errors_as_ours():
             async with aclosing(self._channel.server_stream(method, message)) as answers:
                 async for answer in answers:
-                    if (event := _push_event(answer)) is not None:
+                    if (event := messages.push_event(answer)) is not None:
                         yield event
 
     async def fetch_template(self, name: str, artefact_id: str, store: ArtefactStore) -> None:
@@ -352,20 +347,20 @@ class Agent(ABC):
     async def metrics(self, sandbox_id: str, time_range: str) -> tuple[MetricPoint, ...]:
         message = {"sandbox_id": sandbox_id, "range": time_range}
         answer = await self._call("GetSandboxMetrics", message)
-        return tuple(_metric_point(each) for each in _parts(answer, "points"))
+        return tuple(messages.metric_point(each) for each in _parts(answer, "points"))
 
     async def flush_metrics(self, sandbox_id: str) -> dict[str, tuple[MetricPoint, ...]]:
         """All that is known of a sandbox by range, oldest first, which is forgotten then."""
         answer = await self._call("FlushSandboxMetrics", {"sandbox_id": sandbox_id})
         fields = {"10m": "points10m", "2h": "points2h", "24h": "points24h"}
         return {
-            tier: tuple(_metric_point(each) for each in _parts(answer, field))
+            tier: tuple(messages.metric_point(each) for each in _parts(answer, field))
             for tier, field in fields.items()
         }
 
     async def describe(self) -> HostInfo:
         """What the host is, and what it has for sandboxes."""
-        return _host_info(await self._call("DescribeHost", {}))
+        return messages.host_info(await self._call("DescribeHost", {}))
 
     async def flatten(self, sandbox_id: str, name: str) -> int:
         """Make an image of a sandbox's disk, and end it; the bytes that the image takes."""
@@ -378,12 +373,12 @@ class Agent(ABC):
 
     async def list_processes(self, sandbox_id: str) -> tuple[Process, ...]:
         answer = await self._call("ListProcesses", {"sandbox_id": sandbox_id})
-        return tuple(_process(each) for each in _parts(answer, "processes"))
+        return tuple(messages.process(each) for each in _parts(answer, "processes"))
 
     async def exec_stream(
         self, sandbox_id: str, command: Command
     ) -> AsyncGenerator[ExecEvent, None]:
-        events = self._listen("ExecStream", _exec_request(sandbox_id, command))
+        events = self._listen("ExecStream", messages.exec_request(sandbox_id, command))
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -398,7 +393,7 @@ class Agent(ABC):
         with self._connect_errors_as_ours():
             async with aclosing(self._channel.server_stream(method, message)) as answers:
                 async for answer in answers:
-                    if (event := _exec_event(answer)) is not None:
+                    if (event := messages.exec_event(answer)) is not None:
                         yield event
 
     async def send_stdin(self, sandbox_id: str, pid: int, chunks: AsyncIterator[bytes]) -> None:
@@ -417,14 +412,14 @@ class Agent(ABC):
     async def stat_file(self, sandbox_id: str, path: str, user: str = "") -> FileInfo:
         message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user)
         answer = await self._call("StatFile", message)
-        return _file_info(_part(answer, "file") or {})
+        return messages.file_info(_part(answer, "file") or {})
 
     async def list_files(
         self, sandbox_id: str, path: str, user: str = "", *, depth: int = 1
     ) -> tuple[FileInfo, ...]:
         message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user, depth=depth)
         answer = await self._call("ListFiles", message, deadline_s=_FILE_S)
-        return tuple(_file_info(each) for each in _parts(answer, "files"))
+        return tuple(messages.file_info(each) for each in _parts(answer, "files"))
 
     async def make_directory(self, sandbox_id: str, path: str, user: str = "") -> None:
         message = _without_defaults(sandbox_id=sandbox_id, path=path, user=user)
@@ -445,13 +440,13 @@ class Agent(ABC):
     async def write_file(
         self, sandbox_id: str, path: str, chunks: AsyncIterator[bytes], user: str = ""
     ) -> None:
-        meta = _file_request(sandbox_id, path, user)
+        meta = messages.file_request(sandbox_id, path, user)
         await self._upload("WriteFileStream", meta, chunks, deadline_s=_FILE_S)
 
     async def read_file(
         self, sandbox_id: str, path: str, user: str = ""
     ) -> AsyncGenerator[bytes, None]:
-        message = _file_request(sandbox_id, path, user)
+        message = messages.file_request(sandbox_id, path, user)
         async with aclosing(self._download("ReadFileStream", message)) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -461,7 +456,7 @@ class Agent(ABC):
     ) -> int:
         meta = wire.text(1, sandbox_id) + wire.text(2, directory) + wire.text(3, owner)
         answer = await self._upload("WriteTree", meta, pieces, deadline_s=_FILE_S)
-        return _number(_fields(answer), 1)
+        return messages.number(messages.fields(answer), 1)
 
     async def read_tree(self, sandbox_id: str, path: str) -> AsyncGenerator[bytes, None]:
         message = wire.text(1, sandbox_id) + wire.text(2, path)
@@ -473,7 +468,7 @@ class Agent(ABC):
         with self._connect_errors_as_ours():
             async with aclosing(self._channel.server_stream(method, message)) as answers:
                 async for answer in answers:
-                    if chunk := _content(_fields(answer), 1):
+                    if chunk := messages.content(messages.fields(answer), 1):
                         yield chunk
 
     async def _call(self, method: str, message: Message, *, deadline_s: float = _CALL_S) -> Message:
@@ -572,251 +567,3 @@ def _os_error(error: BaseException) -> OSError | None:
 
 def _without_defaults(**fields: Any) -> Message:
     return {name: value for name, value in fields.items() if value}
-
-
-# Messages of streams.
-
-
-def _exec_request(sandbox_id: str, command: Command) -> bytes:
-    # 0 would be the agent's default limit; below 0 is none.
-    timeout_s = -1 if command.timeout_s is None else command.timeout_s
-    pty = command.pty
-    size = None if pty is None else wire.integer(1, pty.cols) + wire.integer(2, pty.rows)
-    return b"".join(
-        (
-            wire.text(1, sandbox_id),
-            wire.text(2, command.cmd),
-            wire.texts(3, command.args),
-            wire.integer(4, timeout_s),
-            wire.pairs(100, command.envs),
-            wire.text(101, command.cwd),
-            wire.text(102, command.user),
-            wire.integer(103, command.stdin),
-            b"" if size is None else wire.content(104, size, always=True),
-            wire.text(105, command.tag),
-        )
-    )
-
-
-def _file_request(sandbox_id: str, path: str, user: str) -> bytes:
-    """A request for a stream of a file, or the meta data of one."""
-    return wire.text(1, sandbox_id) + wire.text(2, path) + wire.text(100, user)
-
-
-def _fields(message: bytes) -> wire.Fields:
-    try:
-        return wire.decode(message)
-    except ValueError as error:
-        raise malformed(str(error)) from error
-
-
-def _content(fields: wire.Fields, number: int) -> bytes:
-    value = fields.get(number, b"")
-    if isinstance(value, int):
-        raise SandmartinError(f"the agent's answer has a number in field {number}")
-    return value
-
-
-def _number(fields: wire.Fields, number: int) -> int:
-    value = fields.get(number, 0)
-    if isinstance(value, bytes):
-        raise SandmartinError(f"the agent's answer has no number in field {number}")
-    return wire.signed(value)
-
-
-def _store(store: ArtefactStore) -> bytes:
-    return wire.text(1, store.url) + wire.content(2, store.key)
-
-
-def _push_event(message: bytes) -> PushProgress | Artefact | None:
-    """The event in a PushTemplateResponse, None for a kind that this release does not know."""
-    event = _fields(message)
-    if 1 in event:
-        told = _fields(_content(event, 1))
-        return PushProgress(chunks_done=_size(told, 1), chunks_total=_size(told, 2))
-    if 2 in event:
-        told = _fields(_content(event, 2))
-        return Artefact(
-            artefact_id=_content(told, 1).decode(errors="replace"),
-            size_bytes=_size(told, 2),
-            added_bytes=_size(told, 3),
-        )
-    return None
-
-
-def _size(fields: wire.Fields, number: int) -> int:
-    """A 64-bit number that is never below 0."""
-    value = fields.get(number, 0)
-    if isinstance(value, bytes):
-        raise SandmartinError(f"the agent's answer has no number in field {number}")
-    return value
-
-
-def _exec_event(message: bytes) -> ExecEvent | None:
-    """The event in an ExecStreamResponse, None for a kind that this release does not know."""
-    event = _fields(message)
-    if 1 in event:
-        return Started(_number(_fields(_content(event, 1)), 1))
-    if 2 in event:
-        data = _fields(_content(event, 2))
-        return Stdout(_content(data, 1)) if 1 in data else Stderr(_content(data, 2))
-    if 3 in event:
-        end = _fields(_content(event, 3))
-        return Ended(
-            exit_code=_number(end, 1),
-            signal=_number(end, 100),
-            error=_content(end, 2).decode(errors="replace"),
-        )
-    return None
-
-
-def _import_event(message: bytes) -> ImportProgress | ImportedImage | None:
-    """The event in an ImportImageResponse, None for a kind that this release does not know."""
-    event = _fields(message)
-    if 1 in event:
-        return ImportProgress(_string(_fields(_content(event, 1)), 1))
-    return _imported_image(_content(event, 2)) if 2 in event else None
-
-
-def _imported_image(message: bytes) -> ImportedImage:
-    found = _fields(message)
-    envs = [_fields(each) for each in wire.repeated(message, 3)]
-
-    def strings(number: int) -> tuple[str, ...]:
-        return tuple(each.decode(errors="replace") for each in wire.repeated(message, number))
-
-    return ImportedImage(
-        digest=_string(found, 1),
-        size_bytes=_size(found, 2),
-        envs={_string(each, 1): _string(each, 2) for each in envs},
-        user=_string(found, 4),
-        workdir=_string(found, 5),
-        entrypoint=strings(6),
-        cmd=strings(7),
-        ports=strings(8),
-    )
-
-
-def _string(fields: wire.Fields, number: int) -> str:
-    return _content(fields, number).decode(errors="replace")
-
-
-def _sandbox_info(message: Message) -> SandboxInfo:
-    return SandboxInfo(
-        sandbox_id=_text(message, "sandboxId"),
-        state=_text(message, "status"),
-        template=_text(message, "template"),
-        vcpus=_int(message, "vcpus"),
-        memory_mb=_int(message, "memoryMb"),
-        disk_size_mb=_int(message, "diskSizeMb"),
-        timeout_s=_int(message, "timeoutSec"),
-        address=_text(message, "hostIp"),
-        created_at=_int(message, "createdAtUnix"),
-        last_active_at=_int(message, "lastActiveAtUnix"),
-        reason=_text(message, "statusReason"),
-        network=_network(_part(message, "network")),
-        envd_version=_text(message, "envdVersion"),
-    )
-
-
-def _network(message: Message | None) -> NetworkPolicy:
-    if message is None:
-        return INTERNET
-    return NetworkPolicy(
-        allow_internet_access=message.get("allowInternetAccess") is not False,
-        allow_out=_texts(message, "allowOut"),
-        deny_out=_texts(message, "denyOut"),
-    )
-
-
-def _placed(message: Message, sandbox_id: str) -> CreatedSandbox:
-    return CreatedSandbox(
-        sandbox_id=sandbox_id,
-        state=_text(message, "status"),
-        address=_text(message, "hostIp"),
-        envd_version=_text(message, "envdVersion"),
-    )
-
-
-def _forked(message: Message) -> ForkedSandbox:
-    error = None
-    if (info := _part(message, "error")) is not None:
-        said = _text(message, "errorMessage")
-        error = from_code(_text(info, "code"), said, _text(info, "hint"))
-    return ForkedSandbox(
-        sandbox_id=_text(message, "sandboxId"),
-        state=_text(message, "status"),
-        address=_text(message, "hostIp"),
-        error=error,
-        envd_version=_text(message, "envdVersion"),
-    )
-
-
-def _checkpoint(message: Message) -> Checkpoint:
-    return Checkpoint(
-        checkpoint_id=_text(message, "checkpointId"),
-        comment=_text(message, "comment"),
-        created_at=_int(message, "createdAtUnix"),
-        size_bytes=_int(message, "sizeBytes"),
-    )
-
-
-def _template(message: Message) -> TemplateInfo:
-    kind = _text(message, "kind")
-    return TemplateInfo(
-        name=_text(message, "name"),
-        kind=kind,
-        vcpus=_int(message, "vcpus"),
-        memory_mb=_int(message, "memoryMb"),
-        disk_size_mb=_int(message, "diskSizeMb"),
-        size_bytes=_int(message, "sizeBytes"),
-        network=_network(_part(message, "network")) if kind == "snapshot" else None,
-    )
-
-
-def _metric_point(message: Message) -> MetricPoint:
-    return MetricPoint(
-        timestamp=_int(message, "timestampUnix"),
-        cpu_pct=_float(message, "cpuPct"),
-        mem_bytes=_int(message, "memBytes"),
-        disk_bytes=_int(message, "diskBytes"),
-    )
-
-
-def _host_info(message: Message) -> HostInfo:
-    return HostInfo(
-        cpus=_int(message, "cpus"),
-        memory_mb=_int(message, "memoryMb"),
-        memory_overhead_mb=_int(message, "memoryOverheadMb"),
-        disk_free_mb=_int(message, "diskFreeMb"),
-        cpu_overcommit=_float(message, "cpuOvercommit"),
-        accel=_text(message, "accel"),
-        vmm_version=_text(message, "vmmVersion"),
-        agent_version=_text(message, "agentVersion"),
-        running=_int(message, "running"),
-        paused=_int(message, "paused"),
-    )
-
-
-def _process(message: Message) -> Process:
-    return Process(
-        pid=_int(message, "pid"),
-        cmd=_text(message, "cmd"),
-        args=_texts(message, "args"),
-        cwd=_text(message, "cwd"),
-        tag=_text(message, "tag"),
-    )
-
-
-def _file_info(message: Message) -> FileInfo:
-    return FileInfo(
-        name=_text(message, "name"),
-        path=_text(message, "path"),
-        type=_text(message, "type"),
-        size_bytes=_int(message, "sizeBytes"),
-        mode=_int(message, "mode"),
-        owner=_text(message, "owner"),
-        group=_text(message, "group"),
-        modified_at=_int(message, "modifiedAtUnix"),
-        symlink_target=_text(message, "symlinkTarget"),
-    )

@@ -30,8 +30,9 @@ from sandmartin.control.defaults import defaults_from_dict, image_to_dict
 from sandmartin.control.hosts import Hosts
 from sandmartin.control.scheduler import choose_store
 from sandmartin.control.tables import Build, Template
-from sandmartin.control.templates import Hidden, Templates, find_template, split_name
+from sandmartin.control.templates import Hidden, Templates, find_template
 from sandmartin.errors import Invalid, NotFound, SandmartinError, Unavailable
+from sandmartin.model import split_tag
 from sandmartin.transport import ImportedImage, ImportProgress, RegistryAuth
 from sandmartin.transport.agent import Agent
 
@@ -77,7 +78,7 @@ class Grounds:
             case plan.Image(reference):
                 # A template's name goes first: what is written in full is always an image.
                 try:
-                    split_name(reference)
+                    split_tag(reference)
                     return await self._template(row.team_id, reference)
                 except (NotFound, Invalid):
                     return await self._image(row, new, log, reference)

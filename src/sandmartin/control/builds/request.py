@@ -14,9 +14,8 @@ from sandmartin.control.builds.dockerfile import read_dockerfile
 from sandmartin.control.builds.e2b_steps import read_steps
 from sandmartin.control.builds.recipe import read_recipe
 from sandmartin.control.tags import check_tags
-from sandmartin.control.templates import split_name
 from sandmartin.errors import Invalid
-from sandmartin.model import MAX_VCPUS, MIN_MEMORY_MB
+from sandmartin.model import MAX_VCPUS, MIN_MEMORY_MB, split_tag
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -101,12 +100,12 @@ class NewBuild:
 
     @property
     def base_name(self) -> str:
-        return split_name(self.name)[0]
+        return split_tag(self.name)[0]
 
     @property
     def all_tags(self) -> tuple[str, ...]:
         """What it will be called by; the name's own tag first."""
-        base, tag = split_name(self.name)
+        base, tag = split_tag(self.name)
         own = () if self.name == base and self.tags else (tag,)
         return tuple(dict.fromkeys((*own, *self.tags)))
 
