@@ -89,12 +89,18 @@ async def impostor(
     serving: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with (
-            contextlib.closing(writer),
-            contextlib.suppress(ConnectionError, asyncio.IncompleteReadError),
-        ):
+        try:
             await answer(reader, writer)
             await writer.drain()
+            writer.close()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            # What is still open has nobody who reads it.
+            if not writer.is_closing():
+                writer.transport.abort()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         serving.add(asyncio.create_task(serve(reader, writer)))
@@ -103,6 +109,7 @@ async def impostor(
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
+            server.close()
             for task in serving:
                 task.cancel()
             await asyncio.gather(*serving, return_exceptions=True)

@@ -266,22 +266,34 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
     made = await create(team)
     await team.http.post(f"/v1/sandboxes/{made['id']}/pause")
     await host.stop()
+    snapshot = {"sandbox_id": made["id"], "name": "base"}
+    build = {"name": "base", "source": {"kind": "recipe", "text": "RUN true"}}
     calls = [
-        ("DELETE", "/v1/templates/base", None),
-        ("DELETE", "/v1/snapshots/base", None),
-        ("DELETE", "/v1/admin/templates/base", None),
-        ("DELETE", "/templates/base", None),
-        ("DELETE", "/templates/base%3Adefault", None),
-        ("PATCH", "/v2/templates/base", {"public": False}),
-        ("PUT", "/v1/templates/base/content", None),
+        ("DELETE", "/v1/templates/base", None, 403),
+        ("DELETE", "/v1/snapshots/base", None, 403),
+        ("DELETE", "/v1/admin/templates/base", None, 403),
+        ("DELETE", "/templates/base", None, 403),
+        ("DELETE", "/templates/base%3Adefault", None, 403),
+        ("PATCH", "/v2/templates/base", {"public": False}, 403),
+        ("PUT", "/v1/templates/base/content", None, 403),
         # To overwrite it is no way around: a name of the platform's is taken.
-        ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base"}),
-        ("POST", "/v1/snapshots", {"sandbox_id": made["id"], "name": "base", "live": True}),
+        ("POST", "/v1/snapshots", snapshot, 409),
+        ("POST", "/v1/snapshots", {**snapshot, "live": True}, 409),
+        # Nor is it to build another of that name, or to have its tags point elsewhere.
+        ("POST", "/v1/builds", build, 403),
+        ("POST", "/v3/templates", {"name": "base"}, 403),
+        ("POST", "/v2/templates/base/builds/bd1", {}, 404),
+        ("PUT", "/v1/templates/base/tags/mine", {"source": "default"}, 403),
+        ("DELETE", "/v1/templates/base/tags/default", None, 403),
+        ("POST", "/templates/tags", {"target": "base", "tags": ["mine"]}, 403),
+        ("DELETE", "/templates/tags", {"name": "base", "tags": ["default"]}, 403),
+        # An upload is a team's, by a ticket that we have sealed.
+        ("PUT", "/templates/uploads/base", None, 401),
     ]
-    for method, url, body in calls:
+    for method, url, body, code in calls:
         # No agent is there to answer: who asks one gets 503.
         answer = await team.http.request(method, url, json=body)
-        assert answer.status_code == (409 if method == "POST" else 403), url
+        assert answer.status_code == code, url
     (base,) = (await team.http.get("/v1/templates")).json()
     assert (base["name"], base["platform"]) == ("base", True)
     assert _routes_that_name_a_template(team.http) == {
@@ -290,8 +302,16 @@ async def test_platform_template_is_denied_before_any_agent_hears_of_it(
         ("/v1/templates/{name}", "delete"),
         ("/v1/templates/{name}/content", "put"),
         ("/v1/admin/templates/{name}", "delete"),
+        ("/v1/templates/{name}/tags/{tag}", "put"),
+        ("/v1/templates/{name}/tags/{tag}", "delete"),
+        ("/v1/builds", "post"),
         ("/templates/{name}", "delete"),
+        ("/templates/tags", "post"),
+        ("/templates/tags", "delete"),
+        ("/templates/uploads/{ticket}", "put"),
         ("/v2/templates/{name}", "patch"),
+        ("/v2/templates/{name}/builds/{build_id}", "post"),
+        ("/v3/templates", "post"),
     }
 
 
@@ -303,7 +323,8 @@ def _routes_that_name_a_template(http: httpx.AsyncClient) -> set[tuple[str, str]
         (path, method)
         for path, methods in paths.items()
         for method in methods
-        if method != "get" and ("/templates" in path or path.startswith("/v1/snapshots"))
+        if method != "get"
+        and ("/templates" in path or path.startswith("/v1/snapshots") or path == "/v1/builds")
     }
 
 
