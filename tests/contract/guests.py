@@ -96,11 +96,13 @@ async def impostor(
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
-            # What is still open has nobody who reads it.
-            if not writer.is_closing():
+            try:
+                if writer.is_closing():
+                    with contextlib.suppress(ConnectionError):
+                        await writer.wait_closed()
+            finally:
+                # What is left has nobody who reads it.
                 writer.transport.abort()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
 
     def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         serving.add(asyncio.create_task(serve(reader, writer)))
