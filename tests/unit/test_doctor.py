@@ -226,6 +226,24 @@ async def test_other_ranges_than_the_default_are_what_is_compared(
     assert (await find("routes", moved)).ok
 
 
+# What is not needed by all.
+
+
+@pytest.mark.root
+def test_without_cells_sandboxes_run_all_the_same(settings: Settings, tmp_path: Path) -> None:
+    # In a chroot there are no user namespaces.
+    chroot = 'mount --rbind / "$1" && exec chroot "$@"'
+    argv = ["unshare", "--mount", "--propagation=private", "sh", "-c", chroot, "sh"]
+    doctor = [sys.executable, "-m", "sandmartin", "doctor", "--data-dir"]
+    argv += [os.fspath(tmp_path), *doctor, os.fspath(settings.data_dir)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    (line,) = (each for each in done.stdout.splitlines() if "  cells  " in each)
+    assert line.startswith("warn  cells") and "image" in line
+    assert "chroot" in done.stdout
+    ended = 1 if "\nFAIL" in f"\n{done.stdout}" else 0
+    assert done.returncode == ended
+
+
 # Checks that cannot be made.
 
 

@@ -130,7 +130,8 @@ class Cell:
             said = done.stderr.decode(errors="replace").strip()
             raise ToolFailed(
                 f"{argv[0]} could not be started in a cell: {said}",
-                hint="user namespaces must be allowed: see user.max_user_namespaces",
+                hint="allow user namespaces (`sysctl user.max_user_namespaces=65536`); in a "
+                "chroot there are none",
             )
         return done
 

@@ -68,6 +68,8 @@ class Finding:
     ok: bool
     detail: str
     remedy: str = ""
+    #: Whether sandboxes cannot run without it; otherwise the detail says what does not work.
+    needed: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class _Check:
     act: Callable[[Settings], str | Awaitable[str]]
     #: What to do when the error itself does not say it.
     remedy: str
+    needed: bool = True
 
 
 async def examine(settings: Settings) -> list[Finding]:
@@ -88,11 +91,12 @@ async def _examine(check: _Check, settings: Settings) -> Finding:
         found = check.act(settings)
         detail = found if isinstance(found, str) else await found
     except SandmartinError as error:
-        return Finding(check.name, False, _line(error.message), error.hint or check.remedy)
+        remedy = error.hint or check.remedy
+        return Finding(check.name, False, _line(error.message), remedy, check.needed)
     except Exception as error:  # noqa: BLE001
         # On a machine that is broken in its own way every other finding is needed all the more.
         broken = f"the check broke: {type(error).__name__}: {error}"
-        return Finding(check.name, False, _line(broken), check.remedy)
+        return Finding(check.name, False, _line(broken), check.remedy, check.needed)
     return Finding(check.name, True, detail)
 
 
@@ -190,7 +194,11 @@ async def _cells(settings: Settings) -> str:
         work = Path(directory, "work")
         cell = Cell(work=work, uid=settings.unpack_uid_base, file_bytes=1)
         cell.open()
-        await cell.run(["true"], deadline_s=_TOOL_DEADLINE_S)
+        try:
+            await cell.run(["true"], deadline_s=_TOOL_DEADLINE_S)
+        except SandmartinError as error:
+            why = f"no image of a registry or archive can be unpacked: {error.message}"
+            raise Unavailable(why, hint=error.hint) from error
     return "images can be unpacked where they harm nobody"
 
 
@@ -406,7 +414,12 @@ _CHECKS = (
     _Check("assets", _assets, "run `sudo sandmartin setup`"),
     _Check("accelerator", _accelerator, "run `sudo sandmartin setup`"),
     _Check("namespaces", _namespaces, "run as root, in a container with CAP_SYS_ADMIN"),
-    _Check("cells", _cells, "allow user namespaces: `sysctl user.max_user_namespaces=65536`"),
+    _Check(
+        "cells",
+        _cells,
+        "allow user namespaces: `sysctl user.max_user_namespaces=65536`",
+        needed=False,
+    ),
     _Check("tun", _tun, "`modprobe tun`; for a container: --device /dev/net/tun"),
     _Check(
         "nftables",

@@ -40,8 +40,9 @@ def _examine(args: argparse.Namespace) -> int:
     else:
         width = max((len(finding.name) for finding in findings), default=0)
         for finding in findings:
-            mark = "ok  " if finding.ok else "FAIL"
+            mark = "ok  " if finding.ok else "FAIL" if finding.needed else "warn"
             print(f"{mark}  {finding.name.ljust(width)}  {finding.detail}")
             if not finding.ok and finding.remedy:
                 print(f"      {' ' * width}  -> {finding.remedy}")
-    return 0 if all(finding.ok for finding in findings) else exitcode.FAILED
+    fails = any(finding.needed and not finding.ok for finding in findings)
+    return exitcode.FAILED if fails else 0
