@@ -136,6 +136,7 @@ async def ports(sandbox: AsyncSandbox) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.full
 async def test_what_is_promised_and_what_is_shown(served: Up, tmp_path: Path) -> None:
     await life({"url": served.url, "api_key": served.key}, tmp_path)
     await asyncio.to_thread(show, served, tmp_path)

@@ -39,6 +39,7 @@ def environment(served: Up) -> dict[str, str]:
     return os.environ | told
 
 
+@pytest.mark.full
 def test_a_directory_becomes_a_template(place: Place, tmp_path: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()

@@ -172,6 +172,7 @@ def test_the_whole_life_and_a_stop_that_pauses(
     clear(place, "data")
 
 
+@pytest.mark.full
 def test_two_side_by_side_and_what_becomes_of_their_sandboxes(place: Place) -> None:
     with up(place, "one", "--on-exit", "keep") as one, up(place, "two", "--on-exit", "kill") as two:
         kept, killed = one.create(), two.create()

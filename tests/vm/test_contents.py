@@ -38,6 +38,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("archives")
 
 
+@pytest.mark.full
 async def test_a_living_process_goes_on_after_its_template_was_away(
     agent: RunningAgent, archives: Path
 ) -> None:

@@ -82,6 +82,7 @@ def memory(agent: RunningAgent, sandbox_id: str) -> dict[str, Any]:
 _CHECK = "echo 3 >/proc/sys/vm/drop_caches; cd /root && sha256sum --quiet -c sums && wc -l <sums"
 
 
+@pytest.mark.full
 async def test_chain_of_a_running_vm_stays_short_and_its_files_right(
     agent: RunningAgent, writing: AsyncSandbox
 ) -> None:
@@ -122,6 +123,7 @@ async def test_chain_of_a_running_vm_stays_short_and_its_files_right(
     await shortened(agent, name)
 
 
+@pytest.mark.full
 async def test_memory_that_was_folded_comes_back_and_costs_little_from_then_on(
     agent: RunningAgent, writing: AsyncSandbox
 ) -> None:
