@@ -139,7 +139,6 @@ async def open_platform(
     Raises Unavailable, Invalid.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    store = Store.open(settings.artefact_store) if settings.artefact_store else None
     sealer = await _open_sealer(settings)
     await asyncio.to_thread(upgrade, settings.url)
     async with contextlib.AsyncExitStack() as stack:
@@ -154,13 +153,7 @@ async def open_platform(
         operations = Operations(db, owner, timing)
         quotas = _quotas(settings)
         pace = pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s)
-        artefacts = Artefacts(
-            db,
-            hosts,
-            _place_of(settings, sealer),
-            look_s=min(1.0, pace.period_s),
-            retry_s=timing.retry_s,
-        )
+        artefacts = _artefacts(settings, db, hosts, sealer, pace, timing)
         sandboxes = Sandboxes(
             db, operations, hosts, templates, quotas, happenings, usage, sealer, artefacts
         )
@@ -170,9 +163,9 @@ async def open_platform(
         reconciler = Reconciler(db, hosts, sandboxes, templates, happenings, pace)
         of_builds = building or _builds(settings)
         blobs = Blobs.open(settings.artefact_store_url)
-        layers = Layers(db, of_builds.layers)
         contexts = _contexts(settings, blobs)
         builds = Builds(db, sealer, happenings, contexts, max_open=settings.max_builds_per_team)
+        layers = Layers(db, of_builds.layers)
         grounds = Grounds(db, hosts, templates, layers, contexts, of_builds.image_fresh_s)
         engine = Engine(db, sandboxes, layers, grounds, contexts, of_builds)
         outgoing = Outgoing(allowed_networks(settings.outgoing_allow))
@@ -189,13 +182,7 @@ async def open_platform(
             hosts=hosts,
             templates=templates,
             artefacts=artefacts,
-            garbage=Garbage(
-                db,
-                store,
-                owner,
-                grace_s=settings.artefact_grace_s,
-                period_s=settings.artefact_sweep_s,
-            ),
+            garbage=_garbage(settings, db, owner),
             contents=Contents(db, hosts, templates),
             operations=operations,
             sandboxes=sandboxes,
@@ -217,6 +204,24 @@ async def open_platform(
                 db, owner, sealer, happenings, sandboxes, layers, builds, engine, of_builds
             ),
         )
+
+
+def _artefacts(
+    settings: ControlSettings,
+    db: Database,
+    hosts: Hosts,
+    sealer: Sealer,
+    pace: Pace,
+    timing: Timing,
+) -> Artefacts:
+    place, look_s = _place_of(settings, sealer), min(1.0, pace.period_s)
+    return Artefacts(db, hosts, place, look_s=look_s, retry_s=timing.retry_s)
+
+
+def _garbage(settings: ControlSettings, db: Database, owner: str) -> Garbage:
+    store = Store.open(settings.artefact_store) if settings.artefact_store else None
+    grace_s, period_s = settings.artefact_grace_s, settings.artefact_sweep_s
+    return Garbage(db, store, owner, grace_s=grace_s, period_s=period_s)
 
 
 async def _open_sealer(settings: ControlSettings) -> Sealer:
