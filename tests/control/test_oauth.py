@@ -158,7 +158,7 @@ async def test_one_comes_in_by_github(platform: Platform, github: GitHub) -> Non
         async with client_of(platform) as http:
             page = await http.get("/auth/oauth/github")
             assert page.status_code == 302
-            assert await come_back(http, page.headers["location"]) == "/"
+            assert await come_back(http, page.headers["location"]) == "/dashboard/"
             assert "sandmartin_oauth" not in http.cookies
             me = (await http.get("/v1/me")).json()
             assert (me["email"], me["name"]) == ("ann@example.org", "Ann")
@@ -176,20 +176,20 @@ async def test_one_comes_in_by_github(platform: Platform, github: GitHub) -> Non
 async def test_an_address_alone_opens_no_account(platform: Platform, github: GitHub) -> None:
     async with client_of(platform) as http, client_of(platform) as other:
         await sign_up(http, "ann@example.org")
-        assert await come_back(other, await begin(other)) == "/login?error=email_taken"
+        assert await come_back(other, await begin(other)) == "/dashboard/login?error=email_taken"
         assert (await other.get("/v1/me")).status_code == 401
         # Whoever is logged in may link the two.
         connect = await http.post("/v1/me/providers/github/connect")
-        assert await come_back(http, connect.json()["url"]) == "/settings"
+        assert await come_back(http, connect.json()["url"]) == "/dashboard/settings"
         assert (await http.get("/v1/me")).json()["providers"] == ["github"]
-        assert await come_back(other, await begin(other)) == "/"
+        assert await come_back(other, await begin(other)) == "/dashboard/"
         # One there is nobody else's here.
         async with client_of(platform) as third:
             await sign_up(third, "bo@example.org")
             url = (await third.post("/v1/me/providers/github/connect")).json()["url"]
-            assert await come_back(third, url) == "/login?error=already_linked"
+            assert await come_back(third, url) == "/dashboard/login?error=already_linked"
         assert (await http.delete("/v1/me/providers/github")).status_code == 204
-        assert await come_back(other, await begin(other)) == "/login?error=email_taken"
+        assert await come_back(other, await begin(other)) == "/dashboard/login?error=email_taken"
 
 
 async def test_answers_that_were_not_asked_for(platform: Platform, github: GitHub) -> None:
@@ -198,38 +198,38 @@ async def test_answers_that_were_not_asked_for(platform: Platform, github: GitHu
         async with httpx.AsyncClient() as browser:
             back = (await browser.get(url)).headers["location"]
         # Into a browser that did not ask, or asked something else.
-        assert await arrive(victim, back) == "/login?error=invalid_state"
+        assert await arrive(victim, back) == "/dashboard/login?error=invalid_state"
         await begin(victim)
-        assert await arrive(victim, back) == "/login?error=invalid_state"
+        assert await arrive(victim, back) == "/dashboard/login?error=invalid_state"
         # A code of another login: it lacks the verifier.
         state = parse_qs(urlsplit(await begin(victim)).query)["state"][0]
         code = parse_qs(urlsplit(back).query)["code"][0]
         path = "/auth/oauth/github/callback"
         stolen = await arrive(victim, f"{path}?code={code}&state={state}")
-        assert stolen == "/login?error=exchange_failed"
+        assert stolen == "/dashboard/login?error=exchange_failed"
         assert (await victim.get("/v1/me")).status_code == 401
         state = parse_qs(urlsplit(await begin(http)).query)["state"][0]
-        assert await arrive(http, f"{path}?state={state}") == "/login?error=missing_code"
-        assert await arrive(http, f"{path}?error=denied") == "/login?error=access_denied"
+        assert await arrive(http, f"{path}?state={state}") == "/dashboard/login?error=missing_code"
+        assert await arrive(http, f"{path}?error=denied") == "/dashboard/login?error=access_denied"
         for cookie in ("x", "gAAAA" + "A" * 100):
             http.cookies.set("sandmartin_oauth", cookie)
-            assert await arrive(http, f"{path}?code=x&state=x") == "/login?error=invalid_state"
+            assert await arrive(http, f"{path}?code=x&state=x") == "/dashboard/login?error=invalid_state"
 
 
 async def test_odd_answers_of_the_provider(platform: Platform, github: GitHub) -> None:
     async with client_of(platform) as http:
         emails, github.emails = github.emails, [{**github.emails[1], "verified": False}]
-        assert await come_back(http, await begin(http)) == "/login?error=no_email"
+        assert await come_back(http, await begin(http)) == "/dashboard/login?error=no_email"
         github.emails = [{"surprise": 1}]
-        assert await come_back(http, await begin(http)) == "/login?error=exchange_failed"
+        assert await come_back(http, await begin(http)) == "/dashboard/login?error=exchange_failed"
         github.emails, github.user = emails, {"id": "no number", "login": "x"}
-        assert await come_back(http, await begin(http)) == "/login?error=exchange_failed"
+        assert await come_back(http, await begin(http)) == "/dashboard/login?error=exchange_failed"
         github.user = {"id": 8, "login": "x" * (2 << 20)}
-        assert await come_back(http, await begin(http)) == "/login?error=exchange_failed"
+        assert await come_back(http, await begin(http)) == "/dashboard/login?error=exchange_failed"
         github.user, github.redirects = {"id": 8, "login": "bo", "name": "B\no\x00"}, True
-        assert await come_back(http, await begin(http)) == "/login?error=exchange_failed"
+        assert await come_back(http, await begin(http)) == "/dashboard/login?error=exchange_failed"
         github.redirects = False
-        assert await come_back(http, await begin(http)) == "/"
+        assert await come_back(http, await begin(http)) == "/dashboard/"
         assert (await http.get("/v1/me")).json()["name"] == "Bo"
 
 
@@ -238,17 +238,17 @@ async def test_it_goes_by_the_same_rules(database_url: str, tmp_path: Path, gith
     async with platform_at(database_url, tmp_path, github) as platform:
         token = await invite(platform)
         async with client_of(platform) as http:
-            assert await come_back(http, await begin(http)) == "/login?error=no_account"
+            assert await come_back(http, await begin(http)) == "/dashboard/login?error=no_account"
             url = await begin(http, invitation="x")
-            assert await come_back(http, url) == "/login?error=invalid_invitation"
-            assert await come_back(http, await begin(http, invitation=token)) == "/"
+            assert await come_back(http, url) == "/dashboard/login?error=invalid_invitation"
+            assert await come_back(http, await begin(http, invitation=token)) == "/dashboard/"
             me = (await http.get("/v1/me")).json()
         async with platform.db.write() as session:
             user = await session.get_one(tables.User, me["id"])
             user.active = False
         async with client_of(platform) as http:
             refused = await come_back(http, await begin(http))
-            assert refused == "/login?error=account_deactivated"
+            assert refused == "/dashboard/login?error=account_deactivated"
     assert SECRET not in repr(vars(platform.oauth))
 
 

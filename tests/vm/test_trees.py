@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -87,7 +88,10 @@ async def test_a_users_program_leads_no_write_of_roots_elsewhere(
         try:
             written += await agent.transport.write_tree(sandbox.sandbox_id, "/home/user", tree)
         except Invalid as error:
-            assert "'way': it is a link that others than root may have made" in error.message
+            assert re.search(
+                "'way': it (is a link that others than root may have made|was a link, and became)",
+                error.message,
+            )
             refused += 1
     await execute(sandbox, "touch", "/home/user/stop")
     assert (await swapping).exit_code == 0

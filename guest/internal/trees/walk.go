@@ -133,7 +133,11 @@ func (w *walker) follow(at directory, name string) (directory, error) {
 	if err := unix.Fstatat(at.fd, name, &stat, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return directory{}, err
 	}
-	if stat.Mode&unix.S_IFMT != unix.S_IFLNK {
+	switch stat.Mode & unix.S_IFMT {
+	case unix.S_IFLNK:
+	case unix.S_IFDIR:
+		return directory{}, files.Invalid("it was a link, and became a directory while it was opened")
+	default:
 		return directory{}, files.Invalid("it is there, and is no directory")
 	}
 	if _, ours := w.brought[inodeOf(&stat)]; ours {

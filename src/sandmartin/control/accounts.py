@@ -123,7 +123,7 @@ class Accounts:
 
     def invitation_url(self, token: str) -> str:
         """Where to go with an invitation; its token stays in the browser, out of all logs."""
-        return f"{self._base_url}/signup#invitation={token}"
+        return f"{self._base_url}/dashboard/signup#invitation={token}"
 
     async def sign_up(self, new: NewUser, password: str, whence: Whence) -> Entered:
         """A new account. Raises Invalid, Denied, AlreadyExists, TooMany."""

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandmartin import __version__, errors
-from sandmartin.control import streams
+from sandmartin.control import streams, web
 from sandmartin.control.api import (
     accounts,
     admin,
@@ -146,6 +146,7 @@ def create_app(platform: Platform) -> FastAPI:
         app.include_router(module.router, prefix="/v1")
     app.include_router(metrics.router)
     _include_e2b(app)
+    web.include(app)
     app.add_exception_handler(SandmartinError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_foreign)

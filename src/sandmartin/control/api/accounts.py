@@ -265,9 +265,9 @@ async def oauth_callback(
             provider, cookie=cookie, state=state, code=code, whence=whence(request)
         )
     except NotEntered as refused:
-        response = RedirectResponse(f"/login?error={refused.reason}", 302)
+        response = RedirectResponse(f"/dashboard/login?error={refused.reason}", 302)
     else:
-        response = RedirectResponse("/" if entered else "/settings", 302)
+        response = RedirectResponse("/dashboard/" if entered else "/dashboard/settings", 302)
         if entered:
             await _start_session(request, response, platform, entered)
     drop_cookie(response, platform, name)

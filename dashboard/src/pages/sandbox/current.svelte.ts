@@ -1,0 +1,61 @@
+/** The sandbox that a page is about, kept as it is; its tabs find it here. */
+import { createContext } from "svelte";
+import { ApiError, answer, api, type Schemas } from "$/api/client";
+import type { Events } from "$/api/events";
+import type { Sandbox } from "$/lib/sandboxes.svelte";
+
+export type Happening = Schemas["EventBody"];
+
+export class Current {
+  readonly id: string;
+  value = $state.raw<Sandbox | null>(null);
+  error = $state.raw<ApiError | null>(null);
+  /** What happened to it, oldest first. */
+  timeline = $state.raw<Happening[]>([]);
+
+  constructor(id: string) {
+    this.id = id;
+  }
+
+  /** There is something to ask inside of it. */
+  get running(): boolean {
+    return this.value?.status === "running" || this.value?.status === "snapshotting";
+  }
+
+  /** Reads it and follows its events. Returns what ends that. */
+  follow(events: Events): () => void {
+    const end = events.listen(({ sandbox_id }) => {
+      if (sandbox_id === this.id) void this.load();
+    });
+    void this.load();
+    return end;
+  }
+
+  load = async (): Promise<void> => {
+    const at = { params: { path: { sandbox_id: this.id } } };
+    try {
+      const after = this.timeline.at(-1)?.id ?? 0;
+      const [value, news] = await Promise.all([
+        answer(api.GET("/v1/sandboxes/{sandbox_id}", at)),
+        answer(
+          api.GET("/v1/sandboxes/{sandbox_id}/timeline", {
+            params: { ...at.params, query: { after } },
+          }),
+        ),
+      ]);
+      this.put(value);
+      const known = this.timeline.at(-1)?.id ?? 0;
+      this.timeline = [...this.timeline, ...news.filter((each) => each.id > known)];
+      this.error = null;
+    } catch (thrown) {
+      this.error = ApiError.of(thrown);
+    }
+  };
+
+  put(sandbox: Sandbox): void {
+    if (!this.value || this.value.last_updated <= sandbox.last_updated) this.value = sandbox;
+  }
+}
+
+/** Of the page of one sandbox: `const current = getCurrent()`. */
+export const [getCurrent, setCurrent] = createContext<Current>();
