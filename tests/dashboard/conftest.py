@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
 from tests.e2e.conftest import new_place
-from tests.e2e.test_up import Up, up
+from tests.e2e.test_up import Up, clear, up
 
 AXE = Path(__file__).parents[2] / "dashboard/node_modules/axe-core/axe.min.js"
 PASSWORD = "correct horse battery"  # noqa: S105
@@ -124,10 +124,12 @@ def attentive(context: BrowserContext) -> Iterator[BrowserContext]:
 
 @pytest.fixture(scope="session")
 def server(private_host: None) -> Iterator[Server]:
-    with new_place() as place, up(place, "dashboard") as running:
-        found = re.search(r"first account is made at (\S+)", running.log.read_text())
-        assert found
-        yield Server(running, found[1])
+    with new_place() as place:
+        with up(place, "dashboard", "--on-exit", "kill") as running:
+            found = re.search(r"first account is made at (\S+)", running.log.read_text())
+            assert found
+            yield Server(running, found[1])
+        clear(place, "dashboard")
 
 
 @pytest.fixture(scope="session")
