@@ -213,7 +213,8 @@ async def test_answers_that_were_not_asked_for(platform: Platform, github: GitHu
         assert await arrive(http, f"{path}?error=denied") == "/dashboard/login?error=access_denied"
         for cookie in ("x", "gAAAA" + "A" * 100):
             http.cookies.set("sandmartin_oauth", cookie)
-            assert await arrive(http, f"{path}?code=x&state=x") == "/dashboard/login?error=invalid_state"
+            gone = await arrive(http, f"{path}?code=x&state=x")
+            assert gone == "/dashboard/login?error=invalid_state"
 
 
 async def test_odd_answers_of_the_provider(platform: Platform, github: GitHub) -> None:

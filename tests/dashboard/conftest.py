@@ -21,7 +21,7 @@ from tests.e2e.conftest import new_place
 from tests.e2e.test_up import Up, clear, up
 
 AXE = Path(__file__).parents[2] / "dashboard/node_modules/axe-core/axe.min.js"
-PASSWORD = "correct horse battery"  # noqa: S105
+PASSWORD = "correct horse battery"
 WIDE = {"width": 1280, "height": 800}
 NARROW = {"width": 360, "height": 740}
 #: How long a page may wait for a VM under emulation.
@@ -66,7 +66,7 @@ class Person:
         answer = self.context.request.fetch(
             f"{self.server.url}/v1{path}",
             method=method,
-            data=body,  # type: ignore[arg-type]
+            data=body,
             headers={"X-CSRF-Token": self.csrf_token},
             timeout=60_000,
         )
@@ -220,7 +220,7 @@ def check_accessible(page: Page) -> None:
 def check_everywhere(page: Page) -> None:
     """`check_accessible`, wide and narrow, light and dark."""
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         for viewport in (NARROW, WIDE):
             page.set_viewport_size(viewport)  # type: ignore[arg-type]
             check_accessible(page)

@@ -76,7 +76,7 @@ def _pages(built: Path) -> APIRouter:
 
     @router.get(PATH)
     @router.get(f"{PATH}/{{path:path}}")
-    async def dashboard(path: str = "") -> HTMLResponse:
+    async def dashboard() -> HTMLResponse:
         nonce = secrets.token_urlsafe(16)
         headers = _HEADERS | {
             "content-security-policy": _POLICY.format(nonce=nonce),
