@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sandmartin.control.server import listen
-from tests.fakes import QuietServer
+from tests.fakes_localagent import QuietServer
 from tests.waiting import until
 
 KEY = "e2b_" + "0" * 40
