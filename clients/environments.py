@@ -82,7 +82,7 @@ def _make_python(path: Path, packages: tuple[str, ...]) -> None:
 
 
 def _make_javascript(path: Path, packages: tuple[str, ...]) -> None:
-    # With a runtime of its own: a distribution's may be too old for the package.
+    # With a runtime of its own, whatever brings npm.
     npm = ("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(path))
     _run(*npm, f"node@{_NODE}", *packages)
 
