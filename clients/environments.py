@@ -112,7 +112,7 @@ _MAKERS: dict[str, Callable[[Path, tuple[str, ...]], None]] = {
 NEWEST = Environment("python", ("e2b==2.63.0", "e2b-code-interpreter==2.11.5"))
 JAVASCRIPT = Environment("javascript", ("e2b@2.51.0", "@e2b/code-interpreter@2.8.0"))
 #: What the template of a test is built from.
-FLASK = Environment("wheels", ("flask==3.1.2",))
+FLASK = Environment("wheels", ("flask==3.1.2",), full=True)
 #: Each with the newest release of the code interpreter's package that it was made for.
 OLDER = tuple(
     Environment("python", (f"e2b=={version}", f"e2b-code-interpreter=={interpreter}"), full=True)
