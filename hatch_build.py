@@ -1,4 +1,7 @@
-"""Build hook: a wheel packs the guest binary and the image recipes; it builds nothing itself."""
+"""Build hook: a wheel packs the guest binary, the image recipes and the dashboard.
+
+It builds nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class PackedAssets(BuildHookInterface):
+class PackedAssets(BuildHookInterface[Any]):
     """Adds what `scripts/setup` or the release built; an editable install needs none of it."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
@@ -22,6 +25,15 @@ class PackedAssets(BuildHookInterface):
                 f"{guest} is missing: build the guest agent first, or name it in"
                 " SANDMARTIN_GUEST_BINARY"
             )
-        build_data["force_include"][os.fspath(guest)] = "sandmartin/agent/packed/sandmartin-guest"
-        images = os.fspath(Path(self.root, "images"))
-        build_data["force_include"][images] = "sandmartin/agent/packed/images"
+        web = Path(self.root, "src", "sandmartin", "control", "web")
+        if not (web / "index.html").exists():
+            raise FileNotFoundError(
+                f"{web / 'index.html'} is missing: build the dashboard first, by"
+                " `dashboard/build.sh build`"
+            )
+        images = Path(self.root, "images")
+        packed = build_data["force_include"]
+        packed[os.fspath(guest)] = "sandmartin/agent/packed/sandmartin-guest"
+        packed[os.fspath(images)] = "sandmartin/agent/packed/images"
+        # Git ignores it, and so would the wheel.
+        packed[os.fspath(web)] = "sandmartin/control/web"

@@ -82,7 +82,7 @@ def _make_python(path: Path, packages: tuple[str, ...]) -> None:
 
 
 def _make_javascript(path: Path, packages: tuple[str, ...]) -> None:
-    # With a runtime of its own: a distribution's may be too old for the package.
+    # With a runtime of its own, whatever brings npm.
     npm = ("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(path))
     _run(*npm, f"node@{_NODE}", *packages)
 
@@ -112,7 +112,7 @@ _MAKERS: dict[str, Callable[[Path, tuple[str, ...]], None]] = {
 NEWEST = Environment("python", ("e2b==2.63.0", "e2b-code-interpreter==2.11.5"))
 JAVASCRIPT = Environment("javascript", ("e2b@2.51.0", "@e2b/code-interpreter@2.8.0"))
 #: What the template of a test is built from.
-FLASK = Environment("wheels", ("flask==3.1.2",))
+FLASK = Environment("wheels", ("flask==3.1.2",), full=True)
 #: Each with the newest release of the code interpreter's package that it was made for.
 OLDER = tuple(
     Environment("python", (f"e2b=={version}", f"e2b-code-interpreter=={interpreter}"), full=True)

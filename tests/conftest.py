@@ -19,8 +19,9 @@ from sandmartin.model import Settings
 from tests import s3
 
 _HERE = Path(__file__).parent
+_BROWSER = "dashboard"
 #: Folders whose tests boot VMs.
-_ON_VMS = ("vm", "e2e")
+_ON_VMS = ("vm", "e2e", _BROWSER)
 _POSTGRESQL = Path("/usr/lib/postgresql")
 
 
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tier = config.getoption("tier")
     kept: list[pytest.Item] = []
     for item in items:
-        if item.path.relative_to(_HERE).parts[0] in _ON_VMS:
+        if _folder(item) in _ON_VMS:
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.root)
         reason = _reason_to_leave_out(item, tier)
@@ -48,7 +49,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             _left_out[reason] += 1
         else:
             kept.append(item)
-    items[:] = kept
+    # A browser's driver has its loop run in this thread until the session ends: nothing
+    # asynchronous can follow it.
+    items[:] = sorted(kept, key=lambda item: _folder(item) == _BROWSER)
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(_HERE).parts[0]
 
 
 def _reason_to_leave_out(item: pytest.Item, tier: str) -> str:

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sandmartin.control.server import listen
-from tests.fakes import QuietServer
+from tests.fakes_localagent import QuietServer
 from tests.waiting import until
 
 KEY = "e2b_" + "0" * 40
@@ -72,6 +72,9 @@ class BuildServer:
         self.tags: dict[str, str] = {}
         #: The error that the next build is refused with.
         self.refusal: dict[str, str] | None = None
+        #: What is answered to so many requests for a build is lost.
+        self.lost_answers = 0
+        self.keys: dict[str, str] = {}
         #: Entries after which a log's stream is lost, each time.
         self.cut_after = 10**9
         self.streams = 0
@@ -110,8 +113,13 @@ class BuildServer:
     async def _create(self, request: Request) -> Response:
         if self.refusal is not None:
             return _error(400, "invalid", **self.refusal)
-        build = FakeBuild(f"b{len(self.builds) + 1}", await request.json())
-        self.builds[build.build_id] = build
+        build_id = self.keys.setdefault(
+            request.headers["idempotency-key"], f"b{len(self.builds) + 1}"
+        )
+        build = self.builds.setdefault(build_id, FakeBuild(build_id, await request.json()))
+        if self.lost_answers:
+            self.lost_answers -= 1
+            return StreamingResponse(_broken(), 202)
         return JSONResponse(build.body(), 202)
 
     async def _list(self, request: Request) -> Response:
@@ -167,6 +175,11 @@ class BuildServer:
         if self.tags.pop(request.path_params["tag"], None) is None:
             return _error(404, "not_found", "there is no such tag")
         return Response(status_code=204)
+
+
+async def _broken() -> AsyncIterator[str]:
+    yield "{"
+    raise ConnectionResetError
 
 
 def _tag(tag: str, template_id: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def find_all(instance_id: str, data_dir: Path, run_dir: Path) -> set[str]:
     found |= {f"link {name}" for name in names if name.startswith(f"sm{instance_id}")}
     tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True)
     found |= {f"nft {line}" for line in tables.stdout.splitlines() if instance_id in line}
-    found |= {f"control group {path}" for path in _CGROUPS.glob(f"**/sandmartin-{instance_id}")}
+    found |= {f"control group {path}" for path in _own_groups(instance_id)}
     return found | {f"slot claim {path}" for path in run_dir.glob("slots/*")}
 
 
@@ -52,7 +52,14 @@ def _processes(data_dir: Path) -> Iterator[str]:
 
 
 def _groups(instance_id: str) -> list[Path]:
-    return [path for path in _CGROUPS.glob(f"**/sandmartin-{instance_id}/*") if path.is_dir()]
+    below = (path for own in _own_groups(instance_id) for path in own.iterdir())
+    return [path for path in below if path.is_dir()]
+
+
+def _own_groups(instance_id: str) -> list[Path]:
+    """The agent's own, one in each hierarchy. Those of others come and go meanwhile."""
+    name = f"sandmartin-{instance_id}"
+    return [Path(where, name) for where, below, _ in os.walk(_CGROUPS) if name in below]
 
 
 def _mounts(data_dir: Path) -> Iterator[str]:

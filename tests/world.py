@@ -65,6 +65,18 @@ def private_host() -> Iterator[None]:
         os.close(home)
 
 
+@contextmanager
+def forwarding_nothing() -> Iterator[None]:
+    """The host forwards nothing by itself, whatever agents of other tests left or still need."""
+    forwarding = Path("/proc/sys/net/ipv4/conf/wan0/forwarding")
+    before = forwarding.read_text()
+    forwarding.write_text("0")
+    try:
+        yield
+    finally:
+        forwarding.write_text(before)
+
+
 def _connect() -> None:
     target = os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
     with IPRoute() as routes:

@@ -289,6 +289,29 @@ async def test_a_host_that_goes_away_fails_the_build_in_the_end(
 # Limits.
 
 
+async def test_a_key_makes_a_build_safe_to_repeat(
+    team: Team, other_team: Team, shell: Shell
+) -> None:
+    headers = {"Idempotency-Key": "once"}
+
+    async def ask(http: httpx.AsyncClient, **more: Any) -> httpx.Response:
+        body = wanted("app", "RUN one\n", **more)
+        return await http.post("/v1/builds", json=body, headers=headers)
+
+    secret = {"secrets": {"token": "hidden"}}
+    answers = await asyncio.gather(*(ask(team.http, **secret) for _ in range(3)))
+    assert {each.status_code for each in answers} == {202}
+    (build_id,) = {each.json()["id"] for each in answers}
+    assert (await end(team.http, build_id))["state"] == "ready"
+    # Also when it is over.
+    assert (await ask(team.http, **secret)).json()["state"] == "ready"
+    assert shell.ran == ["one"]
+    other = await ask(team.http, secrets={"token": "another"})
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "conflict")
+    # Keys are a team's own.
+    assert (await ask(other_team.http)).json()["id"] != build_id
+
+
 @pytest.mark.one_database
 async def test_builds_have_limits(database_url: str, tmp_path: Path, host: RunningHost) -> None:
     shell = host.fakes.guests.running = Shell()

@@ -35,13 +35,6 @@ NARROW: ViewportSize = {"width": 360, "height": 740}
 PATIENCE_MS = 30_000
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.vm)
-
-
 @dataclass
 class Server:
     """A running `up`, whose first account is not made yet."""

@@ -227,6 +227,7 @@ def timed(one: Up, template: str, *, ask: bool) -> tuple[float, float, str]:
     return created, answered, said
 
 
+@pytest.mark.full
 def test_an_application_starts_warm_and_is_built_again_quickly(one: Up, tmp_path: Path) -> None:
     wheels = {f"wheels/{each.name}": each.read_bytes() for each in FLASK.path.glob("*.whl")}
     assert wheels, "scripts/test fetches them"

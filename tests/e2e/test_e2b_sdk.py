@@ -117,7 +117,7 @@ def live(
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "environment",
     [NEWEST, *(pytest.param(each, marks=pytest.mark.full) for each in OLDER)],

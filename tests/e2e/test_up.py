@@ -103,7 +103,8 @@ def clear(place: Place, *names: str) -> None:
             running.process.wait(_END_S)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+# Every other `up` of the tests runs on SQLite.
+@pytest.fixture(params=[pytest.param("sqlite", marks=pytest.mark.full), "postgresql"])
 def database(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[str]]]:
     """The flags that choose a database."""
     if request.param == "sqlite":

@@ -17,7 +17,7 @@ from sandmartin.cli.files import Remote, place_of
 from sandmartin.cli.progress import Progress
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from tests.command_line import DEADLINE_S
-from tests.fakes import LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
 
 Copying = Callable[..., Awaitable[tuple[int, str, str]]]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import DEADLINE_S, Line, finish, say_ready, until
-from tests.fakes import LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
 
 READY_AND_WAIT = "echo ready; while :; do sleep 0.05; done"
 

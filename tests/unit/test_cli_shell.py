@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import Line, finish
-from tests.fakes import LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
 from tests.terminal import Terminal, ended
 
 

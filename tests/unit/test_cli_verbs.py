@@ -16,7 +16,7 @@ import pytest
 from sandmartin.cli import main
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from tests.command_line import DEADLINE_S, Line, finish, say_ready, until
-from tests.fakes import LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
 
 READY_AND_WAIT = "echo ready; while :; do sleep 0.05; done"
 

@@ -35,7 +35,8 @@ from sandmartin.transport import (
     Transport,
 )
 from sandmartin.transport.agent import CHUNK_BYTES, AgentSocket, agent_answers
-from tests.fakes import FakeTransport, LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
+from tests.fakes_transport import FakeTransport
 
 NEW = NewSandbox(sandbox_id="sb1", vcpus=2, envs={"A": "b"})
 

@@ -18,7 +18,7 @@ from sandmartin.client import connection
 from sandmartin.client.results import MAX_OUTPUT_BYTES, CommandTimedOut, Output
 from sandmartin.errors import Exhausted, Invalid, NotFound
 from sandmartin.transport import Ended, Stderr, Stdout
-from tests.fakes import LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
 
 DEADLINE_S = 30.0
 

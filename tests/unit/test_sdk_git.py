@@ -17,7 +17,7 @@ import pytest
 from sandmartin import AsyncSandbox, CommandFailed, Credentials, GitFile
 from sandmartin.client.git import parse_status, split_credentials
 from sandmartin.errors import Invalid
-from tests.fakes import LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
 
 NAME, PASSWORD = "me@example.org", "päss word'%\"$(x)"
 

@@ -220,6 +220,15 @@ async def test_an_archive_is_sent_as_it_is(server: BuildServer, tmp_path: Path) 
     assert list(server.uploads) == [sha256]
 
 
+async def test_a_build_whose_answer_is_lost_is_asked_for_again(server: BuildServer) -> None:
+    server.lost_answers = 2
+    building = asyncio.create_task(AsyncTemplates().build(Template.from_template(), name="app"))
+    begun = await server.begun()
+    begun.end()
+    assert (await building).build_id == begun.build_id
+    assert (len(server.builds), server.lost_answers) == (1, 0)
+
+
 async def test_a_log_is_followed_across_lost_connections(server: BuildServer) -> None:
     server.cut_after = 2
     heard: list[int] = []

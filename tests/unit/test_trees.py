@@ -11,7 +11,7 @@ from sandmartin import AsyncSandbox
 from sandmartin.client.trees import _stays_inside
 from sandmartin.errors import Denied, Invalid, SandmartinError
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
-from tests.fakes import LocalAgent, serving
+from tests.fakes_localagent import LocalAgent, serving
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Network
@@ -47,6 +47,13 @@ async def connect(sandbox: AsyncSandbox, *targets: str) -> dict[str, str]:
     assert result.exit_code == 0, result
     answers: dict[str, str] = json.loads(result.text)
     return answers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lone_host(private_host: None) -> Iterator[None]:
+    """Before the module's agent, which is to find a host that forwards nothing."""
+    with world.forwarding_nothing():
+        yield
 
 
 @pytest.fixture(scope="module")

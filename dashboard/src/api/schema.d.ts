@@ -1222,6 +1222,8 @@ export interface paths {
         /**
          * Create
          * @description Have a template built; `GET` tells how it goes.
+         *
+         *     The same Idempotency-Key and body give the same build.
          */
         post: operations["create_v1_builds_post"];
         delete?: never;
@@ -6728,7 +6730,9 @@ export interface operations {
     create_v1_builds_post: {
         parameters: {
             query?: never;
-            header?: never;
+            header?: {
+                "Idempotency-Key"?: string;
+            };
             path?: never;
             cookie?: never;
         };

@@ -60,40 +60,68 @@ _DEADLINES_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """How long the parts wait, and how much they do at once."""
+
+    timing: Timing
+    pace: Pace
+    patience: Patience
+    building: BuildSettings
+
+
 class Platform:
     """All that requests are served with."""
 
-    settings: ControlSettings
-    db: Database
-    sealer: Sealer
-    events: Events
-    keys: Keys
-    sessions: Sessions
-    accounts: Accounts
-    teams: Teams
-    oauth: Oauth
-    hosts: Hosts
-    templates: Templates
-    artefacts: Artefacts
-    garbage: Garbage
-    contents: Contents
-    operations: Operations
-    sandboxes: Sandboxes
-    deadlines: Deadlines
-    usage: Usage
-    reconciler: Reconciler
-    leader: Leader
-    outgoing: Outgoing
-    notifications: Notifications
-    retention: Retention
-    telemetry: Telemetry
-    tokens: Tokens
-    waking: Waking
-    trust: Trust
-    blobs: Blobs
-    tags: Tags
-    builds: Builds
-    queue: Queue
+    def __init__(
+        self,
+        settings: ControlSettings,
+        db: Database,
+        sealer: Sealer,
+        owner: str,
+        hosts: Hosts,
+        rhythm: Rhythm,
+    ) -> None:
+        timing, pace = rhythm.timing, rhythm.pace
+        self.settings, self.db, self.sealer, self.hosts = settings, db, sealer, hosts
+        self.events = happenings = Events(db)
+        self.usage = usage = Usage(db)
+        self.templates = templates = Templates(db, hosts)
+        self.tags = Tags(db)
+        self.contents = Contents(db, hosts, templates)
+        self.artefacts = artefacts = _artefacts(settings, db, hosts, sealer, pace, timing)
+        self.garbage = _garbage(settings, db, owner)
+        self.operations = operations = Operations(db, owner, timing)
+        quotas = _quotas(settings)
+        self.sandboxes = sandboxes = Sandboxes(
+            db, operations, hosts, templates, quotas, happenings, usage, sealer, artefacts
+        )
+        self.reconciler = Reconciler(db, hosts, sandboxes, templates, happenings, pace)
+        self.deadlines = Deadlines(db, sandboxes, min(_DEADLINES_S, pace.period_s))
+        self.leader = Leader(db, owner)
+        limits = Limits(db)
+        self.waking = Waking(db, hosts, sandboxes, happenings, limits, settings.wake_s)
+        self.teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
+        self.accounts = Accounts(db, settings, limits, self.teams)
+        self.oauth = Oauth(db, sealer, self.accounts, limits, settings)
+        self.keys, self.sessions, self.tokens = Keys(db), Sessions(db), Tokens(sealer)
+        self.trust = Trust(db, happenings)
+        outgoing = Outgoing(allowed_networks(settings.outgoing_allow))
+        self.notifications = Notifications(db, sealer, happenings, outgoing, rhythm.patience)
+        self.retention = Retention(db, _keep(settings))
+        self.telemetry = Telemetry(db, operations, self.reconciler)
+        self.builds, self.queue = self._builds_and_queue(owner, rhythm.building)
+
+    def _builds_and_queue(self, owner: str, building: BuildSettings) -> tuple[Builds, Queue]:
+        """Builds that are asked for, and what works them off."""
+        db, sealer, happenings, sandboxes = self.db, self.sealer, self.events, self.sandboxes
+        contexts, most = _contexts(self.settings), self.settings.max_builds_per_team
+        builds = Builds(db, sealer, happenings, contexts, max_open=most)
+        layers = Layers(db, building.layers)
+        fresh_s = building.image_fresh_s
+        grounds = Grounds(db, self.hosts, self.templates, layers, contexts, fresh_s)
+        engine = Engine(db, sandboxes, layers, grounds, contexts, building)
+        queue = Queue(db, owner, sealer, happenings, sandboxes, layers, builds, engine, building)
+        return builds, queue
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -141,69 +169,19 @@ async def open_platform(
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     sealer = await _open_sealer(settings)
     await asyncio.to_thread(upgrade, settings.url)
+    rhythm = Rhythm(
+        timing=timing or Timing(),
+        pace=pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s),
+        patience=patience or Patience(),
+        building=building or _builds(settings),
+    )
     async with contextlib.AsyncExitStack() as stack:
         db = Database.open(settings.url)
         stack.push_async_callback(db.close)
-        happenings, usage = Events(db), Usage(db)
         owner = random_id(12)
         hosts = Hosts(db, await Authority.open(db, sealer, owner))
         stack.push_async_callback(hosts.close)
-        templates = Templates(db, hosts)
-        timing = timing or Timing()
-        operations = Operations(db, owner, timing)
-        quotas = _quotas(settings)
-        pace = pace or Pace(period_s=settings.reconcile_s, unreachable_s=settings.unreachable_s)
-        artefacts = _artefacts(settings, db, hosts, sealer, pace, timing)
-        sandboxes = Sandboxes(
-            db, operations, hosts, templates, quotas, happenings, usage, sealer, artefacts
-        )
-        limits = Limits(db)
-        teams = Teams(db, limits, sandboxes, templates, sweep_s=pace.period_s)
-        accounts = Accounts(db, settings, limits, teams)
-        reconciler = Reconciler(db, hosts, sandboxes, templates, happenings, pace)
-        of_builds = building or _builds(settings)
-        blobs = Blobs.open(settings.artefact_store_url)
-        contexts = _contexts(settings, blobs)
-        builds = Builds(db, sealer, happenings, contexts, max_open=settings.max_builds_per_team)
-        layers = Layers(db, of_builds.layers)
-        grounds = Grounds(db, hosts, templates, layers, contexts, of_builds.image_fresh_s)
-        engine = Engine(db, sandboxes, layers, grounds, contexts, of_builds)
-        outgoing = Outgoing(allowed_networks(settings.outgoing_allow))
-        yield Platform(
-            settings=settings,
-            db=db,
-            sealer=sealer,
-            events=happenings,
-            keys=Keys(db),
-            sessions=Sessions(db),
-            accounts=accounts,
-            teams=teams,
-            oauth=Oauth(db, sealer, accounts, limits, settings),
-            hosts=hosts,
-            templates=templates,
-            artefacts=artefacts,
-            garbage=_garbage(settings, db, owner),
-            contents=Contents(db, hosts, templates),
-            operations=operations,
-            sandboxes=sandboxes,
-            deadlines=Deadlines(db, sandboxes, min(_DEADLINES_S, pace.period_s)),
-            usage=usage,
-            reconciler=reconciler,
-            leader=Leader(db, owner),
-            outgoing=outgoing,
-            notifications=Notifications(db, sealer, happenings, outgoing, patience or Patience()),
-            retention=Retention(db, _keep(settings)),
-            telemetry=Telemetry(db, operations, reconciler),
-            tokens=Tokens(sealer),
-            waking=Waking(db, hosts, sandboxes, happenings, limits, settings.wake_s),
-            trust=Trust(db, happenings),
-            blobs=blobs,
-            tags=Tags(db),
-            builds=builds,
-            queue=Queue(
-                db, owner, sealer, happenings, sandboxes, layers, builds, engine, of_builds
-            ),
-        )
+        yield Platform(settings, db, sealer, owner, hosts, rhythm)
 
 
 def _artefacts(
@@ -253,9 +231,9 @@ def _builds(settings: ControlSettings) -> BuildSettings:
     )
 
 
-def _contexts(settings: ControlSettings, blobs: Blobs) -> Contexts:
+def _contexts(settings: ControlSettings) -> Contexts:
     return Contexts(
-        blobs,
+        Blobs.open(settings.artefact_store_url),
         settings.data_dir,
         keep_s=settings.keep_contexts_days * 86400.0,
         limits=ArchiveLimits(),

@@ -60,10 +60,7 @@ class Repeats:
         async with self._db.read() as session:
             found = (await session.execute(query.where(*ours))).all()
         if any(found_hash != request_hash for found_hash, _ in found):
-            raise Conflict(
-                "this idempotency key was used for another request",
-                hint="use a new key for each request",
-            )
+            raise used_otherwise()
         for operation_id in {each for _, each in found if each is not None}:
             await self._operations.wait(operation_id)
         if not found:
@@ -71,3 +68,11 @@ class Repeats:
         async with self._db.read() as session:
             rows = (await session.scalars(select(Row).where(*ours))).all()
         return sorted(rows, key=lambda row: keys.index(row.idempotency_key or ""))
+
+
+def used_otherwise() -> Conflict:
+    """A key that has come with another request before."""
+    return Conflict(
+        "this idempotency key was used for another request",
+        hint="use a new key for each request",
+    )

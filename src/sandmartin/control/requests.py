@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from sandmartin.control import tables
-from sandmartin.control.rows import Row
+from sandmartin.control.caller import Caller
+from sandmartin.control.rows import Row, ends_at
 from sandmartin.control.scheduler import Need
 from sandmartin.control.states import LISTED
 from sandmartin.errors import Invalid
@@ -16,6 +18,7 @@ from sandmartin.model import (
     DEFAULT_DISK_SIZE_MB,
     DEFAULT_MEMORY_MB,
     DEFAULT_VCPUS,
+    INTERNET,
     NetworkPolicy,
     SandboxSpec,
     State,
@@ -154,7 +157,39 @@ def spec_of(new: NewRow, template: tables.Template) -> SandboxSpec:
     )
 
 
-def wanted_policy(new: NewRow, template: tables.Template) -> NetworkPolicy:
+def row_of(
+    new: NewRow, template: tables.Template, spec: SandboxSpec, caller: Caller, host_id: str
+) -> Row:
+    """The sandbox as it begins, on the host that was chosen for it."""
+    now = time.time()
+    policy = _policy(new, template)
+    return Row(
+        sandbox_id=spec.sandbox_id,
+        team_id=caller.team_id,
+        host_id=host_id,
+        template=new.template,
+        agent_template=template.agent_name,
+        state=State.STARTING,
+        state_at=now,
+        vcpus=spec.vcpus,
+        memory_mb=spec.memory_mb,
+        disk_size_mb=spec.disk_size_mb,
+        timeout_s=spec.timeout_s,
+        lifetime_s=new.lifetime_s,
+        ends_at=ends_at(new.lifetime_s),
+        network=None if policy == INTERNET else policy.to_dict(),
+        on_timeout=new.on_timeout,
+        auto_resume=new.auto_resume,
+        public_traffic=new.public_traffic,
+        labels=dict(new.labels),
+        defaults=dict(template.defaults),
+        build_id=new.build_id,
+        created_by=caller.actor_id,
+        created_at=now,
+    )
+
+
+def _policy(new: NewRow, template: tables.Template) -> NetworkPolicy:
     """What the sandbox may reach: as asked, or as what the template was made from."""
     return new.network or NetworkPolicy.from_dict(template.network)
 

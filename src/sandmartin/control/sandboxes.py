@@ -31,13 +31,12 @@ from sandmartin.control.requests import (
     first_envs,
     keys_of_children,
     need_of,
+    row_of,
     spec_of,
-    wanted_policy,
 )
 from sandmartin.control.rows import (
     Row,
     cursor_of,
-    ends_at,
     find,
     moment,
     observe,
@@ -59,7 +58,7 @@ from sandmartin.errors import (
     SandmartinError,
     Unavailable,
 )
-from sandmartin.model import INTERNET, State
+from sandmartin.model import State
 from sandmartin.transport import CreatedSandbox, MetricPoint, NewSandbox
 from sandmartin.transport.agent import Agent
 
@@ -207,36 +206,11 @@ class Sandboxes(Copies):
         )
         spec = spec_of(new, template)
         await self._quotas.check(session, caller.team_id, [spec])
-        policy = wanted_policy(new, template)
         need = need_of(spec, template, stored=self._artefacts.stores)
         choice = await choose_host(session, need)
-        now = time.time()
-        row = Row(
-            sandbox_id=spec.sandbox_id,
-            team_id=caller.team_id,
-            host_id=choice.host.host_id,
-            template=new.template,
-            agent_template=template.agent_name,
-            state=State.STARTING,
-            state_at=now,
-            vcpus=spec.vcpus,
-            memory_mb=spec.memory_mb,
-            disk_size_mb=spec.disk_size_mb,
-            timeout_s=spec.timeout_s,
-            lifetime_s=new.lifetime_s,
-            ends_at=ends_at(new.lifetime_s),
-            network=None if policy == INTERNET else policy.to_dict(),
-            on_timeout=new.on_timeout,
-            auto_resume=new.auto_resume,
-            public_traffic=new.public_traffic,
-            labels=dict(new.labels),
-            defaults=dict(template.defaults),
-            build_id=new.build_id,
-            created_by=caller.actor_id,
-            created_at=now,
-            idempotency_key=key or None,
-            request_hash=new.digest() if key else None,
-        )
+        row = row_of(new, template, spec, caller, choice.host.host_id)
+        if key:
+            row.idempotency_key, row.request_hash = key, new.digest()
         session.add(row)
         await session.flush()
         held = self._operations.begin(

@@ -457,6 +457,9 @@ class Build(Base):
     log_bytes: Mapped[int] = mapped_column(default=0)
     #: Somebody wants it to end.
     cancelling: Mapped[bool] = mapped_column(default=False)
+    idempotency_key: Mapped[str | None]
+    #: Of the request that came with the key, see `builds.service`.
+    request_hash: Mapped[str | None]
     #: Who works on it, with which token, until when unless renewed; empty while it waits.
     lease_owner: Mapped[str] = mapped_column(default="")
     lease_token: Mapped[str] = mapped_column(default="")
@@ -464,6 +467,7 @@ class Build(Base):
     attempts: Mapped[int] = mapped_column(default=0)
 
     __table_args__ = (
+        UniqueConstraint("team_id", "idempotency_key"),
         Index("builds_by_team", "team_id", "created_at", "build_id"),
         Index(
             "builds_open",

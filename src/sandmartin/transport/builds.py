@@ -14,7 +14,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from sandmartin.errors import NotFound, TimedOut, Unavailable
-from sandmartin.model import check_name, check_tag, split_tag
+from sandmartin.model import check_name, check_tag, random_id, split_tag
 from sandmartin.transport.api import Api
 from sandmartin.transport.fields import Message, integer, number, part, parts, text, texts
 
@@ -165,7 +165,10 @@ class Builds:
 
     async def create(self, new: NewBuild) -> Build:
         """Begin a build. Raises Invalid, which says where; NotFound, Exhausted."""
-        return _build(await self._api.ask("POST", "/v1/builds", _body(new), deadline_s=_CREATE_S))
+        answer = await self._api.ask(
+            "POST", "/v1/builds", _body(new), deadline_s=_CREATE_S, key=random_id(20)
+        )
+        return _build(answer)
 
     async def get(self, build_id: str) -> Build:
         """Raises NotFound."""

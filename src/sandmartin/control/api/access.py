@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Header, Request, Response
 from fastapi.security import APIKeyHeader
 from starlette.requests import HTTPConnection
 
@@ -24,6 +24,8 @@ _KEY = APIKeyHeader(
     description="An API key of a team. People who are logged in send their session's cookie.",
 )
 _BEARER = "bearer "
+#: Characters of an idempotency key.
+MAX_KEY = 200
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -160,3 +162,5 @@ TheSession = Annotated[LoggedIn, Depends(_logged_in)]
 ThePerson = Annotated[Caller, Depends(_person)]
 #: An administrator of the platform, or a key of one.
 TheAdmin = Annotated[Caller, Depends(_admin)]
+#: Of a request that may be sent again.
+TheKey = Annotated[str, Header(alias="Idempotency-Key", max_length=MAX_KEY)]

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from sandmartin.control import tables
-from sandmartin.control.api.access import TheCaller, ThePlatform
+from sandmartin.control.api.access import TheCaller, TheKey, ThePlatform
 from sandmartin.control.api.bodies import RAW_BODY, pieces_of
 from sandmartin.control.builds.request import NewBuild, Source
 from sandmartin.control.caller import Caller
@@ -238,9 +238,17 @@ async def has_context(sha256: TheDigest, caller: TheCaller, platform: ThePlatfor
 
 
 @router.post("/builds", status_code=202)
-async def create(body: NewBuildBody, caller: TheCaller, platform: ThePlatform) -> BuildBody:
-    """Have a template built; `GET` tells how it goes."""
-    return BuildBody.of(await platform.builds.create(caller, body.new()))
+async def create(
+    body: NewBuildBody,
+    caller: TheCaller,
+    platform: ThePlatform,
+    idempotency_key: TheKey = "",
+) -> BuildBody:
+    """Have a template built; `GET` tells how it goes.
+
+    The same Idempotency-Key and body give the same build.
+    """
+    return BuildBody.of(await platform.builds.create(caller, body.new(), idempotency_key))
 
 
 @router.get("/builds")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sandmartin.control import tables
-from sandmartin.control.api.access import TheCaller, ThePlatform
+from sandmartin.control.api.access import MAX_KEY, TheCaller, TheKey, ThePlatform
 from sandmartin.control.requests import Filter, NewChildren, NewRow
 from sandmartin.control.states import LISTED
 from sandmartin.errors import Invalid
@@ -17,10 +17,8 @@ from sandmartin.transport import Checkpoint
 
 router = APIRouter(tags=["sandboxes"])
 
-_MAX_KEY = 200
 _MAX_PAGE = 1000
 Strict = ConfigDict(extra="forbid")
-TheKey = Annotated[str, Header(alias="Idempotency-Key", max_length=_MAX_KEY)]
 Rule = Annotated[str, Field(max_length=255)]
 
 
@@ -215,7 +213,7 @@ async def list_sandboxes(
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 100,
     cursor: Annotated[str, Query(max_length=200)] = "",
     idempotency_key: Annotated[
-        str, Query(max_length=_MAX_KEY, description="What requests with this key made.")
+        str, Query(max_length=MAX_KEY, description="What requests with this key made.")
     ] = "",
 ) -> SandboxPage:
     """The team's sandboxes, newest first; stopped ones and errors only when asked for."""

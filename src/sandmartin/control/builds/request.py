@@ -141,7 +141,8 @@ class NewBuild:
         return plan.Template(self.from_template or "base")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """The same for the same request."""
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> NewBuild:

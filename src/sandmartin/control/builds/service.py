@@ -5,6 +5,7 @@ What is done with them is in `queue` and `engine`, on whichever replica has room
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sandmartin.control.builds.contexts import Contexts
 from sandmartin.control.builds.request import NewBuild
 from sandmartin.control.caller import Caller, system
 from sandmartin.control.db import Database
+from sandmartin.control.repeats import used_otherwise
 from sandmartin.control.rows import read_cursor
 from sandmartin.control.seal import Sealer
 from sandmartin.control.states import BuildState
@@ -59,10 +61,14 @@ class Builds:
         self.contexts = contexts
         self._max_open = max_open
 
-    async def create(self, caller: Caller, new: NewBuild) -> Row:
-        """Have a template built. Raises Invalid, NotFound (uploads), Denied, Exhausted."""
+    async def create(self, caller: Caller, new: NewBuild, idempotency_key: str = "") -> Row:
+        """Have a template built; the same key and request give the same build.
+
+        Raises Invalid, NotFound (uploads), Denied, Exhausted; Conflict when the key was used for
+        another request.
+        """
         await self._check(caller, new)
-        return await self._add(caller, new)
+        return await self._add(caller, new, key=idempotency_key)
 
     async def reserve(self, caller: Caller, new: NewBuild) -> Row:
         """Note a build that waits for `begin`, and is over if that does not come in time.
@@ -98,7 +104,9 @@ class Builds:
                     f"the upload {digest} is not there", hint="PUT /v1/builds/contexts/SHA256"
                 )
 
-    async def _add(self, caller: Caller, new: NewBuild, awaited_until: float | None = None) -> Row:
+    async def _add(
+        self, caller: Caller, new: NewBuild, *, key: str = "", awaited_until: float | None = None
+    ) -> Row:
         row = Row(
             build_id=f"bd{random_id(20)}",
             team_id=caller.team_id,
@@ -109,8 +117,14 @@ class Builds:
             awaited_until=awaited_until,
             created_by=caller.actor_id,
             created_at=time.time(),
+            idempotency_key=key or None,
+            request_hash=self._hash(new) if key else None,
         )
         async with self._db.write() as session:
+            # Where transactions write side by side, those of one team come one after the other.
+            await session.get(Team, caller.team_id, with_for_update={"key_share": True})
+            if key and (made := await _find_made(session, row)):
+                return made
             await self._check_room(session, caller)
             await _check_name(session, caller, new.base_name)
             session.add(row)
@@ -126,9 +140,12 @@ class Builds:
         self._events.wake()
         return row
 
+    def _hash(self, new: NewBuild) -> str:
+        """The same for the same request; without our key nobody can try out its secrets by it."""
+        key = self._sealer.derive("requests for builds")
+        return hmac.new(key, new.to_json().encode(), "sha256").hexdigest()
+
     async def _check_room(self, session: AsyncSession, caller: Caller) -> None:
-        # Where transactions write side by side, those of one team count one after the other.
-        await session.get(Team, caller.team_id, with_for_update={"key_share": True})
         query = select(func.count()).where(Row.team_id == caller.team_id, Row.finished_at.is_(None))
         if (await session.scalar(query) or 0) >= self._max_open:
             raise Exhausted(
@@ -255,6 +272,18 @@ async def _find(
     if row is None or row.team_id != caller.team_id:
         raise NotFound(f"there is no build {build_id[:80]!r}")
     return row
+
+
+async def _find_made(session: AsyncSession, wanted: Row) -> Row | None:
+    """What this request has made before. Raises Conflict when its key was another's."""
+    made = await session.scalar(
+        select(Row).where(
+            Row.team_id == wanted.team_id, Row.idempotency_key == wanted.idempotency_key
+        )
+    )
+    if made is not None and made.request_hash != wanted.request_hash:
+        raise used_otherwise()
+    return made
 
 
 def _check_awaited(row: Row) -> None:

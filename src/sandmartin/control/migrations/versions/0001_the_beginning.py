@@ -222,6 +222,8 @@ def upgrade() -> None:
         sa.Column("log_lines", sa.Integer(), nullable=False),
         sa.Column("log_bytes", sa.Integer(), nullable=False),
         sa.Column("cancelling", sa.Boolean(), nullable=False),
+        sa.Column("idempotency_key", sa.String(), nullable=True),
+        sa.Column("request_hash", sa.String(), nullable=True),
         sa.Column("lease_owner", sa.String(), nullable=False),
         sa.Column("lease_token", sa.String(), nullable=False),
         sa.Column("lease_expires_at", sa.Double(), nullable=False),
@@ -231,6 +233,7 @@ def upgrade() -> None:
             ["teams.team_id"],
         ),
         sa.PrimaryKeyConstraint("build_id"),
+        sa.UniqueConstraint("team_id", "idempotency_key"),
     )
     with op.batch_alter_table("builds", schema=None) as batch_op:
         batch_op.create_index("builds_by_team", ["team_id", "created_at", "build_id"], unique=False)
