@@ -49,5 +49,5 @@ def test_who_used_nothing_is_told_so(people: Callable[[str], Person]) -> None:
     with attentive(people("olga").context):
         page = people("olga").open("/usage")
         expect(page.get_by_role("heading", name="Nothing was used in this time")).to_be_visible()
-        expect(page.get_by_role("row", name="Running sandboxes")).to_contain_text("default")
+        expect(page.get_by_role("row", name="Running sandboxes")).to_contain_text("100")
         check_everywhere(page)

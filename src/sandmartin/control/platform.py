@@ -79,6 +79,7 @@ class Platform:
     contents: Contents
     operations: Operations
     sandboxes: Sandboxes
+    quotas: Quotas
     deadlines: Deadlines
     usage: Usage
     reconciler: Reconciler
@@ -186,6 +187,7 @@ async def open_platform(
             contents=Contents(db, hosts, templates),
             operations=operations,
             sandboxes=sandboxes,
+            quotas=quotas,
             deadlines=Deadlines(db, sandboxes, min(_DEADLINES_S, pace.period_s)),
             usage=usage,
             reconciler=reconciler,
