@@ -10,8 +10,17 @@ export interface Drawing {
   point: (index: number | null) => void;
 }
 
-const DAY_S = 86_400;
-const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
+const MINUTE_S = 60;
+const HOUR_S = 60 * MINUTE_S;
+const DAY_S = 24 * HOUR_S;
+/** Between the marks of the time. */
+const TIMES_S = [
+  ...[10, 30],
+  ...[1, 2, 5, 10, 20, 30].map((minutes) => minutes * MINUTE_S),
+  ...[1, 2, 4, 6, 12].map((hours) => hours * HOUR_S),
+  ...[1, 2, 5, 10].map((days) => days * DAY_S),
+];
+const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "numeric", minute: "2-digit" });
 const SECONDS = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 const DATE = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
 
@@ -47,7 +56,8 @@ export async function draw(frame: HTMLElement, drawing: Drawing): Promise<uPlot>
         ...axis,
         size: 30,
         space: 76,
-        values: (_, splits) => splits.map((at) => moment(at, splits)),
+        incrs: TIMES_S,
+        values: (_, splits, __, ___, step) => splits.map((at) => moment(at, step)),
       },
       {
         ...axis,
@@ -62,8 +72,7 @@ export async function draw(frame: HTMLElement, drawing: Drawing): Promise<uPlot>
 }
 
 /** A time at the axis, as exact as its marks are. */
-function moment(at: number, splits: number[]): string {
-  const step = (splits[1] ?? at) - (splits[0] ?? at);
-  if (step >= DAY_S / 2) return DATE.format(at * 1000);
-  return (step < 60 ? SECONDS : CLOCK).format(at * 1000);
+function moment(at: number, step: number): string {
+  if (step >= DAY_S) return DATE.format(at * 1000);
+  return (step < MINUTE_S ? SECONDS : CLOCK).format(at * 1000);
 }
