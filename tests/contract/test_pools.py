@@ -14,9 +14,10 @@ from sandmartin.agent.admission import memory_total_mb
 from sandmartin.agent.guest import Command, Identity, Output
 from sandmartin.agent.host import Host
 from sandmartin.agent.limits import OVERHEAD_MB
+from sandmartin.agent.network.slot import Slot
 from sandmartin.agent.sandbox import Sandbox
 from sandmartin.errors import NotFound, ToolFailed
-from sandmartin.model import Accel, SandboxSpec, Settings, State
+from sandmartin.model import Accel, NetworkPolicy, SandboxSpec, Settings, State
 from tests.fakes_agent import IMAGE, Fakes, find_leaks, make_machine, make_spec
 from tests.fakes_vmm import SCRATCH
 from tests.waiting import until
@@ -156,6 +157,23 @@ async def test_a_create_claims_one_that_is_ready(ready_host: tuple[Fakes, Host])
     await host.destroy("sb1")
     with pytest.raises(NotFound):
         host.get("sb1")
+
+
+async def test_a_claim_loads_rules_for_a_policy_alone(
+    ready_host: tuple[Fakes, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes, host = ready_host
+    loaded: list[NetworkPolicy] = []
+
+    async def apply(slot: Slot, policy: NetworkPolicy) -> None:
+        loaded.append(policy)
+
+    monkeypatch.setattr(fakes.network, "apply", apply)
+    await host.create(_default("sb1"), {})
+    assert not loaded
+    narrow = NetworkPolicy(allow_internet_access=False)
+    await host.create(replace(_default("sb2"), network=narrow), {})
+    assert loaded == [narrow]
 
 
 async def test_another_shape_is_made_as_ever(ready_host: tuple[Fakes, Host]) -> None:

@@ -47,6 +47,12 @@ PUBLIC = {
     "POST /v1/auth/oauth/{provider}",
     "GET /auth/oauth/{provider}",
     "GET /auth/oauth/{provider}/callback",
+    # The dashboard, which shows nothing before somebody is logged in.
+    "GET /",
+    "GET /dashboard",
+    "GET /dashboard/assets/{name}",
+    "GET /dashboard/favicon.svg",
+    "GET /dashboard/{path:path}",
 }
 #: What is asked with a token that no browser sends by itself.
 BY_TOKEN = {

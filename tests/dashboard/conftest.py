@@ -15,15 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Page,
+    ViewportSize,
+    sync_playwright,
+)
 
 from tests.e2e.conftest import new_place
 from tests.e2e.test_up import Up, clear, up
 
 AXE = Path(__file__).parents[2] / "dashboard/node_modules/axe-core/axe.min.js"
 PASSWORD = "correct horse battery"
-WIDE = {"width": 1280, "height": 800}
-NARROW = {"width": 360, "height": 740}
+WIDE: ViewportSize = {"width": 1280, "height": 800}
+NARROW: ViewportSize = {"width": 360, "height": 740}
 #: Where a receiver of webhooks may be; what else is on loopback is refused to them.
 RECEIVER = "127.0.0.9"
 #: How long a page may wait for a VM under emulation.
@@ -173,7 +180,7 @@ def people(server: Server, browser: Browser) -> Iterator[Callable[[str], Person]
 
 def person(server: Server, browser: Browser, name: str, token: str) -> Person:
     """A new account, made as the page makes it."""
-    context = browser.new_context(viewport=WIDE, reduced_motion="reduce")  # type: ignore[arg-type]
+    context = browser.new_context(viewport=WIDE, reduced_motion="reduce")
     email = f"{name}@example.org"
     body = {"email": email, "name": name.title(), "password": PASSWORD, "invitation": token}
     answer = context.request.post(f"{server.url}/v1/auth/signup", data=body)
@@ -225,5 +232,5 @@ def check_everywhere(page: Page) -> None:
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         for viewport in (NARROW, WIDE):
-            page.set_viewport_size(viewport)  # type: ignore[arg-type]
+            page.set_viewport_size(viewport)
             check_accessible(page)

@@ -42,7 +42,7 @@ def test_an_invitation_makes_an_account(ada: Person, server: Server, browser: Br
         page.get_by_label("Password").fill(PASSWORD)
         check_everywhere(page)
         page.get_by_role("button", name="Sign up").click()
-        expect(page.get_by_role("heading", name="Sandboxes")).to_be_visible()
+        expect(page.get_by_role("heading", name="Sandboxes", exact=True)).to_be_visible()
         expect(page.get_by_role("heading", name="No sandboxes yet")).to_be_visible()
         check_everywhere(page)
         assert not page.complaints  # type: ignore[attr-defined]

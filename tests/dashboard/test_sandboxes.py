@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from playwright.sync_api import expect
+from playwright.sync_api import Response, expect
 
 from tests.dashboard.conftest import Person, check_everywhere
 
@@ -45,3 +45,22 @@ def test_another_teams_sandbox_is_not_there(ada: Person, bob: Person, sandbox_id
     expect(page.get_by_role("heading", name="There is no such sandbox")).to_be_visible()
     check_everywhere(page)
     bob.ask("GET", f"/sandboxes/{sandbox_id}", expect=404)
+
+
+def test_the_first_load_is_small(ada: Person) -> None:
+    sizes: dict[str, int] = {}
+
+    def note(response: Response) -> None:
+        if response.request.resource_type == "script":
+            assert response.headers["content-encoding"] == "gzip"
+            sizes[response.url.rpartition("/")[2]] = int(response.headers["content-length"])
+
+    page = ada.open("/settings")
+    page.on("response", note)
+    page.goto(ada.server.page_url("/sandboxes"))
+    expect(page.get_by_role("heading", name="Sandboxes", exact=True)).to_be_visible()
+    listed = page.get_by_role("table").or_(page.get_by_role("heading", name="No sandboxes yet"))
+    expect(listed).to_be_visible()
+    print(f"{sum(sizes.values())} bytes of script in {len(sizes)} files: {sizes}")
+    assert 10_000 < sum(sizes.values()) < 300_000
+    assert not [name for name in sizes if name.startswith(("xterm", "Terminal", "codemirror"))]

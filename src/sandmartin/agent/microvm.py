@@ -211,7 +211,11 @@ class MicroVm:
     async def _settle_in(self, slot: Slot) -> None:
         """Have a slot, whose rules are those of its policy before its guest runs there."""
         self._records.place(slot, self.group)
-        if (policy := self._records.policy()) != INTERNET:
+        await self.narrow(self._records.policy())
+
+    async def narrow(self, policy: NetworkPolicy) -> None:
+        """Have a slot that was given the default policy reach what `policy` allows instead."""
+        if policy != INTERNET:
             await self.restrict(policy)
 
     async def restrict(self, policy: NetworkPolicy) -> None:

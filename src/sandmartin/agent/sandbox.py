@@ -121,7 +121,7 @@ class Sandbox(Kept):
             group = self._microvm.group
             self._record(envs=envs, created_at=now, last_active_at=now, vm=vm, group=group)
             self._machine.step("create:claimed")
-            await self._microvm.restrict(self._entry.network)
+            await self._microvm.narrow(self._entry.network)
             await self._introduce(self._entry.token, new_token(), envs=envs, moved=False)
             self._begin()
 

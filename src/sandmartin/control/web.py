@@ -8,15 +8,17 @@ terminal's do).
 
 from __future__ import annotations
 
+import gzip
+import mimetypes
 import secrets
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from starlette.middleware.gzip import GZipMiddleware
-from starlette.staticfiles import StaticFiles
-from starlette.types import Message, Receive, Scope, Send
+
+from sandmartin.errors import NotFound
 
 PATH = "/dashboard"
 
@@ -51,28 +53,30 @@ _MISSING = """<!doctype html>
 
 def include(app: FastAPI) -> None:
     """Serve the dashboard, and lead whoever asks for `/` there."""
-    built = Path(str(files("sandmartin.control").joinpath("web")))
-    app.include_router(_pages(built), include_in_schema=False)
+    app.include_router(pages(Path(str(files("sandmartin.control").joinpath("web")))))
 
 
-def _pages(built: Path) -> APIRouter:
-    router = APIRouter()
+def pages(built: Path) -> APIRouter:
+    """The routes of what was built into a directory."""
+    router = APIRouter(include_in_schema=False)
     index = built / "index.html"
     page = index.read_text() if index.exists() else ""
+    assets = {path.name: _Asset(path) for path in built.glob("assets/*")}
+    icon = _Asset(built / "favicon.svg")
 
     @router.get("/")
     async def root() -> RedirectResponse:
         return RedirectResponse(f"{PATH}/", 302)
 
-    if page:
-        # Their names change with their content.
-        router.mount(f"{PATH}/assets", _Kept(built / "assets"))
+    @router.get(f"{PATH}/assets/{{name}}")
+    async def asset(name: str, request: Request) -> Response:
+        if name not in assets:
+            raise NotFound("there is no such file", hint="load the page again")
+        return assets[name].answer(request, f"public, max-age={_YEAR_S}, immutable")
 
     @router.get(f"{PATH}/favicon.svg")
-    async def icon() -> Response:
-        picture = (built / "favicon.svg").read_bytes() if page else b""
-        headers = _HEADERS | {"cache-control": "max-age=86400"}
-        return Response(picture, media_type="image/svg+xml", headers=headers)
+    async def favicon(request: Request) -> Response:
+        return icon.answer(request, "max-age=86400")
 
     @router.get(PATH)
     @router.get(f"{PATH}/{{path:path}}")
@@ -89,19 +93,21 @@ def _pages(built: Path) -> APIRouter:
     return router
 
 
-class _Kept:
-    """ASGI: files that never change, packed for who can unpack them."""
+class _Asset:
+    """A file that is read and packed when it is first asked for."""
 
-    def __init__(self, directory: Path) -> None:
-        self._files = GZipMiddleware(StaticFiles(directory=directory), minimum_size=1024)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def tell(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 200:
-                told = {"cache-control": f"public, max-age={_YEAR_S}, immutable"}
-                told["x-content-type-options"] = "nosniff"
-                more = [(name.encode(), value.encode()) for name, value in told.items()]
-                message["headers"] = [*message["headers"], *more]
-            await send(message)
+    @cached_property
+    def _packed(self) -> bytes:
+        return gzip.compress(self._path.read_bytes())
 
-        await self._files(scope, receive, tell)
+    def answer(self, request: Request, caching: str) -> Response:
+        """Packed for who can unpack it."""
+        headers = _HEADERS | {"cache-control": caching, "vary": "accept-encoding"}
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers["content-encoding"] = "gzip"
+            return Response(self._packed, media_type=self._type, headers=headers)
+        return Response(gzip.decompress(self._packed), media_type=self._type, headers=headers)
