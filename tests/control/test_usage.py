@@ -191,12 +191,17 @@ async def test_sandboxes_that_live_are_counted(
     await create(team)
     stats = (await team.http.get("/v1/sandboxes/stats?range=5m")).json()
     assert stats["current"] == {"running": 2, "vcpus": 3, "memory_mb": 256}
+    default = {"max_sandboxes": 100, "max_vcpus": 200, "max_memory_mb": 204800}
+    assert stats["quotas"] == default
+    async with platform.db.write() as session:
+        (await session.get_one(tables.Team, team.team_id)).max_vcpus = 4
     await platform.usage.sample(time.time())
     await platform.usage.sample(time.time())
     await team.http.delete(f"/v1/sandboxes/{made['id']}")
     stats = (await team.http.get("/v1/capsules/stats?range=5m")).json()
     assert stats["current"]["running"] == 1
     assert stats["peaks"] == {"running": 2, "vcpus": 3, "memory_mb": 256}
+    assert stats["quotas"] == {**default, "max_vcpus": 4}
     assert max(each["running"] for each in stats["series"]) == 2
     assert len(stats["series"]) in {30, 31}
     used = (await team.http.get("/v1/sandboxes/usage")).json()["items"]

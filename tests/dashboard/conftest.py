@@ -31,6 +31,8 @@ AXE = Path(__file__).parents[2] / "dashboard/node_modules/axe-core/axe.min.js"
 PASSWORD = "correct horse battery"
 WIDE: ViewportSize = {"width": 1280, "height": 800}
 NARROW: ViewportSize = {"width": 360, "height": 740}
+#: Where a receiver of webhooks may be; what else is on loopback is refused to them.
+RECEIVER = "127.0.0.9"
 #: How long a page may wait for a VM under emulation.
 PATIENCE_MS = 30_000
 
@@ -124,7 +126,8 @@ def attentive(context: BrowserContext) -> Iterator[BrowserContext]:
 
 @pytest.fixture(scope="session")
 def server(private_host: None) -> Iterator[Server]:
-    with new_place() as place:
+    with new_place() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANDMARTIN_OUTGOING_ALLOW", f"{RECEIVER}/32")
         with up(place, "dashboard", "--on-exit", "kill") as running:
             found = re.search(r"first account is made at (\S+)", running.log.read_text())
             assert found

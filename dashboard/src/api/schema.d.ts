@@ -3505,6 +3505,18 @@ export interface components {
             max_memory_mb: number | null;
         };
         /**
+         * QuotasBody
+         * @description What a team may hold at a time; the platform's defaults where nothing else was set.
+         */
+        QuotasBody: {
+            /** Max Sandboxes */
+            max_sandboxes: number;
+            /** Max Vcpus */
+            max_vcpus: number;
+            /** Max Memory Mb */
+            max_memory_mb: number;
+        };
+        /**
          * RecordBody
          * @description What somebody did.
          */
@@ -3910,6 +3922,7 @@ export interface components {
             range: string;
             current: components["schemas"]["LoadBody"];
             peaks: components["schemas"]["LoadBody"];
+            quotas: components["schemas"]["QuotasBody"];
             /** Series */
             series: components["schemas"]["LoadPoint"][];
         };

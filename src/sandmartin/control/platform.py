@@ -91,7 +91,7 @@ class Platform:
         self.artefacts = artefacts = _artefacts(settings, db, hosts, sealer, pace, timing)
         self.garbage = _garbage(settings, db, owner)
         self.operations = operations = Operations(db, owner, timing)
-        quotas = _quotas(settings)
+        self.quotas = quotas = _quotas(settings)
         self.sandboxes = sandboxes = Sandboxes(
             db, operations, hosts, templates, quotas, happenings, usage, sealer, artefacts
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,6 +22,13 @@ class Quotas:
     max_vcpus: int = 200
     max_memory_mb: int = 200 * 1024
 
+    def of(self, team: tables.Team | None) -> Quotas:
+        """What a team may hold: its own quotas, and these where it has none."""
+        if team is None:
+            return self
+        own = {name: getattr(team, name) for name in vars(self)}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
     async def check(self, session: AsyncSession, team_id: str, more: Sequence[SandboxSpec]) -> None:
         """Raises Exhausted when the team may not hold `more` beside what it holds."""
         # Where transactions write side by side, those of one team count one after the other.
@@ -32,20 +39,15 @@ class Quotas:
             row.team_id == team_id, row.state.in_(HOLDING)
         )
         count, vcpus, memory_mb = (await session.execute(query)).one()
-        own = (
-            (None,) * 3
-            if team is None
-            else (team.max_sandboxes, team.max_vcpus, team.max_memory_mb)
-        )
-        defaults = (self.max_sandboxes, self.max_vcpus, self.max_memory_mb)
+        own = self.of(team)
+        limits = (own.max_sandboxes, own.max_vcpus, own.max_memory_mb)
         wants = (
             count + len(more),
             (vcpus or 0) + sum(each.vcpus for each in more),
             (memory_mb or 0) + sum(each.memory_mb for each in more),
         )
         words = ("sandboxes", "vCPUs", "MB of memory")
-        for what, wanted, limit, default in zip(words, wants, own, defaults, strict=True):
-            limit = default if limit is None else limit
+        for what, wanted, limit in zip(words, wants, limits, strict=True):
             if wanted > limit:
                 raise Exhausted(
                     f"the team would have {wanted} {what}, and may have {limit}",

@@ -33,12 +33,21 @@ class LoadPoint(LoadBody):
     at: float = Field(description="Where the bucket begins; its figures are the highest in it.")
 
 
+class QuotasBody(BaseModel):
+    """What a team may hold at a time; the platform's defaults where nothing else was set."""
+
+    max_sandboxes: int
+    max_vcpus: int
+    max_memory_mb: int
+
+
 class StatsBody(BaseModel):
     """What a team holds now, at most in the range, and over it."""
 
     range: str
     current: LoadBody
     peaks: LoadBody
+    quotas: QuotasBody
     series: list[LoadPoint]
 
 
@@ -61,10 +70,12 @@ async def stats(
     range_: Annotated[Literal["5m", "1h", "6h", "24h", "30d"], Query(alias="range")] = "1h",
 ) -> StatsBody:
     found = await platform.usage.stats(caller.team_id, range_)
+    team = (await platform.teams.get(caller, caller.team_id)).team
     return StatsBody(
         range=range_,
         current=_body(found.current),
         peaks=_body(found.peaks),
+        quotas=QuotasBody(**asdict(platform.quotas.of(team))),
         series=[LoadPoint(at=at, **asdict(load)) for at, load in found.series],
     )
 
