@@ -37,6 +37,7 @@ from tests.control.conftest import (
 
 pytestmark = pytest.mark.qemu_img
 SHAPE = {"memory_mb": 128, "disk_size_mb": 8}
+HOSTILE = b"\x1b]0;title\x07\x1b[1;31mse\x1b[0mcret\x1b[K \x1b(Band \xe2\x80\xaethat\x00\n"
 
 
 @dataclass
@@ -66,6 +67,10 @@ class Shell:
                     yield Output(f"line {number}\n".encode())
             case "say":
                 yield Output(rest.encode())
+            case "shine":
+                yield Output(HOSTILE)
+                yield Ended(exit_code=3)
+                return
         yield Ended(exit_code=0)
 
 
@@ -141,6 +146,7 @@ async def test_a_build_becomes_a_template(team: Team, platform: Platform, shell:
     assert made.status_code == 201, made.text
     kinds = [each.kind for each in await platform.events.since(0, team_id=team.team_id)]
     assert [kind for kind in kinds if kind.startswith("build.")] == [
+        "build.created",
         "build.started",
         "build.finished",
     ]
@@ -395,6 +401,40 @@ async def test_a_log_is_followed_to_its_end(team: Team, platform: Platform, shel
 
 
 # Secrets stay where they belong.
+
+
+@pytest.mark.one_database
+async def test_what_is_not_seen_is_in_no_log(team: Team, shell: Shell) -> None:
+    secrets = {"word": "secret"}
+    build_id = await begin(team.http, "app", "RUN shine\n", secrets=secrets)
+    ended = await end(team.http, build_id)
+    assert ended["error"]["message"].endswith("exited with 3: *** and ?that?")
+    assert "*** and ?that?" in await log_of(team.http, build_id)
+
+
+async def test_builds_and_templates_tell_who_made_them(
+    team: Team, platform: Platform, shell: Shell
+) -> None:
+    async with platform.db.read() as session:
+        name = await session.scalar(
+            select(tables.ApiKey.name).where(tables.ApiKey.team_id == team.team_id)
+        )
+    assert name
+    built = await end(team.http, await begin(team.http, "app", "RUN one\n", tags=["v1", "v0"]))
+    assert built["created_by_name"] == name
+    made = (await team.http.post("/v1/sandboxes", json=SHAPE)).json()
+    snapshot = {"sandbox_id": made["id"], "name": "frozen"}
+    answer = (await team.http.post("/v1/snapshots", json=snapshot)).json()
+    assert (answer["created_by_name"], answer["sandbox_id"]) == (name, made["id"])
+    found = {each["name"]: each for each in (await team.http.get("/v1/templates")).json()}
+    assert found["frozen"] == answer
+    assert found["app:v0"]["tags"] == ["v0", "v1"]
+    assert found["app:v0"]["build_id"] == built["id"]
+    assert found["app:v0"]["id"] == built["template_id"]
+    assert found["app:v0"]["created_by_name"] == name
+    assert found["app:v0"]["sandbox_id"] is None
+    # Of the platform's a team is not told who made them.
+    assert (found["base"]["created_by_name"], found["base"]["tags"]) == ("", [])
 
 
 @pytest.mark.one_database

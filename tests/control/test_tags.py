@@ -63,7 +63,13 @@ async def test_tags_are_given_and_taken(team: Team, platform: Platform, host: Ru
         await platform.templates.get(caller, "frozen")
     found = await platform.templates.get(caller, "frozen:v2")
     assert (found.name, found.template_id) == ("frozen:v1", before)
-    assert (await team.http.delete("/v1/templates/frozen:v2")).status_code == 409
+    assert await platform.tags.of([before]) == {before: ["v1", "v2"]}
+    told = [each.kind for each in await platform.events.since(0, team_id=team.team_id)]
+    assert told[-2:] == ["template.tagged", "template.untagged"]
+    refused = await team.http.delete("/v1/templates/frozen:v2")
+    assert refused.status_code == 409
+    said = f"template 'frozen:v1' is needed by {sandbox['id']}"
+    assert refused.json()["error"]["message"] == said
     await platform.sandboxes.destroy(caller, sandbox["id"])
     assert (await team.http.delete("/v1/templates/frozen:v2")).status_code == 204
     with pytest.raises(NotFound):

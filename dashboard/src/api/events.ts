@@ -94,7 +94,7 @@ export class Events {
 }
 
 /** Ends after a time, or when it is called off. */
-function passed(milliseconds: number, signal: AbortSignal): Promise<void> {
+export function passed(milliseconds: number, signal: AbortSignal): Promise<void> {
   return new Promise((resolve) => {
     const timer = setTimeout(resolve, milliseconds);
     signal.addEventListener(

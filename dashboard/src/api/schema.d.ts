@@ -2135,6 +2135,11 @@ export interface components {
             error: components["schemas"]["BuildErrorBody"] | null;
             /** Created At */
             created_at: number;
+            /**
+             * Created By Name
+             * @description E-mail address of a person or name of a key; empty where that is not known.
+             */
+            created_by_name: string;
             /** Started At */
             started_at: number | null;
             /** Finished At */
@@ -4143,8 +4148,15 @@ export interface components {
          * @description What sandboxes start from.
          */
         TemplateBody: {
+            /** Id */
+            id: string;
             /** Name */
             name: string;
+            /**
+             * Tags
+             * @description All that it has; empty if it was never given one.
+             */
+            tags: string[];
             /**
              * Type
              * @description `base` (a disk) or `snapshot` (disk and memory).
@@ -4168,6 +4180,21 @@ export interface components {
              * @description It belongs to the platform; no team can delete it.
              */
             platform: boolean;
+            /**
+             * Sandbox Id
+             * @description The sandbox of which it is a snapshot.
+             */
+            sandbox_id: string | null;
+            /**
+             * Build Id
+             * @description The build that made it.
+             */
+            build_id: string | null;
+            /**
+             * Created By Name
+             * @description E-mail address of a person or name of a key; empty where that is not known.
+             */
+            created_by_name: string;
         };
         /** TemplateTag */
         TemplateTag: {

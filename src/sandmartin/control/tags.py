@@ -8,12 +8,12 @@ retired: what was made of it goes on. What was never tagged has its name and not
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from sandmartin.control import audit
+from sandmartin.control import audit, events
 from sandmartin.control.caller import Caller
 from sandmartin.control.db import Database
 from sandmartin.control.states import TemplateState
@@ -35,6 +35,15 @@ class Tags:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+
+    async def of(self, template_ids: Sequence[str]) -> dict[str, list[str]]:
+        """The tags of templates by their ids, the first of each being that of its name."""
+        query = select(TemplateTag).where(TemplateTag.template_id.in_(template_ids))
+        found: dict[str, list[str]] = {}
+        async with self._db.read() as session:
+            for row in await session.scalars(query):
+                found.setdefault(row.template_id, []).append(row.tag)
+        return {each: _in_order(tags) for each, tags in found.items()}
 
     async def list(self, caller: Caller, name: str) -> Sequence[TemplateTag]:
         """Tags of a name of the team, oldest first. Raises NotFound, Invalid."""
@@ -63,6 +72,7 @@ class Tags:
             row = await self._own(session, caller, target)
             await move_tags(session, row, base, tags)
             audit.record(session, caller, "template.tagged", "template", base, tags=list(tags))
+            events.record(session, caller.team_id, "template.tagged", name=base)
         return row
 
     async def remove(self, caller: Caller, name: str, tags: Sequence[str]) -> None:
@@ -78,6 +88,7 @@ class Tags:
                 await session.flush()
                 await _rename(session, [row.template_id], base)
             audit.record(session, caller, "template.untagged", "template", base, tags=list(tags))
+            events.record(session, caller.team_id, "template.untagged", name=base)
 
     async def _own(self, session: AsyncSession, caller: Caller, name: str) -> Template:
         row = await find_template(session, caller.team_id, name, to_change=True)
@@ -146,6 +157,10 @@ async def _held(session: AsyncSession, row: Template, name: str) -> dict[str, Te
     return {each.tag: each for each in found if each.template_id == row.template_id}
 
 
+def _in_order(tags: Iterable[str]) -> list[str]:
+    return sorted(tags, key=lambda tag: (tag != DEFAULT_TAG, tag))
+
+
 async def _rename(session: AsyncSession, template_ids: Sequence[str], name: str) -> None:
     """Give rows the names that their tags are; what has none is retired."""
     rows = [await session.get(Template, each, with_for_update=True) for each in template_ids]
@@ -155,7 +170,7 @@ async def _rename(session: AsyncSession, template_ids: Sequence[str], name: str)
         row.name = hidden_name(row.template_id)
     await session.flush()
     for row in there:
-        tags = sorted(await _held(session, row, name), key=lambda tag: (tag != DEFAULT_TAG, tag))
+        tags = _in_order(await _held(session, row, name))
         if tags:
             row.name = tagged_name(name, tags[0])
             await session.flush()

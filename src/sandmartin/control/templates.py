@@ -298,13 +298,17 @@ class Templates:
                 # A host that is gone has taken it along.
                 with contextlib.suppress(NotFound):
                     await (await self._hosts.agent(host_id)).delete_snapshot(row.agent_name)
-        except SandmartinError:
+        except SandmartinError as error:
             async with self._db.write() as session:
                 await session.execute(
                     update(Row)
                     .where(Row.template_id == row.template_id, Row.state == TemplateState.DELETING)
                     .values(state=TemplateState.READY)
                 )
+            if isinstance(error, Conflict):
+                # Whoever asked knows it by another name than the host.
+                said = error.message.replace(row.agent_name, row.name)
+                raise Conflict(said, hint=error.hint) from error
             raise
         async with self._db.write() as session:
             if await session.get(Row, row.template_id, with_for_update=True) is not None:

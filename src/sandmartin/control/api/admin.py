@@ -16,7 +16,7 @@ from sandmartin.control.api.teams import (
     InvitationBody,
     TeamBody,
 )
-from sandmartin.control.api.templates import TemplateBody
+from sandmartin.control.api.templates import TemplateBody, bodies_of
 from sandmartin.control.requests import Filter
 from sandmartin.control.states import LISTED
 from sandmartin.control.tables import PLATFORM_TEAM_ID
@@ -207,10 +207,8 @@ async def destroy_sandbox(sandbox_id: str, caller: TheAdmin, platform: ThePlatfo
 @router.get("/templates")
 async def list_templates(caller: TheAdmin, platform: ThePlatform) -> list[TemplateBody]:
     """The platform's own."""
-    return [
-        TemplateBody.of(row)
-        for row in await platform.templates.list(caller.for_team(PLATFORM_TEAM_ID))
-    ]
+    acting = caller.for_team(PLATFORM_TEAM_ID)
+    return await bodies_of(platform, acting, await platform.templates.list(acting))
 
 
 @router.delete("/templates/{name}", status_code=204)

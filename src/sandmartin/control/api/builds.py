@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
@@ -11,6 +11,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from sandmartin.control import tables
+from sandmartin.control.actors import names_of
 from sandmartin.control.api.access import TheCaller, TheKey, ThePlatform
 from sandmartin.control.api.bodies import RAW_BODY, pieces_of
 from sandmartin.control.builds.request import NewBuild, Source
@@ -148,6 +149,9 @@ class BuildBody(BaseModel):
     template_id: str | None
     error: BuildErrorBody | None
     created_at: float
+    created_by_name: str = Field(
+        description="E-mail address of a person or name of a key; empty where that is not known."
+    )
     started_at: float | None
     finished_at: float | None
     steps_total: int
@@ -155,7 +159,7 @@ class BuildBody(BaseModel):
     steps_cached: int = Field(description="Of those done, what was found done.")
 
     @classmethod
-    def of(cls, row: tables.Build) -> BuildBody:
+    def of(cls, row: tables.Build, created_by_name: str) -> BuildBody:
         error = None
         if row.error_code:
             error = BuildErrorBody(
@@ -172,6 +176,7 @@ class BuildBody(BaseModel):
             template_id=row.template_id,
             error=error,
             created_at=row.created_at,
+            created_by_name=created_by_name,
             started_at=row.started_at,
             finished_at=row.finished_at,
             steps_total=row.steps_total,
@@ -248,7 +253,8 @@ async def create(
 
     The same Idempotency-Key and body give the same build.
     """
-    return BuildBody.of(await platform.builds.create(caller, body.new(), idempotency_key))
+    row = await platform.builds.create(caller, body.new(), idempotency_key)
+    return BuildBody.of(row, caller.name)
 
 
 @router.get("/builds")
@@ -261,18 +267,18 @@ async def list_builds(
 ) -> BuildPage:
     """The team's builds, newest first."""
     page = await platform.builds.list(caller, name=name, limit=limit, cursor=cursor)
-    return BuildPage(items=[BuildBody.of(row) for row in page.rows], next=page.next)
+    return BuildPage(items=await _bodies_of(platform, page.rows), next=page.next)
 
 
 @router.get("/builds/{build_id}")
 async def get(build_id: str, caller: TheCaller, platform: ThePlatform) -> BuildBody:
-    return BuildBody.of(await platform.builds.get(caller, build_id))
+    return await _body_of(platform, await platform.builds.get(caller, build_id))
 
 
 @router.post("/builds/{build_id}/cancel")
 async def cancel(build_id: str, caller: TheCaller, platform: ThePlatform) -> BuildBody:
     """Call it off; it ends soon then, and leaves nothing."""
-    return BuildBody.of(await platform.builds.cancel(caller, build_id))
+    return await _body_of(platform, await platform.builds.cancel(caller, build_id))
 
 
 @router.get(
@@ -318,7 +324,16 @@ async def _stream(
             else:
                 data = LineBody.of(line).model_dump()
                 yield f"id: {line.number}\nevent: line\ndata: {json.dumps(data)}\n\n"
-        ended: dict[str, Any] = BuildBody.of(
-            await platform.builds.get(caller, build_id)
-        ).model_dump()
+        row = await platform.builds.get(caller, build_id)
+        ended: dict[str, Any] = (await _body_of(platform, row)).model_dump()
         yield f"event: end\ndata: {json.dumps(ended)}\n\n"
+
+
+async def _body_of(platform: Platform, row: tables.Build) -> BuildBody:
+    (body,) = await _bodies_of(platform, [row])
+    return body
+
+
+async def _bodies_of(platform: Platform, rows: Sequence[tables.Build]) -> list[BuildBody]:
+    names = await names_of(platform.db, {row.created_by for row in rows})
+    return [BuildBody.of(row, names.get(row.created_by, "")) for row in rows]

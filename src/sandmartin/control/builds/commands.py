@@ -81,7 +81,8 @@ async def run(agent: Agent, sandbox_id: str, command: Command, log: Log) -> None
             hint="give it more time, where its language has a timeout",
         )
     if end.exit_code:
-        said = log.masked("\n".join(tail).strip())
+        # Masked as a whole before, as a secret may have several lines.
+        said = "\n".join(map(log.shown, log.masked("\n".join(tail).strip()).split("\n")))
         raise StepFailed(
             f"the command exited with {end.exit_code}" + (f": {said[-1000:]}" if said else "")
         )

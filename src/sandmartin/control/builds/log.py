@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ from sandmartin.errors import Unavailable
 
 _LONGEST_LINE = 2000
 _FLUSH_S = 0.25
+#: What commands say to terminals: colours, the cursor's place, titles (ECMA-48, CSI and OSC).
+_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]+[0-~]|[@-Z\\^_])"
+)
 #: What may wait to be written: of a command that speaks faster, the rest waits in its pipe.
 _WAITING = 500
 
@@ -62,7 +67,7 @@ class Log:
         """One line or several. `always` is for what a build must not end without."""
         await self._room.wait()
         for line in message.splitlines() or [""]:
-            self._add(self._shown(line), level, always=always)
+            self._add(self.shown(line), level, always=always)
         if len(self._waiting) >= _WAITING:
             self._room.clear()
 
@@ -72,9 +77,12 @@ class Log:
             text = text.replace(each, "***")
         return text
 
-    def _shown(self, line: str) -> str:
+    def shown(self, line: str) -> str:
+        """A line as it is kept: masked, without colours, of characters that are seen."""
+        # What is hidden may hold such a sequence, or have one in its midst.
+        plain = self.masked(_ESCAPES.sub("", self.masked(line)))
         # Neither database nor terminal need know what else a command may say.
-        clean = (char if char.isprintable() or char == "\t" else "?" for char in self.masked(line))
+        clean = (char if char.isprintable() or char == "\t" else "?" for char in plain)
         shown = "".join(clean)
         return shown if len(shown) <= _LONGEST_LINE else f"{shown[:_LONGEST_LINE]}... (cut)"
 

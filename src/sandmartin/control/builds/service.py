@@ -137,6 +137,7 @@ class Builds:
                 name=row.name,
                 tags=row.tags,
             )
+            tell(session, row, "build.created")
         self._events.wake()
         return row
 
