@@ -32,6 +32,14 @@ def code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
+def assert_kept(answer: httpx.Response, name: str) -> None:
+    """A browser keeps the answer under a name; at our origin nothing of it is shown or run."""
+    assert answer.headers["content-disposition"] == f"attachment; filename*=UTF-8''{name}"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "sandbox" in answer.headers["content-security-policy"].split("; ")
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+
+
 async def test_what_goes_up_comes_down(place: Place, tmp_path: Path) -> None:
     at = str(tmp_path / "deep" / "ü.bin")
     put = await place.http.put(f"{place.path}/files", params={"path": at}, content=BYTES)
@@ -42,12 +50,35 @@ async def test_what_goes_up_comes_down(place: Place, tmp_path: Path) -> None:
         await ask(place, "stream/read", path=at),
     ):
         assert (answer.status_code, answer.content) == (200, BYTES)
-        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert_kept(answer, "%C3%BC.bin")
     for route in ("write", "stream/write"):
         form = {"data": {"path": at}, "files": {"file": ("x", route.encode() * 99_999)}}
         written = await place.http.post(f"{place.path}/files/{route}", **form)  # type: ignore[arg-type]
         assert written.status_code == 204, written.text
         assert Path(at).read_bytes() == route.encode() * 99_999
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("a.html", "a.html"),
+        ('"; x=\r\nset-cookie: a=b', "%22%3B%20x%3D%0D%0Aset-cookie%3A%20a%3Db"),
+        ("<b>\u202e'.exe", "%3Cb%3E%E2%80%AE%27.exe"),
+    ],
+    ids=["plain", "header", "turned"],
+)
+async def test_content_is_kept_and_never_shown(
+    place: Place, tmp_path: Path, name: str, kept: str
+) -> None:
+    content = b"<script>alert(1)</script>"
+    (tmp_path / name).write_bytes(content)
+    params = {"path": str(tmp_path / name)}
+    answer = await place.http.get(f"{place.path}/files", params=params)
+    assert (answer.content, answer.headers["content-type"]) == (content, "application/octet-stream")
+    assert "set-cookie" not in answer.headers
+    assert_kept(answer, kept)
+    tree = await place.http.get(f"{place.path}/files/tree", params=params)
+    assert_kept(tree, f"{kept}.tar")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +277,7 @@ async def test_trees_go_up_and_come_down(place: Place, tmp_path: Path) -> None:
     assert (status.st_uid, status.st_gid, status.st_mtime) == (12, 34, 10**9)
     got = await place.http.get(url, params={"path": f"{at}/app"})
     assert (got.status_code, got.headers["content-type"]) == (200, "application/x-tar")
+    assert_kept(got, "app.tar")
     with tarfile.open(fileobj=io.BytesIO(got.content)) as tar:
         found = {each.name: each.size for each in tar}
     assert found == {"app": 0, "app/a": 3 * MIB + 1, "app/b": 0, "app/b/c": 7}

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from fastapi import Request, Response
 from python_multipart.exceptions import FormParserError
@@ -28,6 +29,12 @@ _MAX_FIELDS_BYTES = 16 << 10
 BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 #: Of a route whose body is content.
 RAW_BODY = {"requestBody": {"required": True, "content": BINARY}}
+#: Whatever it is that a guest wrote, a browser that is led to it runs nothing of it as ours.
+_HARMLESS = {
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'none'; sandbox",
+    "cross-origin-resource-policy": "same-origin",
+}
 _FORM_HINT = "send multipart/form-data with the field `path`, then the part `file`"
 
 
@@ -41,9 +48,7 @@ class Streamed(Response):
         headers: Mapping[str, str] | None = None,
         lost: AbstractContextManager[asyncio.Event] | None = None,
     ) -> None:
-        super().__init__(
-            media_type=media_type, headers={"x-content-type-options": "nosniff", **(headers or {})}
-        )
+        super().__init__(media_type=media_type, headers={**_HARMLESS, **(headers or {})})
         del self.headers["content-length"]
         self._pieces = pieces
         self._lost = lost
@@ -83,6 +88,11 @@ class Streamed(Response):
                 _log.info("the answer to %s is cut: %s", scope["path"], error)
                 return
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def kept_as(name: str) -> dict[str, str]:
+    """The header by which a browser keeps an answer under a name (RFC 6266) and shows nothing."""
+    return {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
 
 
 async def _hung_up(receive: Receive) -> None:

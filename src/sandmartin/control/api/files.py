@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import posixpath
 import stat
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from sandmartin.control.api.bodies import BINARY, RAW_BODY, Streamed, begun, pieces_of, read_form
+from sandmartin.control.api.bodies import (
+    BINARY,
+    RAW_BODY,
+    Streamed,
+    begun,
+    kept_as,
+    pieces_of,
+    read_form,
+)
 from sandmartin.control.api.inside import Inside, TheInside
 from sandmartin.errors import Invalid
 from sandmartin.transport import FileInfo
@@ -135,7 +144,8 @@ async def write(request: Request, inside: TheInside) -> Response:
 
 
 async def _content(inside: Inside, path: str, user: str) -> Response:
-    return Streamed(await begun(inside.agent.read_file(inside.sandbox_id, path, user)))
+    pieces = await begun(inside.agent.read_file(inside.sandbox_id, path, user))
+    return Streamed(pieces, headers=kept_as(posixpath.basename(path)))
 
 
 @router.get("/{sandbox_id}/files", response_class=Response, responses=_CONTENT)  # type: ignore[arg-type]
@@ -174,7 +184,8 @@ async def get_tree(inside: TheInside, path: ThePath) -> Response:
     Names are relative to the directory above. An answer that is cut is no whole tree.
     """
     pieces = await begun(inside.agent.read_tree(inside.sandbox_id, path))
-    return Streamed(pieces, media_type="application/x-tar")
+    name = posixpath.basename(path.rstrip("/")) or inside.sandbox_id
+    return Streamed(pieces, media_type="application/x-tar", headers=kept_as(f"{name}.tar"))
 
 
 @router.post("/{sandbox_id}/files/list")
