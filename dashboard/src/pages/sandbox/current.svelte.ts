@@ -1,5 +1,5 @@
 /** The sandbox that a page is about, kept as it is; its tabs find it here. */
-import { createContext } from "svelte";
+import { createContext, untrack } from "svelte";
 import { ApiError, answer, api, type Schemas } from "$/api/client";
 import type { Events } from "$/api/events";
 import type { Sandbox } from "$/lib/sandboxes.svelte";
@@ -27,7 +27,8 @@ export class Current {
     const end = events.listen(({ sandbox_id }) => {
       if (sandbox_id === this.id) void this.load();
     });
-    void this.load();
+    // Whoever follows it in an effect does not begin anew with each thing that is read.
+    untrack(() => void this.load());
     return end;
   }
 
