@@ -7,9 +7,17 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.dashboard.conftest import Person, check_everywhere
+from tests.dashboard.conftest import PATIENCE_MS, Person, check_everywhere
 
 PORT = 8123
+
+
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """Programs in VMs under emulation start when they can."""
+    expect.set_options(timeout=PATIENCE_MS)
+    yield
+    expect.set_options(timeout=None)
 
 
 @pytest.fixture
@@ -56,8 +64,7 @@ def test_a_process_is_ended(ada: Person, sandbox_id: str, server_tag: str) -> No
     row = page.get_by_role("row").filter(has_text=server_tag)
     expect(row).to_contain_text("python3 -u -m http.server")
     check_everywhere(page)
-    row.get_by_role("button", name="Signal process").click()
-    page.get_by_role("menuitem", name="Terminate").click()
+    row.get_by_role("button", name="Terminate").click()
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("http.server")
     dialog.get_by_role("button", name="Terminate process").click()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.dashboard.conftest import NARROW, WIDE, Person, check_everywhere, watched
+from tests.dashboard.conftest import (
+    NARROW,
+    PATIENCE_MS,
+    WIDE,
+    Person,
+    check_everywhere,
+    watched,
+)
 
 #: Gives a test the page's connections.
 _SPY = """
@@ -17,24 +25,40 @@ window.WebSocket = class extends WebSocket {
 };
 """
 
+#: Ends them; done when the page has seen it.
+_CUT = """
+new Promise((done) => {
+  sockets[0].addEventListener("close", () => done());
+  sockets[0].close();
+})
+"""
+
+
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """Shells in VMs under emulation answer when they can."""
+    expect.set_options(timeout=PATIENCE_MS)
+    yield
+    expect.set_options(timeout=None)
+
 
 def opened(ada: Person, sandbox_id: str) -> Page:
     page = watched(ada.context.new_page())
     page.add_init_script(_SPY)
     page.goto(ada.server.page_url(f"/sandboxes/{sandbox_id}/terminal"))
+    ready(page)
     return page
 
 
-def begin(page: Page, user: str = "root") -> None:
-    page.get_by_label("User", exact=True).select_option(user)
-    page.get_by_role("button", name="New terminal").click()
+def ready(page: Page, user: str = "root") -> None:
     expect(page.get_by_text(f"Connected as {user}")).to_be_visible()
+    expect(page.locator(".xterm-rows")).to_contain_text("#" if user == "root" else "$")
 
 
 def enter(page: Page, line: str) -> Locator:
     """Types a line; what is shown."""
     page.get_by_label("Terminal input").focus()
-    page.keyboard.type(line)
+    page.keyboard.insert_text(line)
     page.keyboard.press("Enter")
     return page.locator(".xterm-rows")
 
@@ -54,11 +78,10 @@ def tags(ada: Person, sandbox_id: str) -> list[str]:
 
 def test_terminals_side_by_side_until_they_are_closed(ada: Person, sandbox_id: str) -> None:
     page = opened(ada, sandbox_id)
-    expect(page.get_by_role("heading", name="No terminal is open")).to_be_visible()
-    check_everywhere(page)
-    begin(page)
     expect(enter(page, "echo is-$((6*7))")).to_contain_text("is-42")
-    begin(page, "user")
+    page.get_by_label("User", exact=True).select_option("user")
+    page.get_by_role("button", name="New terminal").click()
+    ready(page, "user")
     expect(enter(page, "echo i-am-$(whoami)")).to_contain_text("i-am-user")
     check_everywhere(page)
     page.get_by_role("tab", name="Terminal 2").press("ArrowLeft")
@@ -79,16 +102,20 @@ def test_terminals_side_by_side_until_they_are_closed(ada: Person, sandbox_id: s
     page.keyboard.press("Escape")
     page.keyboard.press("Tab")
     expect(page.get_by_role("button", name="Close terminal")).to_be_focused()
+    page.get_by_role("link", name="Skip the terminal").press("Enter")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Close terminal")).to_be_focused()
     assert len(tags(ada, sandbox_id)) == 2
     close_all(page)
+    expect(page.get_by_role("heading", name="No terminal is open")).to_be_visible()
+    check_everywhere(page)
     assert not tags(ada, sandbox_id)
 
 
 def test_a_shell_goes_on_where_it_was(ada: Person, sandbox_id: str) -> None:
     page = opened(ada, sandbox_id)
-    begin(page)
     expect(enter(page, "secret=$((40+1)); echo set-$secret")).to_contain_text("set-41")
-    page.evaluate("sockets.forEach((each) => each.close())")
+    page.evaluate(_CUT)
     expect(page.get_by_text("Connected as root")).to_be_visible()
     assert page.evaluate("sockets.length") == 2
     expect(enter(page, "echo lost-$secret")).to_contain_text("lost-41")
@@ -98,10 +125,17 @@ def test_a_shell_goes_on_where_it_was(ada: Person, sandbox_id: str) -> None:
     expect(page.locator(".xterm-rows")).to_contain_text("lost-41")
     assert page.evaluate("sockets.length") == 2
     expect(enter(page, "echo back-$secret")).to_contain_text("back-41")
+    # Away from the sandbox nothing is listened to.
+    page.get_by_role("navigation", name="Main").get_by_role(
+        "link", name="Sandboxes", exact=True
+    ).click()
+    expect(page.get_by_role("heading", name="Sandboxes")).to_be_visible()
+    assert page.evaluate("sockets.every((each) => each.readyState > WebSocket.OPEN)")
+    page.go_back()
+    ready(page)
     page.reload()
-    expect(page.get_by_role("tab", name="Terminal 1")).to_be_visible()
-    expect(page.get_by_text("Connected as root")).to_be_visible()
-    expect(page.locator(".xterm-rows")).to_contain_text("#")
+    ready(page)
+    expect(page.get_by_role("tab")).to_have_count(1)
     expect(enter(page, "echo again-$secret")).to_contain_text("again-41")
     enter(page, "exit 7")
     expect(page.get_by_text("Ended with exit code 7")).to_be_visible()
@@ -111,7 +145,6 @@ def test_a_shell_goes_on_where_it_was(ada: Person, sandbox_id: str) -> None:
 
 def test_a_terminal_waits_while_the_sandbox_sleeps(ada: Person, sandbox_id: str) -> None:
     page = opened(ada, sandbox_id)
-    begin(page)
     expect(enter(page, "secret=$((40+2)); echo set-$secret")).to_contain_text("set-42")
     page.get_by_role("button", name="Pause").click()
     expect(page.get_by_text("The sandbox is paused; the terminal goes on")).to_be_visible()
@@ -121,14 +154,28 @@ def test_a_terminal_waits_while_the_sandbox_sleeps(ada: Person, sandbox_id: str)
     close_all(page)
 
 
-@pytest.mark.parametrize("spoken", [False, True])
-def test_what_programs_print_does_nothing(ada: Person, sandbox_id: str, spoken: bool) -> None:
+def test_an_image_without_bash_has_a_shell(ada: Person, sandbox_id: str) -> None:
+    ada.sh(sandbox_id, "mv /bin/bash /bin/elsewhere")
     page = opened(ada, sandbox_id)
-    opened_pages: list[Page] = []
-    ada.context.on("page", opened_pages.append)
-    begin(page)
-    if spoken:
-        page.get_by_label("Screen reader mode").check()
+    expect(enter(page, "echo shell-$0")).to_contain_text("shell-/bin/sh")
+    close_all(page)
+    ada.sh(sandbox_id, "mv /bin/elsewhere /bin/bash")
+
+
+def test_a_terminal_is_heard(ada: Person, sandbox_id: str) -> None:
+    page = opened(ada, sandbox_id)
+    page.get_by_label("Screen reader mode").check()
+    page.get_by_label("Terminal input").focus()
+    page.keyboard.type("echo heard-$((1+1))\n")
+    line = page.get_by_role("tabpanel").get_by_role("listitem").filter(has_text="heard-2")
+    expect(line.first).to_be_attached()
+    check_everywhere(page)
+    close_all(page)
+
+
+def test_what_programs_print_does_nothing(ada: Person, sandbox_id: str) -> None:
+    page = opened(ada, sandbox_id)
+    before = ada.context.pages
     hostile = [
         r"<img src=x onerror=alert(1)><script>alert(1)</script>",
         r"\033]0;</title><b>bold</b>\342\200\256evil\007",
@@ -150,6 +197,5 @@ def test_what_programs_print_does_nothing(ada: Person, sandbox_id: str, spoken: 
     # None of it was answered into the shell.
     expect(enter(page, "echo typed-$((2+2))")).to_contain_text("typed-4")
     assert "rgb:" not in rows.inner_text()
-    assert not opened_pages
-    ada.context.remove_listener("page", opened_pages.append)
+    assert ada.context.pages == before
     close_all(page)

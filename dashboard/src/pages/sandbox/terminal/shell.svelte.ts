@@ -78,9 +78,17 @@ export class Shell {
 
   /** Tries at once what was to be tried later. */
   wake(): void {
-    if (this.state.kind !== "lost" && this.state.kind !== "paused") return;
+    const waits = this.state.kind === "lost" || this.state.kind === "paused";
+    if (!waits || !this.#current.running) return;
     this.#wait = FIRST_WAIT_MS;
     this.#connect();
+  }
+
+  /** The sandbox runs no longer: what comes after its sleep comes by another connection. */
+  sleep(): void {
+    if (this.over || !this.#screen) return;
+    this.#halt();
+    this.state = { kind: "paused" };
   }
 
   /** Ends the shell and all that it started. Throws ApiError. */
@@ -193,12 +201,12 @@ export class Shell {
   }
 
   #lost(): void {
-    if (this.over) return;
-    this.#halt();
     if (!this.#current.running) {
-      this.state = { kind: "paused" };
+      this.sleep();
       return;
     }
+    if (this.over) return;
+    this.#halt();
     const wait = this.#wait * (0.5 + Math.random());
     this.#wait = Math.min(2 * this.#wait, LONGEST_WAIT_MS);
     this.state = { kind: "lost", at: Date.now() + wait };

@@ -17,6 +17,7 @@ export class Shells {
   /** Which is shown. */
   chosen = $state.raw<Shell | null>(null);
   #current: Current;
+  #found = false;
 
   constructor(current: Current) {
     this.#current = current;
@@ -30,6 +31,7 @@ export class Shells {
       });
       $effect(() => {
         if (running) untrack(() => this.#wake());
+        else untrack(() => this.all.forEach((each) => each.sleep()));
       });
       $effect(() => on(window, "online", () => this.#wake()));
       $effect(() => on(document, "visibilitychange", () => this.#wake()));
@@ -45,7 +47,10 @@ export class Shells {
     this.chosen = shell;
   }
 
-  /** Finds those that run in the sandbox and are not here, and how many. Throws ApiError. */
+  /**
+   * Finds those that run in the sandbox and are not here, and how many. Where there is none one is
+   * opened, for who comes to the page. Throws ApiError.
+   */
   find = async (): Promise<number> => {
     const path = { sandbox_id: this.#current.id };
     const { processes } = await answer(
@@ -59,6 +64,8 @@ export class Shells {
     });
     this.all = [...this.all, ...found].sort((a, b) => a.number - b.number);
     this.chosen ??= this.all[0] ?? null;
+    if (!this.all.length && !this.#found) this.add("root");
+    this.#found = true;
     return found.length;
   };
 
