@@ -13,6 +13,9 @@ export class Current {
   /** What happened to it, oldest first. */
   timeline = $state.raw<Happening[]>([]);
 
+  /** What is to be done when the page is left, be it for another sandbox's. */
+  readonly leaving = new Set<() => void>();
+
   constructor(id: string) {
     this.id = id;
   }
@@ -29,7 +32,10 @@ export class Current {
     });
     // Whoever follows it in an effect does not begin anew with each thing that is read.
     untrack(() => void this.load());
-    return end;
+    return () => {
+      end();
+      for (const each of this.leaving) each();
+    };
   }
 
   load = async (): Promise<void> => {

@@ -5,7 +5,6 @@
 import { untrack } from "svelte";
 import { on } from "svelte/events";
 import { answer, api } from "$/api/client";
-import { route } from "../../../routes";
 import type { Current } from "../current.svelte";
 import { Shell, type User } from "./shell.svelte";
 
@@ -21,20 +20,19 @@ export class Shells {
 
   constructor(current: Current) {
     this.#current = current;
-    const running = $derived(current.running);
     const end = $effect.root(() => {
-      $effect(() => {
-        if (route.pathname.split("/")[2] === current.id) return;
-        end();
-        open.delete(current);
-        for (const each of this.all) each.dispose();
-      });
+      const running = $derived(current.running);
       $effect(() => {
         if (running) untrack(() => this.#wake());
         else untrack(() => this.all.forEach((each) => each.sleep()));
       });
       $effect(() => on(window, "online", () => this.#wake()));
       $effect(() => on(document, "visibilitychange", () => this.#wake()));
+    });
+    current.leaving.add(() => {
+      end();
+      open.delete(current);
+      for (const each of this.all) each.dispose();
     });
   }
 
