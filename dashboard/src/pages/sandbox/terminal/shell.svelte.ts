@@ -35,6 +35,8 @@ export class Shell {
   #waiting = 0;
   /** It may run: it was asked for, or found. */
   #begun: boolean;
+  /** Nobody said that it was started; the connection may have been lost before that. */
+  #unsure = false;
   /** What it showed before is not here. */
   #blank: boolean;
 
@@ -147,6 +149,7 @@ export class Shell {
       case "start":
       case "started":
         this.#wait = FIRST_WAIT_MS;
+        this.#unsure = false;
         this.state = { kind: "connected" };
         screen.listening = true;
         this.#resize(screen);
@@ -188,7 +191,12 @@ export class Shell {
         }
         break;
       case "not_found":
-        this.#end("It has ended meanwhile");
+        if (this.#unsure) {
+          this.#begun = this.#unsure = false;
+          this.#connect();
+        } else {
+          this.#end("It has ended meanwhile");
+        }
         break;
       case "invalid":
       case "denied":
@@ -201,6 +209,7 @@ export class Shell {
   }
 
   #lost(): void {
+    if (this.state.kind === "connecting") this.#unsure = true;
     if (!this.#current.running) {
       this.sleep();
       return;
