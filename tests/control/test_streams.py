@@ -88,6 +88,36 @@ async def test_bytes_go_as_they_are_when_asked_for(place: Place) -> None:
         assert json.loads(await socket.recv())["exit_code"] == 128 + 15
 
 
+async def test_a_client_is_sent_no_more_than_it_takes(place: Place) -> None:
+    window, size = 1 << 18, 1 << 21
+    async with place.socket("/exec/stream") as socket:
+
+        async def take(within_s: float) -> int:
+            piece = await asyncio.wait_for(socket.recv(), within_s)
+            assert isinstance(piece, bytes) and piece[:1] == b"\1"
+            return len(piece) - 1
+
+        script = f"head -c {size} /dev/zero; echo over >&2"
+        await send(socket, "start", cmd="sh", args=["-c", script], binary=True, window=window)
+        assert json.loads(await socket.recv())["type"] == "start"
+        heard = 0
+        for _ in range(2):
+            before = heard
+            with pytest.raises(TimeoutError):
+                while True:
+                    heard += await take(0.5)
+            # The last piece is sent as a whole.
+            assert window <= heard - before < 2 * window
+            await send(socket, "taken", bytes=heard - before)
+        while heard < size:
+            piece = await take(DEADLINE_S)
+            heard += piece
+            await send(socket, "taken", bytes=piece)
+        assert heard == size
+        assert await asyncio.wait_for(socket.recv(), DEADLINE_S) == b"\2over\n"
+        assert json.loads(await socket.recv())["exit_code"] == 0
+
+
 async def test_a_terminal_outlives_its_window(place: Place) -> None:
     async with place.socket("/pty") as socket:
         await send(socket, "start", cmd="/bin/sh", envs={"PS1": "> "})

@@ -741,6 +741,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/sandboxes/{sandbox_id}/ports": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Ports
+         * @description What listens on TCP now, but for the guest agent.
+         */
+        get: operations["list_ports_v1_sandboxes__sandbox_id__ports_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/auth/settings": {
         parameters: {
             query?: never;
@@ -3455,6 +3475,32 @@ export interface components {
             disk_bytes: number;
         };
         /**
+         * PortBody
+         * @description A TCP port that something in the sandbox listens on.
+         */
+        PortBody: {
+            /** Port */
+            port: number;
+            /**
+             * Address
+             * @description What it is bound to; `0.0.0.0` and `::` are all addresses.
+             */
+            address: string;
+            /**
+             * Loopback
+             * @description It is bound to the loopback interface; it is reached all the same.
+             */
+            loopback: boolean;
+        };
+        /** Ports */
+        Ports: {
+            /**
+             * Ports
+             * @description By number; one may be bound to several addresses.
+             */
+            ports: components["schemas"]["PortBody"][];
+        };
+        /**
          * ProcessBody
          * @description A process that was started by a call and runs.
          */
@@ -5840,6 +5886,37 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description An error; `code` says which. */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["sandmartin__control__app__ErrorBody"];
+                };
+            };
+        };
+    };
+    list_ports_v1_sandboxes__sandbox_id__ports_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                sandbox_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Ports"];
+                };
             };
             /** @description An error; `code` says which. */
             default: {

@@ -36,6 +36,7 @@ from sandmartin.control.api import (
     inside,
     keys,
     metrics,
+    ports,
     sandboxes,
     tags,
     teams,
@@ -135,7 +136,7 @@ def create_app(platform: Platform) -> FastAPI:
     )
     app.state.platform = platform
     # `usage` first: its paths would else be taken for ids.
-    for of_sandboxes in (usage, sandboxes, commands, files, inside, streams):
+    for of_sandboxes in (usage, sandboxes, commands, files, inside, ports, streams):
         app.include_router(of_sandboxes.router, prefix="/v1/sandboxes")
         # The same, for clients of the prior surface.
         app.include_router(of_sandboxes.router, prefix="/v1/capsules", include_in_schema=False)

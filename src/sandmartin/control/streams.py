@@ -3,6 +3,9 @@
 Every message is one JSON object with a `type`; bytes are base64 in `data`. A client that starts
 or connects with `binary: true` is sent output as binary messages instead: one byte, 1 for
 standard output and 2 for standard error, then the bytes. A binary message of a client is input.
+One that starts or connects with a `window` is sent no more than about so many bytes of output
+until it says, by `taken` with `bytes`, how many it is done with: a browser reads whatever comes,
+and would else be flooded.
 
 - First, unless a header or a cookie says who connects, within some seconds: `auth` with `token`.
 - Then `start` with what to run, or `connect` with the `pid` or `tag` of what runs.
@@ -81,6 +84,7 @@ class _Opening(BaseModel):
 
     type: str
     binary: bool = False
+    window: int = Field(0, ge=0, le=1 << 30, description="In bytes; 0 is without a bound.")
 
 
 class _Start(_Opening, Run):
@@ -101,6 +105,13 @@ class _Connect(_Opening):
 class _Resize(_Opening):
     cols: int = Field(ge=1, le=4096)
     rows: int = Field(ge=1, le=4096)
+
+
+class _Taken(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: str
+    bytes: int = Field(ge=0, le=1 << 40)
 
 
 class _HungUp(Exception):
@@ -208,6 +219,27 @@ _COMMAND = _Words(_Start, "start", "stdout", "stdin", "stop")
 _TERMINAL = _Words(_PtyStart, "started", "output", "input", "kill")
 
 
+class _Window:
+    """How much output is on its way to a client that says what it is done with."""
+
+    def __init__(self) -> None:
+        #: 0 is without a bound.
+        self.size_bytes = 0
+        self._on_its_way = 0
+        self._room = asyncio.Event()
+
+    async def sent(self, size_bytes: int) -> None:
+        """Wait until there is room for more."""
+        self._on_its_way += size_bytes
+        while 0 < self.size_bytes <= self._on_its_way:
+            self._room.clear()
+            await self._room.wait()
+
+    def taken(self, size_bytes: int) -> None:
+        self._on_its_way = max(0, self._on_its_way - size_bytes)
+        self._room.set()
+
+
 class _Session:
     """One client and one process."""
 
@@ -230,6 +262,7 @@ class _Session:
         self._pid = 0
         self._tag = ""
         self._binary = False
+        self._window = _Window()
         self._started = asyncio.Event()
         #: None is the end.
         self._inputs: asyncio.Queue[bytes | None] = asyncio.Queue(_INPUTS)
@@ -253,22 +286,26 @@ class _Session:
             asked = _checked(_Connect, opening)
             named = str(asked.pid) if asked.pid is not None else asked.tag
             self._pid = await find_pid(self._agent, self._sandbox_id, named)
-            self._tag, self._binary = asked.tag, asked.binary
+            self._tag = asked.tag
+            self._send_as(asked)
             return self._agent.connect_process(self._sandbox_id, self._pid)
         if opening["type"] != "start":
             raise Invalid("the first message is no `start` and no `connect`")
         start = _checked(self._words.start, opening)
         if isinstance(start, _PtyStart):
             start.tag = start.tag or f"pty-{random_id(8)}"
-            self._binary = start.binary
+            self._send_as(start)
             command = start.command(pty=PtySize(start.cols, start.rows))
         else:
             assert isinstance(start, _Start)
-            self._binary = start.binary
+            self._send_as(start)
             command = start.command(stdin=start.stdin)
         self._tag = start.tag
         command = with_defaults(command, self._defaults)
         return self._agent.exec_stream(self._sandbox_id, command)
+
+    def _send_as(self, opening: _Opening) -> None:
+        self._binary, self._window.size_bytes = opening.binary, opening.window
 
     # What the process says.
 
@@ -284,7 +321,9 @@ class _Session:
                 kind, fields = event_message(event)
                 kind = self._words.stdout if kind == "stdout" else kind
                 await self._socket.send(kind, **fields)
-            if isinstance(event, Ended):
+            if isinstance(event, Stdout | Stderr):
+                await self._window.sent(len(event.data))
+            elif isinstance(event, Ended):
                 return
 
     async def _keep_alive(self) -> None:
@@ -313,6 +352,8 @@ class _Session:
             await self._signal(_SIGKILL)
         elif kind == "signal":
             await self._signal(signal_number(str(message.get("signal"))))
+        elif kind == "taken":
+            self._window.taken(_checked(_Taken, message).bytes)
         elif kind == "stdin_close" and self._words is _COMMAND:
             await self._inputs.put(None)
         elif kind == "resize" and self._words is _TERMINAL:

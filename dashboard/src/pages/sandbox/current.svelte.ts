@@ -1,5 +1,5 @@
 /** The sandbox that a page is about, kept as it is; its tabs find it here. */
-import { createContext } from "svelte";
+import { createContext, untrack } from "svelte";
 import { ApiError, answer, api, type Schemas } from "$/api/client";
 import type { Events } from "$/api/events";
 import type { Sandbox } from "$/lib/sandboxes.svelte";
@@ -12,6 +12,9 @@ export class Current {
   error = $state.raw<ApiError | null>(null);
   /** What happened to it, oldest first. */
   timeline = $state.raw<Happening[]>([]);
+
+  /** What is to be done when the page is left, be it for another sandbox's. */
+  readonly leaving = new Set<() => void>();
 
   constructor(id: string) {
     this.id = id;
@@ -27,8 +30,12 @@ export class Current {
     const end = events.listen(({ sandbox_id }) => {
       if (sandbox_id === this.id) void this.load();
     });
-    void this.load();
-    return end;
+    // Whoever follows it in an effect does not begin anew with each thing that is read.
+    untrack(() => void this.load());
+    return () => {
+      end();
+      for (const each of this.leaving) each();
+    };
   }
 
   load = async (): Promise<void> => {
