@@ -29,6 +29,7 @@ from protobuf import Oneof
 
 from sandmartin.errors import AlreadyExists, Conflict, NotFound, SandmartinError
 from sandmartin.model import NetworkPolicy
+from sandmartin.phases import Phase
 from sandmartin.rpc.hostagent.v1 import hostagent_pb as pb
 from sandmartin.rpc.hostagent.v1.hostagent_connect import (
     HostAgentService,
@@ -142,9 +143,10 @@ class FakeTransport:
         self._state(sandbox_id)
         self.sandboxes[sandbox_id] = replace(self.sandboxes[sandbox_id], network=policy)
 
-    async def pause(self, sandbox_id: str) -> None:
+    async def pause(self, sandbox_id: str) -> tuple[Phase, ...]:
         self._state(sandbox_id)
         self.paused.add(sandbox_id)
+        return ()
 
     async def resume(self, sandbox_id: str, timeout_s: int | None) -> CreatedSandbox:
         self._state(sandbox_id)
