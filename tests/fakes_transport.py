@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from sandmartin.errors import AlreadyExists, Conflict, NotFound, SandmartinError
 from sandmartin.model import NetworkPolicy
+from sandmartin.phases import Phase
 from sandmartin.transport import (
     Checkpoint,
     Command,
@@ -114,9 +115,10 @@ class FakeTransport:
         self._state(sandbox_id)
         self.sandboxes[sandbox_id] = replace(self.sandboxes[sandbox_id], network=policy)
 
-    async def pause(self, sandbox_id: str) -> None:
+    async def pause(self, sandbox_id: str) -> tuple[Phase, ...]:
         self._state(sandbox_id)
         self.paused.add(sandbox_id)
+        return ()
 
     async def resume(self, sandbox_id: str, timeout_s: int | None) -> CreatedSandbox:
         self._state(sandbox_id)

@@ -145,6 +145,8 @@ async def test_life_of_a_sandbox(agent: Agent) -> None:
     made = await agent.create(timeoutSec=60, envs={"A": "1"})
     address = str(made["hostIp"])
     version = {"envdVersion": agent.fakes.guests.envd_version}
+    phases = {each["name"]: int(each["durationUs"]) for each in made.pop("phases")}
+    assert phases["slot"] > 0 and phases["boot"] > 0
     assert made == {"sandboxId": "sb1", "status": "running", "hostIp": address} | version
     assert agent.fakes.guests.identities[address].envs == {"A": "1"}
     (info,) = (await agent.call("ListSandboxes"))["sandboxes"]
@@ -173,7 +175,8 @@ async def test_life_of_a_sandbox(agent: Agent) -> None:
 async def test_sleep_fork_and_templates(agent: Agent) -> None:
     await agent.create(timeoutSec=60)
     at = {"sandboxId": "sb1"}
-    assert await agent.call("PauseSandbox", **at) == {}
+    paused = await agent.call("PauseSandbox", **at)
+    assert {"freeze", "write", "end"} <= {each["name"] for each in paused["phases"]}
     assert [each["status"] for each in await agent.listed()] == ["paused"]
     with pytest.raises(errors.Conflict, match="sb1 is paused"):
         await agent.call("Exec", **at, cmd="x")

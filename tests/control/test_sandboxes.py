@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from sandmartin.control.platform import Platform
@@ -47,6 +48,31 @@ async def test_a_sandbox_lives(team: Team, host: RunningHost) -> None:
     assert (await team.http.delete("/v1/templates/frozen")).status_code == 204
     kinds = [each["kind"] for each in (await team.http.get(f"{path}/timeline")).json()]
     assert kinds[:4] == ["sandbox.starting", "sandbox.running", "sandbox.pausing", "sandbox.paused"]
+
+
+async def test_the_timeline_tells_what_the_time_went_to(team: Team, host: RunningHost) -> None:
+    began_at = time.time()
+    made = await create(team)
+    took_ms = (time.time() - began_at) * 1000
+    path = f"/v1/sandboxes/{made['id']}"
+    await team.http.post(f"{path}/pause")
+    await team.http.post(f"{path}/resume")
+    (child,) = (await team.http.post(f"{path}/fork", json={})).json()["items"]
+    await team.http.delete(path)
+
+    timeline = (await team.http.get(f"{path}/timeline")).json()
+    told = {each["kind"]: each["data"].get("phases", []) for each in timeline}
+    names = {kind: [each["name"] for each in phases] for kind, phases in told.items()}
+    assert not names["sandbox.starting"]
+    assert {"queue", "slot", "vmm", "boot", "call"} <= set(names["sandbox.running"])
+    assert names["sandbox.running"][0] == "queue"
+    assert sum(each["ms"] for each in told["sandbox.running"]) <= took_ms
+    assert {"freeze", "write", "end"} <= set(names["sandbox.paused"])
+    assert {"restore", "guest"} <= set(names["sandbox.resumed"])
+    assert "fork" in names["sandbox.forked"]
+    assert "end" in names["sandbox.stopped"]
+    (_, running) = (await team.http.get(f"/v1/sandboxes/{child['id']}/timeline")).json()
+    assert {"freeze", "restore"} <= {each["name"] for each in running["data"]["phases"]}
 
 
 async def test_lists_are_paged_and_filtered(team: Team) -> None:

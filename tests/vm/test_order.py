@@ -75,7 +75,7 @@ async def test_what_is_so_already_is_success_and_what_cannot_be_is_told(
         name = sandbox.sandbox_id
         await call(agent, "ResumeSandbox", sandboxId=name, keepTimeout=True)
         pauses = (call(agent, "PauseSandbox", sandboxId=name) for _ in range(2))
-        assert await asyncio.gather(*pauses) == [{}, {}]
+        assert all(set(each) <= {"phases"} for each in await asyncio.gather(*pauses))
         await call(agent, "PauseSandbox", sandboxId=name)
         assert await states(agent) == {name: "paused"}
         for method, message in (

@@ -12,6 +12,7 @@ import pytest
 from sandmartin.client.sandbox import AsyncSandbox
 from sandmartin.errors import AlreadyExists, Conflict, Denied, Invalid, NotFound
 from sandmartin.model import new_sandbox_id
+from sandmartin.transport import NewSandbox
 from tests.vm.conftest import RunningAgent, execute
 
 #: Counts in memory alone, and answers each line with its count.
@@ -53,6 +54,21 @@ async def output(sandbox: AsyncSandbox, script: str) -> str:
 async def state(agent: RunningAgent, sandbox_id: str) -> str:
     infos = {each.sandbox_id: each for each in await agent.transport.list_sandboxes()}
     return infos[sandbox_id].state if sandbox_id in infos else "gone"
+
+
+async def test_what_the_time_went_to_is_told(agent: RunningAgent) -> None:
+    sandbox_id = new_sandbox_id()
+    began_at = time.monotonic()
+    made = await agent.transport.create(NewSandbox(sandbox_id=sandbox_id))
+    took_s = time.monotonic() - began_at
+    told = {each.name: each.duration_s for each in made.phases}
+    assert {"slot", "vmm", "restore", "guest"} <= set(told)
+    assert took_s / 2 < sum(told.values()) <= took_s
+    paused = {each.name for each in await agent.transport.pause(sandbox_id)}
+    assert {"freeze", "write", "end"} <= paused
+    woken = {each.name for each in (await agent.transport.resume(sandbox_id, None)).phases}
+    assert {"restore", "guest"} <= woken and not woken & paused - {"record", "turn"}
+    await agent.transport.destroy(sandbox_id)
 
 
 @pytest.fixture(scope="module")

@@ -2578,10 +2578,52 @@ export interface components {
             sandbox_id: string | null;
             /** At */
             at: number;
-            /** Data */
-            data: {
-                [key: string]: unknown;
-            };
+            data: components["schemas"]["EventData"];
+        };
+        /**
+         * EventData
+         * @description What more is told of an event; what does not belong to it is left out.
+         *
+         *     Kinds of events have fields of their own beside these.
+         */
+        EventData: {
+            /**
+             * State
+             * @description Of the sandbox, from then on.
+             * @default
+             */
+            state?: string;
+            /**
+             * Phases
+             * @description Of the operation that ended, in order.
+             */
+            phases?: components["schemas"]["PhaseBody"][];
+            /**
+             * Reason
+             * @description Why it came to that.
+             * @default
+             */
+            reason?: string;
+            /**
+             * Error
+             * @description What the operation failed with.
+             * @default
+             */
+            error?: string;
+            /**
+             * Host
+             * @description Name of the host that was chosen.
+             * @default
+             */
+            host?: string;
+            /**
+             * Seen
+             * @description It was found so on its host, and not asked for.
+             * @default false
+             */
+            seen?: boolean;
+        } & {
+            [key: string]: unknown;
         };
         /** Exec */
         Exec: {
@@ -3453,6 +3495,16 @@ export interface components {
             memory?: boolean | null;
             /** Requirehealthyguest */
             requireHealthyGuest?: boolean | null;
+        };
+        /**
+         * PhaseBody
+         * @description One part of what an operation's time went to.
+         */
+        PhaseBody: {
+            /** Name */
+            name: string;
+            /** Ms */
+            ms: number;
         };
         /**
          * PointBody

@@ -307,6 +307,7 @@ class Host:
     ) -> None:
         try:
             async with self._warmed(origin, sandbox.entry.spec) as origin:
+                sandbox.clock.mark("template")
                 needed = names_in(origin.manifest) if isinstance(origin, Snapshot) else set()
                 with self._machine.storage.pinned(needed):
                     await start(origin)
@@ -345,9 +346,11 @@ class Host:
         self._forget_stopped()
         await self._machine.storage.sweep(self._needed)
 
-    async def pause(self, sandbox_id: str) -> None:
+    async def pause(self, sandbox_id: str) -> Sandbox:
         """Put a sandbox to sleep. Raises NotFound, Conflict, DiskFull."""
-        await self._operate("pause", sandbox_id, self.get(sandbox_id).pause())
+        sandbox = self.get(sandbox_id)
+        await self._operate("pause", sandbox_id, sandbox.pause())
+        return sandbox
 
     async def resume(self, sandbox_id: str, timeout_s: int | None) -> Sandbox:
         """Wake a sandbox up. Raises NotFound, Conflict, Exhausted."""
@@ -408,13 +411,18 @@ class Host:
     ) -> list[Sandbox | SandmartinError]:
         path = self._machine.data.forks / f"fork-{random_id(12)}"
         snapshot = await source.snapshot(path)
+        before = source.phases
         try:
             self._machine.step("fork:snapshot")
             with self._machine.storage.pinned(names_in(snapshot.manifest)):
                 children = (self._child(source, each, timeout_s, snapshot) for each in child_ids)
-                return await asyncio.gather(*children)
+                made = await asyncio.gather(*children)
         finally:
             await asyncio.to_thread(snapshot.remove)
+        for child in made:
+            if isinstance(child, Sandbox):
+                child.phases = (*before, *child.phases)
+        return made
 
     async def _child(
         self, source: Sandbox, child_id: str, timeout_s: int | None, snapshot: Snapshot

@@ -21,10 +21,36 @@ from sandmartin.agent.proc import ProcessId
 from sandmartin.agent.vmm import Disk
 from sandmartin.errors import DiskFull
 from sandmartin.model import State, check_transition
+from sandmartin.phases import Clock, Phase
 
 _log = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+#: The phase of an operation that a step ends; one that is not here belongs to what comes after it.
+_PHASES = {
+    "recorded": "record",
+    "renamed": "record",
+    "claimed": "record",
+    "waking": "record",
+    "committed": "record",
+    "paused": "record",
+    "layer": "disk",
+    "place": "slot",
+    "slot": "slot",
+    "started": "vmm",
+    "vm": "vmm",
+    "injected": "restore",
+    "loaded": "restore",
+    "confirmed": "guest",
+    "running": "finish",
+    "frozen": "freeze",
+    "sealed": "freeze",
+    "pages": "write",
+    "whole": "write",
+    "template": "write",
+    "written": "write",
+    "left": "end",
+}
 
 
 def boot_id() -> str:
@@ -38,6 +64,10 @@ class Recorded:
     def __init__(self, machine: Machine, entry: Entry) -> None:
         self._machine = machine
         self._entry = entry
+        #: Of the operation that is being done; the first is its making.
+        self.clock = Clock()
+        #: What the time of the last operation went to.
+        self.phases: tuple[Phase, ...] = ()
         self._microvm = self._new_microvm("create")
         #: The host's full disk has stopped its VM.
         self._disk_full = False
@@ -50,10 +80,16 @@ class Recorded:
             place=lambda slot, group: self._record(slot=slot.number, group=group),
             policy=lambda: self._entry.network,
             vm=lambda vm, ram: self._record(vm=vm, ram=ram, boot_id=boot_id()),
-            step=lambda name: self._machine.step(f"{operation}:{name}"),
+            step=lambda name: self._step(f"{operation}:{name}"),
         )
         group = self._entry.group or self.sandbox_id
         return MicroVm(self._machine, group, self._paths.vm, records)
+
+    def _step(self, name: str) -> None:
+        """A step of an operation, `OPERATION:STEP`, is done."""
+        if (phase := _PHASES.get(name.partition(":")[2])) is not None:
+            self.clock.mark(phase)
+        self._machine.step(name)
 
     @property
     def sandbox_id(self) -> str:

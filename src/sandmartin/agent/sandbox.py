@@ -94,6 +94,7 @@ class Sandbox(Kept):
         async with self._lock, self._or_nothing():
             await self._start(envs, origin)
             self._begin()
+            self.phases = self.clock.phases
 
     async def prepare(self, origin: disk.Image | Snapshot) -> None:
         """Start it for whoever claims it; until then it is `starting`, and ends with the agent."""
@@ -112,15 +113,15 @@ class Sandbox(Kept):
 
     async def claim(self, spec: SandboxSpec, envs: Mapping[str, str]) -> None:
         """What was prepared becomes the sandbox of `spec`; what fails leaves nothing behind."""
-        async with self._lock, self._or_nothing():
+        async with self._measured(), self._or_nothing():
             self._machine.data.rename(self.sandbox_id, spec.sandbox_id)
-            self._machine.step("create:renamed")
+            self._step("create:renamed")
             self._entry = replace(self._entry, spec=spec)
             self._microvm.move(self._paths.vm)
             now, vm = time.time(), self._microvm.running.record
             group = self._microvm.group
             self._record(envs=envs, created_at=now, last_active_at=now, vm=vm, group=group)
-            self._machine.step("create:claimed")
+            self._step("create:claimed")
             await self._microvm.narrow(self._entry.network)
             await self._introduce(self._entry.token, new_token(), envs=envs, moved=False)
             self._begin()
@@ -136,7 +137,7 @@ class Sandbox(Kept):
 
     async def _start(self, envs: Mapping[str, str] | None, origin: disk.Image | Snapshot) -> None:
         """Start its VM from the origin, with an identity of its own."""
-        step, spec = self._machine.step, self._entry.spec
+        step, spec = self._step, self._entry.spec
         self._become(State.STARTING)
         step("create:recorded")
         if isinstance(origin, Snapshot):
@@ -151,7 +152,9 @@ class Sandbox(Kept):
             old_token = ""
         await self._introduce(old_token, new_token(), envs=envs, moved=True)
         if not isinstance(origin, Snapshot):
+            self.clock.mark("boot")
             await self._start_up()
+            self.clock.mark("services")
 
     async def _start_up(self) -> None:
         """After a boot: have what its image starts run and be ready."""
@@ -160,10 +163,10 @@ class Sandbox(Kept):
 
     def _begin(self) -> None:
         """It knows who it is and can be used."""
-        self._machine.step("create:confirmed")
+        self._step("create:confirmed")
         self._become(State.RUNNING)
         self._run()
-        self._machine.step("create:running")
+        self._step("create:running")
 
     async def _restore_from(self, origin: Snapshot, envs: Mapping[str, str] | None) -> None:
         manifest, spec = origin.manifest, self._entry.spec
@@ -171,7 +174,7 @@ class Sandbox(Kept):
         self._record(image=manifest.image, layers=manifest.layers, envs=kept)
         # The device state is that of a disk of this size.
         await self._new_top(manifest.disk_size_mb)
-        self._machine.step("create:layer")
+        self._step("create:layer")
         await self._microvm.restore(origin, self._disk, self._take_waiting)
         await self._microvm.running.cont()
         if spec.disk_size_mb > manifest.disk_size_mb:
@@ -220,13 +223,13 @@ class Sandbox(Kept):
 
         With `idle_s` only if it has idled that long. Raises Conflict, DiskFull.
         """
-        async with self._lock:
+        async with self._measured():
             if self.state is State.PAUSED or (idle_s is not None and self.idle_s < idle_s):
                 return
             self._require_running()
             with self._all_or_nothing():
                 self._become(State.PAUSING)
-            self._machine.step("pause:recorded")
+            self._step("pause:recorded")
             await self._put_to_sleep(auto=auto)
 
     async def make_template(self, path: Path) -> Snapshot:
@@ -234,11 +237,11 @@ class Sandbox(Kept):
 
         Raises Conflict, DiskFull.
         """
-        async with self._lock:
+        async with self._measured():
             self._require_running()
             with self._all_or_nothing():
                 self._become(State.SNAPSHOTTING)
-            self._machine.step("pause:recorded")
+            self._step("pause:recorded")
             await self._put_to_sleep(template=path)
             return self._machine.storage.snapshots.read(path)
 
@@ -263,7 +266,7 @@ class Sandbox(Kept):
             self._require_running()
             with self._all_or_nothing():
                 self._become(State.SNAPSHOTTING, flattens_to=target)
-            self._machine.step("pause:recorded")
+            self._step("pause:recorded")
             try:
                 await self._put_to_sleep(seal=True)
                 entry = self._entry
@@ -277,7 +280,7 @@ class Sandbox(Kept):
                     self._record(flattens_to=None)
                 raise
             # From here on the next agent, too, removes the sandbox.
-            self._machine.step("flatten:written")
+            self._step("flatten:written")
             await self._remove()
 
     async def _put_to_sleep(
@@ -292,17 +295,17 @@ class Sandbox(Kept):
             await self._stop_watching()
             await self._settle_layers()
             frozen = await self._microvm.freeze(cont=False)
-            self._machine.step("pause:frozen")
+            self._step("pause:frozen")
             await asyncio.to_thread(files.sync, self._paths.layer(self._entry.top))
             layers = (*self._entry.layers, self._entry.top) if seal else self._entry.layers
             if template is not None:
                 await self._write(frozen, template, layers=layers)
-                self._machine.step("pause:template")
+                self._step("pause:template")
             await self._write(frozen, self._paths.paused, layers=layers)
         except BaseException:
             await asyncio.shield(self._go_on(template))
             raise
-        self._machine.step("pause:written")
+        self._step("pause:written")
         await asyncio.shield(self._fall_asleep(auto=auto))
 
     async def _go_on(self, template: Path | None) -> None:
@@ -333,7 +336,7 @@ class Sandbox(Kept):
                 sleeps_in="paused",
                 auto_paused=auto,
             )
-        self._machine.step("pause:paused")
+        self._step("pause:paused")
         await self._leave_host("pause")
 
     async def _write(
@@ -365,9 +368,9 @@ class Sandbox(Kept):
                 comment=comment,
                 created_at=time.time(),
             )
-            self._machine.step("write:pages")
+            self._step("write:pages")
             snapshot = await snapshots.finish(draft, path, manifest, frozen.state)
-            self._machine.step("write:whole")
+            self._step("write:whole")
             return snapshot
 
     async def _leave_host(self, operation: str) -> None:
@@ -378,14 +381,14 @@ class Sandbox(Kept):
             with self._disk_may_be_full():
                 self._record(vm=None, ram=None, slot=None, group="")
         self._microvm = self._new_microvm(operation)
-        self._machine.step(f"{operation}:left")
+        self._step(f"{operation}:left")
 
     async def resume(self, timeout_s: int | None = None) -> None:
         """Wake it up, with a new idle limit if one is given. Running already is success.
 
         Raises Conflict, Exhausted; it then still sleeps.
         """
-        async with self._lock:
+        async with self._measured():
             if self.state is State.RUNNING:
                 return
             if self.state is not State.PAUSED:
@@ -418,7 +421,7 @@ class Sandbox(Kept):
 
         Raises NotFound, Conflict.
         """
-        async with self._lock:
+        async with self._measured():
             checkpoint = self.get_checkpoint(checkpoint_id)
             if self.state not in {State.RUNNING, State.PAUSED}:
                 raise self._unusable()
@@ -437,7 +440,7 @@ class Sandbox(Kept):
                     sleeps_in=f"{self._paths.checkpoints.name}/{checkpoint_id}",
                     moved=True,
                 )
-            self._machine.step("rollback:recorded")
+            self._step("rollback:recorded")
             await self._leave_host("rollback")
             if old_top:
                 self._paths.layer(old_top).unlink(missing_ok=True)
@@ -448,7 +451,7 @@ class Sandbox(Kept):
 
     async def _wake(self, operation: str) -> None:
         """Start the VM as it slept. It sleeps on if that fails before it has run."""
-        self._machine.step(f"{operation}:waking")
+        self._step(f"{operation}:waking")
         self._microvm = self._new_microvm(operation)
         try:
             if not self._entry.top:
@@ -460,15 +463,18 @@ class Sandbox(Kept):
         except BaseException:
             await asyncio.shield(self._sleep_on(operation))
             raise
-        self._machine.step(f"{operation}:committed")
+        self._step(f"{operation}:committed")
         self.touch()
         await self._go_on_as_itself()
-        self._machine.step(f"{operation}:confirmed")
+        if booted:
+            self.clock.mark("boot")
+        self._step(f"{operation}:confirmed")
         if booted:
             await self._start_up_again()
+            self.clock.mark("services")
         self._run()
         await asyncio.to_thread(remove_snapshot, self._paths.paused)
-        self._machine.step(f"{operation}:running")
+        self._step(f"{operation}:running")
 
     async def _go_on_as_itself(self) -> None:
         """Let a VM that stood still run, and tell its guest who it is and what time it is."""
@@ -523,19 +529,19 @@ class Sandbox(Kept):
 
     async def snapshot(self, path: Path, comment: str = "") -> Snapshot:
         """A snapshot at `path` of the sandbox, which goes on. Raises Conflict, DiskFull."""
-        async with self._lock:
+        async with self._measured():
             self._require_running()
             await self._settle_layers()
             layers = self._machine.storage.layers
             top = await layers.create(self._paths.path, self._entry.spec.disk_size_mb)
             self._record(next_top=top.stem)
-            self._machine.step("snapshot:recorded")
+            self._step("snapshot:recorded")
             try:
                 frozen = await self._microvm.freeze(top=top)
-                self._machine.step("snapshot:frozen")
+                self._step("snapshot:frozen")
             finally:
                 await asyncio.shield(self._settle_layers())
-            self._machine.step("snapshot:sealed")
+            self._step("snapshot:sealed")
             try:
                 await layers.sync(self._entry.layers[-1:])
                 return await self._write(frozen, path, layers=self._entry.layers, comment=comment)
@@ -692,7 +698,7 @@ class Sandbox(Kept):
             # A full disk must not keep anybody from making room on it.
             with self._disk_may_be_full():
                 self._become(State.STOPPING, sync=True)
-        self._machine.step("destroy:recorded")
+        self._step("destroy:recorded")
         try:
             await self._give_back()
         except (SandmartinError, OSError) as error:

@@ -234,6 +234,7 @@ class HostAgent(HostAgentService):
             status=sandbox.state,
             host_ip=sandbox.host_ip,
             envd_version=sandbox.entry.envd_version,
+            phases=_phases(sandbox),
         )
 
     async def destroy_sandbox(
@@ -383,8 +384,8 @@ class HostAgent(HostAgentService):
     async def pause_sandbox(
         self, request: pb.PauseSandboxRequest, _ctx: _Context
     ) -> pb.PauseSandboxResponse:
-        await self._host.pause(request.sandbox_id)
-        return pb.PauseSandboxResponse()
+        sandbox = await self._host.pause(request.sandbox_id)
+        return pb.PauseSandboxResponse(phases=_phases(sandbox))
 
     async def resume_sandbox(
         self, request: pb.ResumeSandboxRequest, _ctx: _Context
@@ -396,6 +397,7 @@ class HostAgent(HostAgentService):
             status=sandbox.state,
             host_ip=sandbox.host_ip,
             envd_version=sandbox.entry.envd_version,
+            phases=_phases(sandbox),
         )
 
     async def set_timeout(
@@ -424,8 +426,9 @@ class HostAgent(HostAgentService):
     ) -> pb.CreateCheckpointResponse:
         if len(request.comment) > _MAX_COMMENT:
             raise Invalid(f"the comment is longer than {_MAX_COMMENT} characters")
-        checkpoint = await self._host.checkpoint(request.sandbox_id, request.comment)
-        return pb.CreateCheckpointResponse(checkpoint=_checkpoint(checkpoint))
+        sandbox = self._host.get(request.sandbox_id)
+        made = _checkpoint(await self._host.checkpoint(request.sandbox_id, request.comment))
+        return pb.CreateCheckpointResponse(checkpoint=made, phases=_phases(sandbox))
 
     async def list_checkpoints(
         self, request: pb.ListCheckpointsRequest, _ctx: _Context
@@ -443,16 +446,20 @@ class HostAgent(HostAgentService):
         self, request: pb.RollbackSandboxRequest, _ctx: _Context
     ) -> pb.RollbackSandboxResponse:
         sandbox = await self._host.rollback(request.sandbox_id, request.checkpoint_id)
-        return pb.RollbackSandboxResponse(status=sandbox.state, host_ip=sandbox.host_ip)
+        return pb.RollbackSandboxResponse(
+            status=sandbox.state, host_ip=sandbox.host_ip, phases=_phases(sandbox)
+        )
 
     async def create_snapshot(
         self, request: pb.CreateSnapshotRequest, _ctx: _Context
     ) -> pb.CreateSnapshotResponse:
+        sandbox = self._host.get(request.sandbox_id)
         snapshot = await self._host.create_snapshot(
             request.sandbox_id, request.name, live=request.live
         )
-        size_bytes = snapshot.manifest.size_bytes
-        return pb.CreateSnapshotResponse(name=request.name, size_bytes=size_bytes)
+        return pb.CreateSnapshotResponse(
+            name=request.name, size_bytes=snapshot.manifest.size_bytes, phases=_phases(sandbox)
+        )
 
     async def delete_snapshot(
         self, request: pb.DeleteSnapshotRequest, _ctx: _Context
@@ -679,7 +686,16 @@ def _forked(sandbox_id: str, child: Sandbox | SandmartinError) -> pb.ForkedSandb
         status=child.state,
         host_ip=child.host_ip,
         envd_version=child.entry.envd_version,
+        phases=_phases(child),
     )
+
+
+def _phases(sandbox: Sandbox) -> list[pb.Phase]:
+    """Of the operation on it that has just ended."""
+    return [
+        pb.Phase(name=each.name, duration_us=round(each.duration_s * 1e6))
+        for each in sandbox.phases
+    ]
 
 
 def _checkpoint(snapshot: Snapshot) -> pb.CheckpointInfo:

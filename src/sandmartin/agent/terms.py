@@ -6,12 +6,15 @@ Changed under the lock of its life cycle, and written down before it holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from sandmartin.agent.inside import Inside
 from sandmartin.agent.journal import Entry
 from sandmartin.agent.machine import Machine
 from sandmartin.model import NetworkPolicy, State
+from sandmartin.phases import Clock
 
 
 class Terms(Inside):
@@ -20,6 +23,18 @@ class Terms(Inside):
     def __init__(self, machine: Machine, entry: Entry) -> None:
         super().__init__(machine, entry)
         self._lock = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def _measured(self) -> AsyncIterator[None]:
+        """An operation's turn in the life cycle, whose phases are told once it is over."""
+        clock = Clock()
+        async with self._lock:
+            clock.mark("turn")
+            self.clock = clock
+            try:
+                yield
+            finally:
+                self.phases = clock.phases
 
     async def set_timeout(self, timeout_s: int) -> None:
         """Have another idle limit; 0 is none. Raises Conflict, DiskFull."""

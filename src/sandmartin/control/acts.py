@@ -31,6 +31,7 @@ from sandmartin.control.rows import (
     shape_of,
     state_of,
     tell,
+    told_of,
     unfit,
 )
 from sandmartin.control.states import HOLDING, TRANSITIONAL
@@ -159,7 +160,8 @@ class Acts:
                     changes["ends_at"] = ends_at(row.lifetime_s)
                 await observe(session, row, outcome.state, **changes)
                 told = {"error": error.message} if error else {}
-                tell(session, row, outcome.event, **told)
+                phases = told_of(held.clock.phases)
+                tell(session, row, outcome.event, phases=phases, **told)
             if settle is not None:
                 await settle(session, row, error)
         self._operations.step(f"{held.kind}:applied")
@@ -189,11 +191,13 @@ class Acts:
             gone = _Outcome(State.STOPPED, "sandbox.stopped", reason=error.message)
             gone = replace(gone, values={"host_ip": "", "ended_at": time.time()})
             return gone if held.kind is Kind.DESTROY else replace(gone, error=error)
+        held.clock.mark("queue")
         try:
             return replace(outcome, values=await act(agent, row))
         except SandmartinError as error:
             if isinstance(error, Unavailable | TimedOut) and not error.answered:
                 raise
+            held.clock.mark("call")
             # It may have been placed elsewhere meanwhile.
             return await self._seen(await self._agent(row), held, error)
 

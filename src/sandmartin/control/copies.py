@@ -45,6 +45,7 @@ from sandmartin.errors import (
     Unavailable,
 )
 from sandmartin.model import State, new_sandbox_id
+from sandmartin.phases import Phase
 from sandmartin.transport import Checkpoint
 from sandmartin.transport.agent import Agent
 
@@ -128,14 +129,18 @@ class Copies(Terms):
 
     async def _do_fork(self, held: Held) -> None:
         made: dict[str, str | SandmartinError] = {}
+        phases: dict[str, tuple[Phase, ...]] = {}
 
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
             ids: list[str] = held.arguments["children"]
             made.update(await self._children_there(agent, ids) if held.attempts > 1 else {})
             missing = tuple(each for each in ids if each not in made)
             if missing:
+                queued = held.clock.phases
                 for child in await agent.fork(row.sandbox_id, missing, held.arguments["timeout_s"]):
                     made[child.sandbox_id] = child.error or child.address
+                    phases[child.sandbox_id] = (*queued, *child.phases)
+                held.clock.mark("fork")
             if any(isinstance(each, AlreadyExists) for each in made.values()):
                 raise Unavailable("a try before this one is still making them")
             return {}
@@ -146,7 +151,7 @@ class Copies(Terms):
                 if child is None or child.operation_id != held.operation_id:
                     continue
                 outcome = made.get(each, error or Unavailable("it was not made"))
-                await settle_child(session, child, outcome)
+                await settle_child(session, child, outcome, phases.get(each, ()))
 
         await self._perform(held, act, State.RUNNING, "sandbox.forked", settle=settle)
 
@@ -217,6 +222,7 @@ class Copies(Terms):
                 # Whoever asked is gone, and it may be there already.
                 raise Conflict("the answer to a checkpoint was lost")
             made.append(await agent.create_checkpoint(row.sandbox_id, held.arguments["comment"]))
+            held.clock.include(made[0].phases, "call")
             return {}
 
         await self._perform(held, act, State.RUNNING, "checkpoint.created")
@@ -244,6 +250,7 @@ class Copies(Terms):
             if held.state_before == State.PAUSED:
                 await self._hold_asleep(agent, row)
             woken = await agent.rollback(row.sandbox_id, held.arguments["checkpoint_id"])
+            held.clock.include(woken.phases, "call")
             return placed(woken)
 
         await self._perform(held, act, State.RUNNING, "sandbox.rolled_back")
@@ -360,9 +367,12 @@ class Copies(Terms):
             return size_bytes
         if held.state_before == State.PAUSED:
             await self._hold_asleep(agent, row)
-            await agent.resume(row.sandbox_id, None)
+            woken = await agent.resume(row.sandbox_id, None)
+            held.clock.include(woken.phases, "call")
         try:
-            return (await agent.create_snapshot(row.sandbox_id, name, live=live)).size_bytes
+            made = await agent.create_snapshot(row.sandbox_id, name, live=live)
+            held.clock.include(made.phases, "call")
+            return made.size_bytes
         except SandmartinError as error:
             if isinstance(error, Unavailable | TimedOut) and not error.answered:
                 raise

@@ -490,7 +490,8 @@ def _words(happening: Happening) -> tuple[str, str]:
     noun, _, verb = happening.kind.partition(".")
     name = happening.sandbox_id or happening.data.get("name") or ""
     title = f"{noun} {name} {verb.replace('_', ' ')}".replace("  ", " ").capitalize()
-    lines = [f"{key}: {value}" for key, value in happening.data.items() if value not in ("", None)]
+    said = {key: value for key, value in happening.data.items() if key != "phases"}
+    lines = [f"{key}: {value}" for key, value in said.items() if value not in ("", None)]
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(happening.at))
     return title, "\n".join([*lines, when])
 

@@ -27,6 +27,7 @@ from sandmartin.control import tables
 from sandmartin.control.db import Database, uncut
 from sandmartin.errors import SandmartinError, TimedOut, Unavailable, from_code
 from sandmartin.model import random_id
+from sandmartin.phases import Clock
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class Held:
     state_before: str
     token: str
     attempts: int
+    #: What the time goes to, from when it was begun or taken over.
+    clock: Clock = field(default_factory=Clock, repr=False, compare=False)
 
     @classmethod
     def of(cls, row: tables.Operation) -> Held:

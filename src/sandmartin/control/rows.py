@@ -8,7 +8,7 @@ still as it was read.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from sqlalchemy import update
@@ -21,6 +21,7 @@ from sandmartin.control.operations import Overtaken
 from sandmartin.control.states import sources_of
 from sandmartin.errors import Conflict, Invalid, NotFound, SandmartinError
 from sandmartin.model import SandboxSpec, State
+from sandmartin.phases import Phase
 from sandmartin.transport import CreatedSandbox, SandboxInfo
 
 Row = tables.Sandbox
@@ -105,6 +106,11 @@ def tell(session: AsyncSession, row: Row, kind: str, **data: Any) -> None:
     events.record(session, row.team_id, kind, row.sandbox_id, state=row.state, **data)
 
 
+def told_of(phases: Iterable[Phase]) -> list[dict[str, Any]]:
+    """What the time of an operation went to, as events have it."""
+    return [{"name": each.name, "ms": round(each.duration_s * 1000, 1)} for each in phases]
+
+
 def shape_of(row: Row) -> SandboxSpec:
     return SandboxSpec(
         sandbox_id=row.sandbox_id,
@@ -164,12 +170,17 @@ def child_of(
     )
 
 
-async def settle_child(session: AsyncSession, child: Row, outcome: str | SandmartinError) -> None:
+async def settle_child(
+    session: AsyncSession,
+    child: Row,
+    outcome: str | SandmartinError,
+    phases: Iterable[Phase] = (),
+) -> None:
     """A child runs at an address, or is the error why it does not."""
     if isinstance(outcome, str):
         values = {"started_at": time.time(), "ends_at": ends_at(child.lifetime_s)}
         await observe(session, child, State.RUNNING, operation_id=None, host_ip=outcome, **values)
-        tell(session, child, "sandbox.running")
+        tell(session, child, "sandbox.running", phases=told_of(phases))
     else:
         await observe(session, child, State.ERROR, operation_id=None, reason=outcome.message)
         tell(session, child, "sandbox.error", error=outcome.message)

@@ -264,7 +264,10 @@ class Sandboxes(Copies):
         while True:
             try:
                 await self._artefacts.bring(agent, row, held.arguments["template_id"])
-                return await agent.create(new)
+                held.clock.mark("template")
+                made = await agent.create(new)
+                held.clock.include(made.phases, "call")
+                return made
             except AlreadyExists:
                 # Made by a try whose answer was lost; what it is now is seen afterwards.
                 there = {each.sandbox_id: each for each in await agent.list_sandboxes()}
@@ -282,6 +285,7 @@ class Sandboxes(Copies):
                 refused.add(row.host_id)
                 why = error.cause if isinstance(error, NotBrought) else error
                 agent = await self._place_elsewhere(row, held, refused, why)
+                held.clock.mark("refused")
 
     async def _place_elsewhere(
         self, row: Row, held: Held, refused: set[str], error: SandmartinError
@@ -318,7 +322,8 @@ class Sandboxes(Copies):
     async def _do_pause(self, held: Held) -> None:
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
             await self._usage.flush(agent, row)
-            await agent.pause(row.sandbox_id)
+            held.clock.mark("metrics")
+            held.clock.include(await agent.pause(row.sandbox_id), "call")
             return {"host_ip": ""}
 
         await self._perform(held, act, State.PAUSED, "sandbox.paused")
@@ -350,6 +355,7 @@ class Sandboxes(Copies):
             source, due = agent, await self._moves.is_due(row)
             if due:
                 agent = await self._moves.bring(source, row) or source
+                held.clock.mark("move")
             try:
                 woken = await self._wake(agent, row)
             except Exhausted:
@@ -357,7 +363,9 @@ class Sandboxes(Copies):
                 agent = (None if due else await self._moves.bring(source, row)) or source
                 if agent is source:
                     raise
+                held.clock.mark("move")
                 woken = await self._wake(agent, row)
+            held.clock.include(woken.phases, "call")
             if agent is not source:
                 await self._moves.leave(source, row)
             return placed(woken)
@@ -404,7 +412,9 @@ class Sandboxes(Copies):
     async def _do_destroy(self, held: Held) -> None:
         async def act(agent: Agent, row: Row) -> dict[str, Any]:
             await self._usage.flush(agent, row)
+            held.clock.mark("metrics")
             await agent.destroy(row.sandbox_id)
+            held.clock.mark("end")
             return {"host_ip": "", "ended_at": time.time()}
 
         await self._perform(held, act, State.STOPPED, "sandbox.stopped")

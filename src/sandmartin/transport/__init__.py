@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from sandmartin.errors import NotFound, SandmartinError
 from sandmartin.model import INTERNET, NetworkPolicy, SandboxSpec, split_tag
+from sandmartin.phases import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,8 @@ class CreatedSandbox:
     address: str = ""
     #: Version of the guest protocol, as E2B counts it; empty when it is not known.
     envd_version: str = ""
+    #: What the time went to, where the other side tells it.
+    phases: tuple[Phase, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,8 @@ class ForkedSandbox:
     error: SandmartinError | None = None
     #: Version of the guest protocol, as E2B counts it; empty when it is not known.
     envd_version: str = ""
+    #: What the time went to, where the other side tells it.
+    phases: tuple[Phase, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,8 @@ class Checkpoint:
     #: Seconds since the epoch.
     created_at: int
     size_bytes: int
+    #: What the time went to, where the other side tells it.
+    phases: tuple[Phase, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +135,8 @@ class Snapshot:
 
     name: str
     size_bytes: int
+    #: What the time went to, where the other side tells it.
+    phases: tuple[Phase, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,10 +380,11 @@ class Transport(Protocol):
         Raises NotFound, Conflict.
         """
 
-    async def pause(self, sandbox_id: str) -> None:
+    async def pause(self, sandbox_id: str) -> tuple[Phase, ...]:
         """Write a sandbox to disk and free its memory. Already paused is success.
 
-        Raises Conflict, DiskFull; it then still runs.
+        Returns what the time went to, where the other side tells it. Raises Conflict, DiskFull;
+        it then still runs.
         """
 
     async def resume(self, sandbox_id: str, timeout_s: int | None) -> CreatedSandbox:

@@ -15,7 +15,7 @@ import ssl
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import httpx
 
 from sandmartin.errors import Denied, SandmartinError, Unavailable, Unimplemented
 from sandmartin.model import NetworkPolicy
+from sandmartin.phases import Phase
 from sandmartin.relay.kept import KeptLines
 from sandmartin.relay.line import Line, Lines
 from sandmartin.transport import (
@@ -200,8 +201,9 @@ class Agent(ABC):
         """Destroy every sandbox and end the agent."""
         await self._call("Terminate", {}, deadline_s=_DESTROY_S)
 
-    async def pause(self, sandbox_id: str) -> None:
-        await self._call("PauseSandbox", {"sandbox_id": sandbox_id}, deadline_s=_SNAPSHOT_S)
+    async def pause(self, sandbox_id: str) -> tuple[Phase, ...]:
+        message = {"sandbox_id": sandbox_id}
+        return messages.phases(await self._call("PauseSandbox", message, deadline_s=_SNAPSHOT_S))
 
     async def resume(self, sandbox_id: str, timeout_s: int | None) -> CreatedSandbox:
         message = _without_defaults(
@@ -232,7 +234,8 @@ class Agent(ABC):
     async def create_checkpoint(self, sandbox_id: str, comment: str) -> Checkpoint:
         message = _without_defaults(sandbox_id=sandbox_id, comment=comment)
         answer = await self._call("CreateCheckpoint", message, deadline_s=_SNAPSHOT_S)
-        return messages.checkpoint(_part(answer, "checkpoint") or {})
+        made = messages.checkpoint(_part(answer, "checkpoint") or {})
+        return replace(made, phases=messages.phases(answer))
 
     async def list_checkpoints(self, sandbox_id: str) -> tuple[Checkpoint, ...]:
         answer = await self._call("ListCheckpoints", {"sandbox_id": sandbox_id})
@@ -250,7 +253,11 @@ class Agent(ABC):
     async def create_snapshot(self, sandbox_id: str, name: str, *, live: bool) -> Snapshot:
         message = _without_defaults(sandbox_id=sandbox_id, name=name, live=live)
         answer = await self._call("CreateSnapshot", message, deadline_s=_SNAPSHOT_S)
-        return Snapshot(name=_text(answer, "name"), size_bytes=_int(answer, "sizeBytes"))
+        return Snapshot(
+            name=_text(answer, "name"),
+            size_bytes=_int(answer, "sizeBytes"),
+            phases=messages.phases(answer),
+        )
 
     async def delete_snapshot(self, name: str) -> None:
         await self._call("DeleteSnapshot", {"name": name}, deadline_s=_DESTROY_S)

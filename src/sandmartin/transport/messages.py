@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from sandmartin.errors import SandmartinError, from_code
 from sandmartin.model import INTERNET, NetworkPolicy
+from sandmartin.phases import Phase
 from sandmartin.transport import (
     Artefact,
     ArtefactStore,
@@ -35,8 +36,13 @@ from sandmartin.transport.fields import Message
 from sandmartin.transport.fields import integer as _int
 from sandmartin.transport.fields import number as _float
 from sandmartin.transport.fields import part as _part
+from sandmartin.transport.fields import parts as _parts
 from sandmartin.transport.fields import text as _text
 from sandmartin.transport.fields import texts as _texts
+
+#: What is kept of an operation must not grow with what a host tells.
+_MOST_PHASES = 50
+_LONGEST_NAME = 40
 
 # Messages of streams.
 
@@ -193,12 +199,21 @@ def _network(message: Message | None) -> NetworkPolicy:
     )
 
 
+def phases(message: Message) -> tuple[Phase, ...]:
+    """What the time of an operation went to; nothing of an agent of an earlier release."""
+    return tuple(
+        Phase(_text(each, "name")[:_LONGEST_NAME], max(0, _int(each, "durationUs")) / 1e6)
+        for each in _parts(message, "phases")[:_MOST_PHASES]
+    )
+
+
 def placed(message: Message, sandbox_id: str) -> CreatedSandbox:
     return CreatedSandbox(
         sandbox_id=sandbox_id,
         state=_text(message, "status"),
         address=_text(message, "hostIp"),
         envd_version=_text(message, "envdVersion"),
+        phases=phases(message),
     )
 
 
@@ -213,6 +228,7 @@ def forked(message: Message) -> ForkedSandbox:
         address=_text(message, "hostIp"),
         error=error,
         envd_version=_text(message, "envdVersion"),
+        phases=phases(message),
     )
 
 

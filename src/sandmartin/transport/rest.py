@@ -23,6 +23,7 @@ from sandmartin.errors import (
     Unavailable,
 )
 from sandmartin.model import INTERNET, NetworkPolicy, State, check_name
+from sandmartin.phases import Phase
 from sandmartin.transport import (
     Checkpoint,
     Command,
@@ -159,8 +160,9 @@ class Rest:
         path = _path(sandbox_id, "network")
         await self._api.ask("PUT", path, policy.to_dict(), deadline_s=_DESTROY_S, repeatable=True)
 
-    async def pause(self, sandbox_id: str) -> None:
+    async def pause(self, sandbox_id: str) -> tuple[Phase, ...]:
         await self._unless_already(sandbox_id, State.PAUSED, "pause")
+        return ()
 
     async def resume(self, sandbox_id: str, timeout_s: int | None) -> CreatedSandbox:
         body = _without_none(timeout_sec=timeout_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -172,12 +172,37 @@ class AccessBody(BaseModel):
     traffic_token: str = Field(description="`E2b-Traffic-Access-Token`, of private ports.")
 
 
+class PhaseBody(BaseModel):
+    """One part of what an operation's time went to."""
+
+    name: str
+    ms: float
+
+
+class EventData(BaseModel):
+    """What more is told of an event; what does not belong to it is left out.
+
+    Kinds of events have fields of their own beside these.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    state: str = Field("", description="Of the sandbox, from then on.")
+    phases: list[PhaseBody] = Field(
+        default_factory=list, description="Of the operation that ended, in order."
+    )
+    reason: str = Field("", description="Why it came to that.")
+    error: str = Field("", description="What the operation failed with.")
+    host: str = Field("", description="Name of the host that was chosen.")
+    seen: bool = Field(False, description="It was found so on its host, and not asked for.")
+
+
 class EventBody(BaseModel):
     id: int
     kind: str
     sandbox_id: str | None
     at: float
-    data: dict[str, Any]
+    data: EventData
 
 
 @router.post("", status_code=201)
@@ -358,7 +383,7 @@ async def access(
     )
 
 
-@router.get("/{sandbox_id}/timeline")
+@router.get("/{sandbox_id}/timeline", response_model_exclude_unset=True)
 async def timeline(
     sandbox_id: str,
     caller: TheCaller,
@@ -370,7 +395,11 @@ async def timeline(
     found = await platform.events.since(after, sandbox_id=sandbox_id)
     return [
         EventBody(
-            id=each.event_id, kind=each.kind, sandbox_id=sandbox_id, at=each.at, data=each.data
+            id=each.event_id,
+            kind=each.kind,
+            sandbox_id=sandbox_id,
+            at=each.at,
+            data=EventData(**each.data),
         )
         for each in found
     ]

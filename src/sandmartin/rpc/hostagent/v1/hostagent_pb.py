@@ -157,7 +157,43 @@ class CreateSandboxRequest(Message[_CreateSandboxRequestFields]):
         default_user: str
         default_workdir: str
 
-_CreateSandboxResponseFields: TypeAlias = Literal["sandbox_id", "status", "host_ip", "envd_version"]
+_PhaseFields: TypeAlias = Literal["name", "duration_us"]
+
+class Phase(Message[_PhaseFields]):
+    """
+    One part of an operation: a word for what was done, and how long it took.
+
+    ```proto
+    message hostagent.v1.Phase
+    ```
+
+    Attributes:
+        name:
+            ```proto
+            string name = 1;
+            ```
+        duration_us:
+            ```proto
+            uint64 duration_us = 2;
+            ```
+    """
+
+    __slots__ = ("name", "duration_us")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            name: str = "",
+            duration_us: int = 0,
+        ) -> None:
+            pass
+
+        name: str
+        duration_us: int
+
+_CreateSandboxResponseFields: TypeAlias = Literal["sandbox_id", "status", "host_ip", "envd_version", "phases"]
 
 class CreateSandboxResponse(Message[_CreateSandboxResponseFields]):
     """
@@ -186,9 +222,15 @@ class CreateSandboxResponse(Message[_CreateSandboxResponseFields]):
             ```proto
             string envd_version = 100;
             ```
+        phases:
+            What the time went to, in order; empty of an agent that does not tell.
+
+            ```proto
+            repeated hostagent.v1.Phase phases = 101;
+            ```
     """
 
-    __slots__ = ("sandbox_id", "status", "host_ip", "envd_version")
+    __slots__ = ("sandbox_id", "status", "host_ip", "envd_version", "phases")
 
     if TYPE_CHECKING:
 
@@ -199,6 +241,7 @@ class CreateSandboxResponse(Message[_CreateSandboxResponseFields]):
             status: str = "",
             host_ip: str = "",
             envd_version: str = "",
+            phases: list[Phase] | None = None,
         ) -> None:
             pass
 
@@ -206,6 +249,7 @@ class CreateSandboxResponse(Message[_CreateSandboxResponseFields]):
         status: str
         host_ip: str
         envd_version: str
+        phases: list[Phase]
 
 _DestroySandboxRequestFields: TypeAlias = Literal["sandbox_id"]
 
@@ -281,23 +325,35 @@ class PauseSandboxRequest(Message[_PauseSandboxRequestFields]):
 
         sandbox_id: str
 
-_PauseSandboxResponseFields: TypeAlias = NoReturn
+_PauseSandboxResponseFields: TypeAlias = Literal["phases"]
 
 class PauseSandboxResponse(Message[_PauseSandboxResponseFields]):
     """
     ```proto
     message hostagent.v1.PauseSandboxResponse
     ```
+
+    Attributes:
+        phases:
+            What the time went to, in order; empty of an agent that does not tell.
+
+            ```proto
+            repeated hostagent.v1.Phase phases = 100;
+            ```
     """
 
-    __slots__ = ()
+    __slots__ = ("phases",)
 
     if TYPE_CHECKING:
 
         def __init__(
             self,
+            *,
+            phases: list[Phase] | None = None,
         ) -> None:
             pass
+
+        phases: list[Phase]
 
 _ResumeSandboxRequestFields: TypeAlias = Literal["sandbox_id", "timeout_sec", "keep_timeout"]
 
@@ -343,7 +399,7 @@ class ResumeSandboxRequest(Message[_ResumeSandboxRequestFields]):
         timeout_sec: int
         keep_timeout: bool
 
-_ResumeSandboxResponseFields: TypeAlias = Literal["sandbox_id", "status", "host_ip", "envd_version"]
+_ResumeSandboxResponseFields: TypeAlias = Literal["sandbox_id", "status", "host_ip", "envd_version", "phases"]
 
 class ResumeSandboxResponse(Message[_ResumeSandboxResponseFields]):
     """
@@ -370,9 +426,15 @@ class ResumeSandboxResponse(Message[_ResumeSandboxResponseFields]):
             ```proto
             string envd_version = 100;
             ```
+        phases:
+            What the time went to, in order; empty of an agent that does not tell.
+
+            ```proto
+            repeated hostagent.v1.Phase phases = 101;
+            ```
     """
 
-    __slots__ = ("sandbox_id", "status", "host_ip", "envd_version")
+    __slots__ = ("sandbox_id", "status", "host_ip", "envd_version", "phases")
 
     if TYPE_CHECKING:
 
@@ -383,6 +445,7 @@ class ResumeSandboxResponse(Message[_ResumeSandboxResponseFields]):
             status: str = "",
             host_ip: str = "",
             envd_version: str = "",
+            phases: list[Phase] | None = None,
         ) -> None:
             pass
 
@@ -390,6 +453,7 @@ class ResumeSandboxResponse(Message[_ResumeSandboxResponseFields]):
         status: str
         host_ip: str
         envd_version: str
+        phases: list[Phase]
 
 _CreateSnapshotRequestFields: TypeAlias = Literal["sandbox_id", "name", "live"]
 
@@ -433,7 +497,7 @@ class CreateSnapshotRequest(Message[_CreateSnapshotRequestFields]):
         name: str
         live: bool
 
-_CreateSnapshotResponseFields: TypeAlias = Literal["name", "size_bytes"]
+_CreateSnapshotResponseFields: TypeAlias = Literal["name", "size_bytes", "phases"]
 
 class CreateSnapshotResponse(Message[_CreateSnapshotResponseFields]):
     """
@@ -450,9 +514,15 @@ class CreateSnapshotResponse(Message[_CreateSnapshotResponseFields]):
             ```proto
             int64 size_bytes = 2;
             ```
+        phases:
+            What the time went to, in order; empty of an agent that does not tell.
+
+            ```proto
+            repeated hostagent.v1.Phase phases = 100;
+            ```
     """
 
-    __slots__ = ("name", "size_bytes")
+    __slots__ = ("name", "size_bytes", "phases")
 
     if TYPE_CHECKING:
 
@@ -461,11 +531,13 @@ class CreateSnapshotResponse(Message[_CreateSnapshotResponseFields]):
             *,
             name: str = "",
             size_bytes: int = 0,
+            phases: list[Phase] | None = None,
         ) -> None:
             pass
 
         name: str
         size_bytes: int
+        phases: list[Phase]
 
 _DeleteSnapshotRequestFields: TypeAlias = Literal["name"]
 
@@ -2079,7 +2151,7 @@ class ForkSandboxResponse(Message[_ForkSandboxResponseFields]):
 
         children: list[ForkedSandbox]
 
-_ForkedSandboxFields: TypeAlias = Literal["sandbox_id", "status", "host_ip", "error", "error_message", "envd_version"]
+_ForkedSandboxFields: TypeAlias = Literal["sandbox_id", "status", "host_ip", "error", "error_message", "envd_version", "phases"]
 
 class ForkedSandbox(Message[_ForkedSandboxFields]):
     """
@@ -2116,9 +2188,15 @@ class ForkedSandbox(Message[_ForkedSandboxFields]):
             ```proto
             string envd_version = 100;
             ```
+        phases:
+            What the time went to, in order, that of the source's part first.
+
+            ```proto
+            repeated hostagent.v1.Phase phases = 101;
+            ```
     """
 
-    __slots__ = ("sandbox_id", "status", "host_ip", "error", "error_message", "envd_version")
+    __slots__ = ("sandbox_id", "status", "host_ip", "error", "error_message", "envd_version", "phases")
 
     if TYPE_CHECKING:
 
@@ -2131,6 +2209,7 @@ class ForkedSandbox(Message[_ForkedSandboxFields]):
             error: ErrorInfo | None = None,
             error_message: str = "",
             envd_version: str = "",
+            phases: list[Phase] | None = None,
         ) -> None:
             pass
 
@@ -2140,6 +2219,7 @@ class ForkedSandbox(Message[_ForkedSandboxFields]):
         error: ErrorInfo | None
         error_message: str
         envd_version: str
+        phases: list[Phase]
 
 _CreateCheckpointRequestFields: TypeAlias = Literal["sandbox_id", "comment"]
 
@@ -2175,7 +2255,7 @@ class CreateCheckpointRequest(Message[_CreateCheckpointRequestFields]):
         sandbox_id: str
         comment: str
 
-_CreateCheckpointResponseFields: TypeAlias = Literal["checkpoint"]
+_CreateCheckpointResponseFields: TypeAlias = Literal["checkpoint", "phases"]
 
 class CreateCheckpointResponse(Message[_CreateCheckpointResponseFields]):
     """
@@ -2188,9 +2268,15 @@ class CreateCheckpointResponse(Message[_CreateCheckpointResponseFields]):
             ```proto
             optional hostagent.v1.CheckpointInfo checkpoint = 1;
             ```
+        phases:
+            What the time went to, in order; empty of an agent that does not tell.
+
+            ```proto
+            repeated hostagent.v1.Phase phases = 2;
+            ```
     """
 
-    __slots__ = ("checkpoint",)
+    __slots__ = ("checkpoint", "phases")
 
     if TYPE_CHECKING:
 
@@ -2198,10 +2284,12 @@ class CreateCheckpointResponse(Message[_CreateCheckpointResponseFields]):
             self,
             *,
             checkpoint: CheckpointInfo | None = None,
+            phases: list[Phase] | None = None,
         ) -> None:
             pass
 
         checkpoint: CheckpointInfo | None
+        phases: list[Phase]
 
 _CheckpointInfoFields: TypeAlias = Literal["checkpoint_id", "comment", "created_at_unix", "size_bytes"]
 
@@ -2393,7 +2481,7 @@ class RollbackSandboxRequest(Message[_RollbackSandboxRequestFields]):
         sandbox_id: str
         checkpoint_id: str
 
-_RollbackSandboxResponseFields: TypeAlias = Literal["status", "host_ip"]
+_RollbackSandboxResponseFields: TypeAlias = Literal["status", "host_ip", "phases"]
 
 class RollbackSandboxResponse(Message[_RollbackSandboxResponseFields]):
     """
@@ -2410,9 +2498,15 @@ class RollbackSandboxResponse(Message[_RollbackSandboxResponseFields]):
             ```proto
             string host_ip = 2;
             ```
+        phases:
+            What the time went to, in order; empty of an agent that does not tell.
+
+            ```proto
+            repeated hostagent.v1.Phase phases = 3;
+            ```
     """
 
-    __slots__ = ("status", "host_ip")
+    __slots__ = ("status", "host_ip", "phases")
 
     if TYPE_CHECKING:
 
@@ -2421,11 +2515,13 @@ class RollbackSandboxResponse(Message[_RollbackSandboxResponseFields]):
             *,
             status: str = "",
             host_ip: str = "",
+            phases: list[Phase] | None = None,
         ) -> None:
             pass
 
         status: str
         host_ip: str
+        phases: list[Phase]
 
 _ListTemplatesRequestFields: TypeAlias = NoReturn
 
@@ -4202,11 +4298,12 @@ class SetTimeoutResponse(Message[_SetTimeoutResponseFields]):
 
 
 _DESC = file_desc(
-    b'\n\x1chostagent/v1/hostagent.proto\x12\x0chostagent.v1"3\n\tErrorInfo\x12\x12\n\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n\x04hint\x18\x02 \x01(\tR\x04hint"\xc5\x03\n\x14CreateSandboxRequest\x12\x1d\n\nsandbox_id\x18\x05 \x01(\tR\tsandboxId\x12\x1a\n\x08template\x18\x01 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x03 \x01(\x05R\x08memoryMb\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18\x06 \x01(\x05R\ndiskSizeMb\x12@\n\x04envs\x18d \x03(\x0b2,.hostagent.v1.CreateSandboxRequest.EnvsEntryR\x04envs\x125\n\x07network\x18e \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network\x12!\n\x0cdefault_user\x18f \x01(\tR\x0bdefaultUser\x12\'\n\x0fdefault_workdir\x18g \x01(\tR\x0edefaultWorkdir\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"\x8a\x01\n\x15CreateSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp\x12!\n\x0cenvd_version\x18d \x01(\tR\x0benvdVersion"6\n\x15DestroySandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x18\n\x16DestroySandboxResponse"4\n\x13PauseSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x16\n\x14PauseSandboxResponse"y\n\x14ResumeSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n\x0btimeout_sec\x18\x02 \x01(\x05R\ntimeoutSec\x12!\n\x0ckeep_timeout\x18d \x01(\x08R\x0bkeepTimeout"\x8a\x01\n\x15ResumeSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp\x12!\n\x0cenvd_version\x18d \x01(\tR\x0benvdVersion"^\n\x15CreateSnapshotRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n\x04live\x18d \x01(\x08R\x04live"K\n\x16CreateSnapshotResponse\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes"+\n\x15DeleteSnapshotRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"\x18\n\x16DeleteSnapshotResponse"\x8b\x02\n\x0bExecRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x127\n\x04envs\x18d \x03(\x0b2#.hostagent.v1.ExecRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"[\n\x0cExecResponse\x12\x16\n\x06stdout\x18\x01 \x01(\x0cR\x06stdout\x12\x16\n\x06stderr\x18\x02 \x01(\x0cR\x06stderr\x12\x1b\n\texit_code\x18\x03 \x01(\x05R\x08exitCode"\x16\n\x14ListSandboxesRequest"\x87\x01\n\x15ListSandboxesResponse\x127\n\tsandboxes\x18\x01 \x03(\x0b2\x19.hostagent.v1.SandboxInfoR\tsandboxes\x125\n\x17auto_paused_sandbox_ids\x18\x02 \x03(\tR\x14autoPausedSandboxIds"\xc5\x03\n\x0bSandboxInfo\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x1a\n\x08template\x18\x03 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x04 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x05 \x01(\x05R\x08memoryMb\x12\x17\n\x07host_ip\x18\x06 \x01(\tR\x06hostIp\x12&\n\x0fcreated_at_unix\x18\x07 \x01(\x03R\rcreatedAtUnix\x12-\n\x13last_active_at_unix\x18\x08 \x01(\x03R\x10lastActiveAtUnix\x12\x1f\n\x0btimeout_sec\x18\t \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18d \x01(\x05R\ndiskSizeMb\x12#\n\rstatus_reason\x18e \x01(\tR\x0cstatusReason\x125\n\x07network\x18f \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network\x12!\n\x0cenvd_version\x18g \x01(\tR\x0benvdVersion"s\n\x10WriteFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n\x07content\x18\x03 \x01(\x0cR\x07content\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x13\n\x11WriteFileResponse"X\n\x0fReadFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user",\n\x10ReadFileResponse\x12\x18\n\x07content\x18\x01 \x01(\x0cR\x07content"\xe8\x02\n\x11ExecStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12=\n\x04envs\x18d \x03(\x0b2).hostagent.v1.ExecStreamRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x12\x14\n\x05stdin\x18g \x01(\x08R\x05stdin\x12\'\n\x03pty\x18h \x01(\x0b2\x15.hostagent.v1.PtySizeR\x03pty\x12\x10\n\x03tag\x18i \x01(\tR\x03tag\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"1\n\x07PtySize\x12\x12\n\x04cols\x18\x01 \x01(\rR\x04cols\x12\x12\n\x04rows\x18\x02 \x01(\rR\x04rows"\xb9\x01\n\x12ExecStreamResponse\x125\n\x05start\x18\x01 \x01(\x0b2\x1d.hostagent.v1.ExecStreamStartH\x00R\x05start\x122\n\x04data\x18\x02 \x01(\x0b2\x1c.hostagent.v1.ExecStreamDataH\x00R\x04data\x12/\n\x03end\x18\x03 \x01(\x0b2\x1b.hostagent.v1.ExecStreamEndH\x00R\x03endB\x07\n\x05event"#\n\x0fExecStreamStart\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid"N\n\x0eExecStreamData\x12\x18\n\x06stdout\x18\x01 \x01(\x0cH\x00R\x06stdout\x12\x18\n\x06stderr\x18\x02 \x01(\x0cH\x00R\x06stderrB\x08\n\x06output"Z\n\rExecStreamEnd\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08exitCode\x12\x14\n\x05error\x18\x02 \x01(\tR\x05error\x12\x16\n\x06signal\x18d \x01(\x05R\x06signal"t\n\x16WriteFileStreamRequest\x127\n\x04meta\x18\x01 \x01(\x0b2!.hostagent.v1.WriteFileStreamMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\\\n\x13WriteFileStreamMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x19\n\x17WriteFileStreamResponse"^\n\x15ReadFileStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user".\n\x16ReadFileStreamResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"3\n\x12PingSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x15\n\x13PingSandboxResponse"\x12\n\x10TerminateRequest"\x13\n\x11TerminateResponse"\x89\x01\n\x0bMetricPoint\x12%\n\x0etimestamp_unix\x18\x01 \x01(\x03R\rtimestampUnix\x12\x17\n\x07cpu_pct\x18\x02 \x01(\x01R\x06cpuPct\x12\x1b\n\tmem_bytes\x18\x03 \x01(\x03R\x08memBytes\x12\x1d\n\ndisk_bytes\x18\x04 \x01(\x03R\tdiskBytes"O\n\x18GetSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n\x05range\x18\x02 \x01(\tR\x05range"N\n\x19GetSandboxMetricsResponse\x121\n\x06points\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x06points";\n\x1aFlushSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\xc9\x01\n\x1bFlushSandboxMetricsResponse\x128\n\npoints_10m\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints10m\x126\n\tpoints_2h\x18\x02 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x08points2h\x128\n\npoints_24h\x18\x03 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints24h"I\n\x14FlattenRootfsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name"6\n\x15FlattenRootfsResponse\x12\x1d\n\nsize_bytes\x18\x01 \x01(\x03R\tsizeBytes"l\n\x12StreamInputRequest\x123\n\x04meta\x18\x01 \x01(\x0b2\x1d.hostagent.v1.StreamInputMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"B\n\x0fStreamInputMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid"\x15\n\x13StreamInputResponse"\\\n\x11SendSignalRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n\x06signal\x18\x03 \x01(\x05R\x06signal"\x14\n\x12SendSignalResponse"l\n\x10ResizePtyRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\'\n\x03pty\x18\x03 \x01(\x0b2\x15.hostagent.v1.PtySizeR\x03pty"\x13\n\x11ResizePtyResponse"5\n\x14ListProcessesRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"P\n\x15ListProcessesResponse\x127\n\tprocesses\x18\x01 \x03(\x0b2\x19.hostagent.v1.ProcessInfoR\tprocesses"i\n\x0bProcessInfo\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x10\n\x03cwd\x18\x04 \x01(\tR\x03cwd\x12\x10\n\x03tag\x18\x05 \x01(\tR\x03tag"H\n\x15ConnectProcessRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid"\x87\x01\n\x12ForkSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1b\n\tchild_ids\x18\x02 \x03(\tR\x08childIds\x12\x14\n\x05count\x18\x03 \x01(\x05R\x05count\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec"N\n\x13ForkSandboxResponse\x127\n\x08children\x18\x01 \x03(\x0b2\x1b.hostagent.v1.ForkedSandboxR\x08children"\xd6\x01\n\rForkedSandbox\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp\x12-\n\x05error\x18\x04 \x01(\x0b2\x17.hostagent.v1.ErrorInfoR\x05error\x12#\n\rerror_message\x18\x05 \x01(\tR\x0cerrorMessage\x12!\n\x0cenvd_version\x18d \x01(\tR\x0benvdVersion"R\n\x17CreateCheckpointRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x18\n\x07comment\x18\x02 \x01(\tR\x07comment"X\n\x18CreateCheckpointResponse\x12<\n\ncheckpoint\x18\x01 \x01(\x0b2\x1c.hostagent.v1.CheckpointInfoR\ncheckpoint"\x96\x01\n\x0eCheckpointInfo\x12#\n\rcheckpoint_id\x18\x01 \x01(\tR\x0ccheckpointId\x12\x18\n\x07comment\x18\x02 \x01(\tR\x07comment\x12&\n\x0fcreated_at_unix\x18\x03 \x01(\x03R\rcreatedAtUnix\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes"7\n\x16ListCheckpointsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"Y\n\x17ListCheckpointsResponse\x12>\n\x0bcheckpoints\x18\x01 \x03(\x0b2\x1c.hostagent.v1.CheckpointInfoR\x0bcheckpoints"]\n\x17DeleteCheckpointRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12#\n\rcheckpoint_id\x18\x02 \x01(\tR\x0ccheckpointId"\x1a\n\x18DeleteCheckpointResponse"\\\n\x16RollbackSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12#\n\rcheckpoint_id\x18\x02 \x01(\tR\x0ccheckpointId"J\n\x17RollbackSandboxResponse\x12\x16\n\x06status\x18\x01 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x02 \x01(\tR\x06hostIp"\x16\n\x14ListTemplatesRequest"Q\n\x15ListTemplatesResponse\x128\n\ttemplates\x18\x01 \x03(\x0b2\x1a.hostagent.v1.TemplateInfoR\ttemplates")\n\x13ReadTemplateRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name",\n\x14ReadTemplateResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"p\n\x14WriteTemplateRequest\x125\n\x04meta\x18\x01 \x01(\x0b2\x1f.hostagent.v1.WriteTemplateMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\'\n\x11WriteTemplateMeta\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"\x17\n\x15WriteTemplateResponse"v\n\x12ImportImageRequest\x12\x1c\n\treference\x18\x01 \x01(\tR\treference\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12.\n\x04auth\x18\x03 \x01(\x0b2\x1a.hostagent.v1.RegistryAuthR\x04auth"F\n\x0cRegistryAuth\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x1a\n\x08password\x18\x02 \x01(\tR\x08password"\x8f\x01\n\x13ImportImageResponse\x12:\n\x08progress\x18\x01 \x01(\x0b2\x1c.hostagent.v1.ImportProgressH\x00R\x08progress\x123\n\x05image\x18\x02 \x01(\x0b2\x1b.hostagent.v1.ImportedImageH\x00R\x05imageB\x07\n\x05event"*\n\x0eImportProgress\x12\x18\n\x07message\x18\x01 \x01(\tR\x07message"\xb0\x02\n\rImportedImage\x12\x16\n\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x129\n\x04envs\x18\x03 \x03(\x0b2%.hostagent.v1.ImportedImage.EnvsEntryR\x04envs\x12\x12\n\x04user\x18\x04 \x01(\tR\x04user\x12\x18\n\x07workdir\x18\x05 \x01(\tR\x07workdir\x12\x1e\n\nentrypoint\x18\x06 \x03(\tR\nentrypoint\x12\x10\n\x03cmd\x18\x07 \x03(\tR\x03cmd\x12\x14\n\x05ports\x18\x08 \x03(\tR\x05ports\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"p\n\x14ImportArchiveRequest\x125\n\x04meta\x18\x01 \x01(\x0b2\x1f.hostagent.v1.ImportArchiveMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\'\n\x11ImportArchiveMeta\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"J\n\x15ImportArchiveResponse\x121\n\x05image\x18\x01 \x01(\x0b2\x1b.hostagent.v1.ImportedImageR\x05image"3\n\rArtefactStore\x12\x10\n\x03url\x18\x01 \x01(\tR\x03url\x12\x10\n\x03key\x18\x02 \x01(\x0cR\x03key"\\\n\x13PushTemplateRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x121\n\x05store\x18\x02 \x01(\x0b2\x1b.hostagent.v1.ArtefactStoreR\x05store"\x8f\x01\n\x14PushTemplateResponse\x128\n\x08progress\x18\x01 \x01(\x0b2\x1a.hostagent.v1.PushProgressH\x00R\x08progress\x124\n\x08artefact\x18\x02 \x01(\x0b2\x16.hostagent.v1.ArtefactH\x00R\x08artefactB\x07\n\x05event"R\n\x0cPushProgress\x12\x1f\n\x0bchunks_done\x18\x01 \x01(\x03R\nchunksDone\x12!\n\x0cchunks_total\x18\x02 \x01(\x03R\x0bchunksTotal"k\n\x08Artefact\x12\x1f\n\x0bartefact_id\x18\x01 \x01(\tR\nartefactId\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x1f\n\x0badded_bytes\x18\x03 \x01(\x03R\naddedBytes"~\n\x14FetchTemplateRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n\x0bartefact_id\x18\x02 \x01(\tR\nartefactId\x121\n\x05store\x18\x03 \x01(\x0b2\x1b.hostagent.v1.ArtefactStoreR\x05store"\x17\n\x15FetchTemplateResponse"f\n\x12PushSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x121\n\x05store\x18\x02 \x01(\x0b2\x1b.hostagent.v1.ArtefactStoreR\x05store"h\n\x13AdoptSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x1a\n\x08template\x18\x03 \x01(\tR\x08template"\x16\n\x14AdoptSandboxResponse"\xe1\x01\n\x0cTemplateInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n\x05vcpus\x18\x03 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x04 \x01(\x05R\x08memoryMb\x12 \n\x0cdisk_size_mb\x18\x05 \x01(\x05R\ndiskSizeMb\x12\x1d\n\nsize_bytes\x18\x06 \x01(\x03R\tsizeBytes\x125\n\x07network\x18\x07 \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network"3\n\x12ReadConsoleRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"/\n\x13ReadConsoleResponse\x12\x18\n\x07content\x18\x01 \x01(\x0cR\x07content"\xf6\x01\n\x08FileInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04type\x18\x03 \x01(\tR\x04type\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x12\n\x04mode\x18\x05 \x01(\rR\x04mode\x12\x14\n\x05owner\x18\x06 \x01(\tR\x05owner\x12\x14\n\x05group\x18\x07 \x01(\tR\x05group\x12(\n\x10modified_at_unix\x18\x08 \x01(\x03R\x0emodifiedAtUnix\x12%\n\x0esymlink_target\x18\t \x01(\tR\rsymlinkTarget"X\n\x0fStatFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user">\n\x10StatFileResponse\x12*\n\x04file\x18\x01 \x01(\x0b2\x16.hostagent.v1.FileInfoR\x04file"o\n\x10ListFilesRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user\x12\x14\n\x05depth\x18\x04 \x01(\rR\x05depth"A\n\x11ListFilesResponse\x12,\n\x05files\x18\x01 \x03(\x0b2\x16.hostagent.v1.FileInfoR\x05files"]\n\x14MakeDirectoryRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user"\x17\n\x15MakeDirectoryResponse"~\n\x0fMoveFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12 \n\x0bdestination\x18\x03 \x01(\tR\x0bdestination\x12\x12\n\x04user\x18\x04 \x01(\tR\x04user"\x12\n\x10MoveFileResponse"Z\n\x11RemoveFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user"\x14\n\x12RemoveFileResponse"h\n\x10WriteTreeRequest\x121\n\x04meta\x18\x01 \x01(\x0b2\x1b.hostagent.v1.WriteTreeMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"b\n\rWriteTreeMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1c\n\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x14\n\x05owner\x18\x03 \x01(\tR\x05owner"-\n\x11WriteTreeResponse\x12\x18\n\x07members\x18\x01 \x01(\x03R\x07members"D\n\x0fReadTreeRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path"(\n\x10ReadTreeResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"\x15\n\x13DescribeHostRequest"\xcc\x02\n\x14DescribeHostResponse\x12\x12\n\x04cpus\x18\x01 \x01(\x05R\x04cpus\x12\x1b\n\tmemory_mb\x18\x02 \x01(\x03R\x08memoryMb\x12,\n\x12memory_overhead_mb\x18\x03 \x01(\x05R\x10memoryOverheadMb\x12 \n\x0cdisk_free_mb\x18\x04 \x01(\x03R\ndiskFreeMb\x12%\n\x0ecpu_overcommit\x18\x05 \x01(\x01R\rcpuOvercommit\x12\x14\n\x05accel\x18\x06 \x01(\tR\x05accel\x12\x1f\n\x0bvmm_version\x18\x07 \x01(\tR\nvmmVersion\x12#\n\ragent_version\x18\x08 \x01(\tR\x0cagentVersion\x12\x18\n\x07running\x18\t \x01(\x05R\x07running\x12\x16\n\x06paused\x18\n \x01(\x05R\x06paused"\x9a\x01\n\rNetworkPolicy\x127\n\x15allow_internet_access\x18\x01 \x01(\x08H\x00R\x13allowInternetAccess\x88\x01\x01\x12\x1b\n\tallow_out\x18\x02 \x03(\tR\x08allowOut\x12\x19\n\x08deny_out\x18\x03 \x03(\tR\x07denyOutB\x18\n\x16_allow_internet_access"l\n\x14UpdateNetworkRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x125\n\x07network\x18\x02 \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network"\x17\n\x15UpdateNetworkResponse"S\n\x11SetTimeoutRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n\x0btimeout_sec\x18\x02 \x01(\x05R\ntimeoutSec"\x14\n\x12SetTimeoutResponse2\xf0 \n\x10HostAgentService\x12X\n\rCreateSandbox\x12".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n\x0eDestroySandbox\x12#.hostagent.v1.DestroySandboxRequest\x1a$.hostagent.v1.DestroySandboxResponse\x12U\n\x0cPauseSandbox\x12!.hostagent.v1.PauseSandboxRequest\x1a".hostagent.v1.PauseSandboxResponse\x12X\n\rResumeSandbox\x12".hostagent.v1.ResumeSandboxRequest\x1a#.hostagent.v1.ResumeSandboxResponse\x12=\n\x04Exec\x12\x19.hostagent.v1.ExecRequest\x1a\x1a.hostagent.v1.ExecResponse\x12X\n\rListSandboxes\x12".hostagent.v1.ListSandboxesRequest\x1a#.hostagent.v1.ListSandboxesResponse\x12L\n\tWriteFile\x12\x1e.hostagent.v1.WriteFileRequest\x1a\x1f.hostagent.v1.WriteFileResponse\x12I\n\x08ReadFile\x12\x1d.hostagent.v1.ReadFileRequest\x1a\x1e.hostagent.v1.ReadFileResponse\x12[\n\x0eCreateSnapshot\x12#.hostagent.v1.CreateSnapshotRequest\x1a$.hostagent.v1.CreateSnapshotResponse\x12[\n\x0eDeleteSnapshot\x12#.hostagent.v1.DeleteSnapshotRequest\x1a$.hostagent.v1.DeleteSnapshotResponse\x12Q\n\nExecStream\x12\x1f.hostagent.v1.ExecStreamRequest\x1a .hostagent.v1.ExecStreamResponse0\x01\x12`\n\x0fWriteFileStream\x12$.hostagent.v1.WriteFileStreamRequest\x1a%.hostagent.v1.WriteFileStreamResponse(\x01\x12]\n\x0eReadFileStream\x12#.hostagent.v1.ReadFileStreamRequest\x1a$.hostagent.v1.ReadFileStreamResponse0\x01\x12R\n\x0bPingSandbox\x12 .hostagent.v1.PingSandboxRequest\x1a!.hostagent.v1.PingSandboxResponse\x12L\n\tTerminate\x12\x1e.hostagent.v1.TerminateRequest\x1a\x1f.hostagent.v1.TerminateResponse\x12d\n\x11GetSandboxMetrics\x12&.hostagent.v1.GetSandboxMetricsRequest\x1a\'.hostagent.v1.GetSandboxMetricsResponse\x12j\n\x13FlushSandboxMetrics\x12(.hostagent.v1.FlushSandboxMetricsRequest\x1a).hostagent.v1.FlushSandboxMetricsResponse\x12X\n\rFlattenRootfs\x12".hostagent.v1.FlattenRootfsRequest\x1a#.hostagent.v1.FlattenRootfsResponse\x12T\n\x0bStreamInput\x12 .hostagent.v1.StreamInputRequest\x1a!.hostagent.v1.StreamInputResponse(\x01\x12O\n\nSendSignal\x12\x1f.hostagent.v1.SendSignalRequest\x1a .hostagent.v1.SendSignalResponse\x12L\n\tResizePty\x12\x1e.hostagent.v1.ResizePtyRequest\x1a\x1f.hostagent.v1.ResizePtyResponse\x12X\n\rListProcesses\x12".hostagent.v1.ListProcessesRequest\x1a#.hostagent.v1.ListProcessesResponse\x12Y\n\x0eConnectProcess\x12#.hostagent.v1.ConnectProcessRequest\x1a .hostagent.v1.ExecStreamResponse0\x01\x12R\n\x0bForkSandbox\x12 .hostagent.v1.ForkSandboxRequest\x1a!.hostagent.v1.ForkSandboxResponse\x12a\n\x10CreateCheckpoint\x12%.hostagent.v1.CreateCheckpointRequest\x1a&.hostagent.v1.CreateCheckpointResponse\x12^\n\x0fListCheckpoints\x12$.hostagent.v1.ListCheckpointsRequest\x1a%.hostagent.v1.ListCheckpointsResponse\x12a\n\x10DeleteCheckpoint\x12%.hostagent.v1.DeleteCheckpointRequest\x1a&.hostagent.v1.DeleteCheckpointResponse\x12^\n\x0fRollbackSandbox\x12$.hostagent.v1.RollbackSandboxRequest\x1a%.hostagent.v1.RollbackSandboxResponse\x12X\n\rListTemplates\x12".hostagent.v1.ListTemplatesRequest\x1a#.hostagent.v1.ListTemplatesResponse\x12W\n\x0cReadTemplate\x12!.hostagent.v1.ReadTemplateRequest\x1a".hostagent.v1.ReadTemplateResponse0\x01\x12Z\n\rWriteTemplate\x12".hostagent.v1.WriteTemplateRequest\x1a#.hostagent.v1.WriteTemplateResponse(\x01\x12W\n\x0cPushTemplate\x12!.hostagent.v1.PushTemplateRequest\x1a".hostagent.v1.PushTemplateResponse0\x01\x12X\n\rFetchTemplate\x12".hostagent.v1.FetchTemplateRequest\x1a#.hostagent.v1.FetchTemplateResponse\x12U\n\x0bPushSandbox\x12 .hostagent.v1.PushSandboxRequest\x1a".hostagent.v1.PushTemplateResponse0\x01\x12U\n\x0cAdoptSandbox\x12!.hostagent.v1.AdoptSandboxRequest\x1a".hostagent.v1.AdoptSandboxResponse\x12T\n\x0bImportImage\x12 .hostagent.v1.ImportImageRequest\x1a!.hostagent.v1.ImportImageResponse0\x01\x12Z\n\rImportArchive\x12".hostagent.v1.ImportArchiveRequest\x1a#.hostagent.v1.ImportArchiveResponse(\x01\x12R\n\x0bReadConsole\x12 .hostagent.v1.ReadConsoleRequest\x1a!.hostagent.v1.ReadConsoleResponse\x12I\n\x08StatFile\x12\x1d.hostagent.v1.StatFileRequest\x1a\x1e.hostagent.v1.StatFileResponse\x12L\n\tListFiles\x12\x1e.hostagent.v1.ListFilesRequest\x1a\x1f.hostagent.v1.ListFilesResponse\x12X\n\rMakeDirectory\x12".hostagent.v1.MakeDirectoryRequest\x1a#.hostagent.v1.MakeDirectoryResponse\x12I\n\x08MoveFile\x12\x1d.hostagent.v1.MoveFileRequest\x1a\x1e.hostagent.v1.MoveFileResponse\x12O\n\nRemoveFile\x12\x1f.hostagent.v1.RemoveFileRequest\x1a .hostagent.v1.RemoveFileResponse\x12N\n\tWriteTree\x12\x1e.hostagent.v1.WriteTreeRequest\x1a\x1f.hostagent.v1.WriteTreeResponse(\x01\x12K\n\x08ReadTree\x12\x1d.hostagent.v1.ReadTreeRequest\x1a\x1e.hostagent.v1.ReadTreeResponse0\x01\x12U\n\x0cDescribeHost\x12!.hostagent.v1.DescribeHostRequest\x1a".hostagent.v1.DescribeHostResponse\x12X\n\rUpdateNetwork\x12".hostagent.v1.UpdateNetworkRequest\x1a#.hostagent.v1.UpdateNetworkResponse\x12O\n\nSetTimeout\x12\x1f.hostagent.v1.SetTimeoutRequest\x1a .hostagent.v1.SetTimeoutResponseb\x06proto3',
+    b'\n\x1chostagent/v1/hostagent.proto\x12\x0chostagent.v1"3\n\tErrorInfo\x12\x12\n\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n\x04hint\x18\x02 \x01(\tR\x04hint"\xc5\x03\n\x14CreateSandboxRequest\x12\x1d\n\nsandbox_id\x18\x05 \x01(\tR\tsandboxId\x12\x1a\n\x08template\x18\x01 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x03 \x01(\x05R\x08memoryMb\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18\x06 \x01(\x05R\ndiskSizeMb\x12@\n\x04envs\x18d \x03(\x0b2,.hostagent.v1.CreateSandboxRequest.EnvsEntryR\x04envs\x125\n\x07network\x18e \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network\x12!\n\x0cdefault_user\x18f \x01(\tR\x0bdefaultUser\x12\'\n\x0fdefault_workdir\x18g \x01(\tR\x0edefaultWorkdir\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"<\n\x05Phase\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n\x0bduration_us\x18\x02 \x01(\x04R\ndurationUs"\xb7\x01\n\x15CreateSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp\x12!\n\x0cenvd_version\x18d \x01(\tR\x0benvdVersion\x12+\n\x06phases\x18e \x03(\x0b2\x13.hostagent.v1.PhaseR\x06phases"6\n\x15DestroySandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x18\n\x16DestroySandboxResponse"4\n\x13PauseSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"C\n\x14PauseSandboxResponse\x12+\n\x06phases\x18d \x03(\x0b2\x13.hostagent.v1.PhaseR\x06phases"y\n\x14ResumeSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n\x0btimeout_sec\x18\x02 \x01(\x05R\ntimeoutSec\x12!\n\x0ckeep_timeout\x18d \x01(\x08R\x0bkeepTimeout"\xb7\x01\n\x15ResumeSandboxResponse\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp\x12!\n\x0cenvd_version\x18d \x01(\tR\x0benvdVersion\x12+\n\x06phases\x18e \x03(\x0b2\x13.hostagent.v1.PhaseR\x06phases"^\n\x15CreateSnapshotRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n\x04live\x18d \x01(\x08R\x04live"x\n\x16CreateSnapshotResponse\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12+\n\x06phases\x18d \x03(\x0b2\x13.hostagent.v1.PhaseR\x06phases"+\n\x15DeleteSnapshotRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"\x18\n\x16DeleteSnapshotResponse"\x8b\x02\n\x0bExecRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x127\n\x04envs\x18d \x03(\x0b2#.hostagent.v1.ExecRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"[\n\x0cExecResponse\x12\x16\n\x06stdout\x18\x01 \x01(\x0cR\x06stdout\x12\x16\n\x06stderr\x18\x02 \x01(\x0cR\x06stderr\x12\x1b\n\texit_code\x18\x03 \x01(\x05R\x08exitCode"\x16\n\x14ListSandboxesRequest"\x87\x01\n\x15ListSandboxesResponse\x127\n\tsandboxes\x18\x01 \x03(\x0b2\x19.hostagent.v1.SandboxInfoR\tsandboxes\x125\n\x17auto_paused_sandbox_ids\x18\x02 \x03(\tR\x14autoPausedSandboxIds"\xc5\x03\n\x0bSandboxInfo\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x1a\n\x08template\x18\x03 \x01(\tR\x08template\x12\x14\n\x05vcpus\x18\x04 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x05 \x01(\x05R\x08memoryMb\x12\x17\n\x07host_ip\x18\x06 \x01(\tR\x06hostIp\x12&\n\x0fcreated_at_unix\x18\x07 \x01(\x03R\rcreatedAtUnix\x12-\n\x13last_active_at_unix\x18\x08 \x01(\x03R\x10lastActiveAtUnix\x12\x1f\n\x0btimeout_sec\x18\t \x01(\x05R\ntimeoutSec\x12 \n\x0cdisk_size_mb\x18d \x01(\x05R\ndiskSizeMb\x12#\n\rstatus_reason\x18e \x01(\tR\x0cstatusReason\x125\n\x07network\x18f \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network\x12!\n\x0cenvd_version\x18g \x01(\tR\x0benvdVersion"s\n\x10WriteFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n\x07content\x18\x03 \x01(\x0cR\x07content\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x13\n\x11WriteFileResponse"X\n\x0fReadFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user",\n\x10ReadFileResponse\x12\x18\n\x07content\x18\x01 \x01(\x0cR\x07content"\xe8\x02\n\x11ExecStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec\x12=\n\x04envs\x18d \x03(\x0b2).hostagent.v1.ExecStreamRequest.EnvsEntryR\x04envs\x12\x10\n\x03cwd\x18e \x01(\tR\x03cwd\x12\x12\n\x04user\x18f \x01(\tR\x04user\x12\x14\n\x05stdin\x18g \x01(\x08R\x05stdin\x12\'\n\x03pty\x18h \x01(\x0b2\x15.hostagent.v1.PtySizeR\x03pty\x12\x10\n\x03tag\x18i \x01(\tR\x03tag\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"1\n\x07PtySize\x12\x12\n\x04cols\x18\x01 \x01(\rR\x04cols\x12\x12\n\x04rows\x18\x02 \x01(\rR\x04rows"\xb9\x01\n\x12ExecStreamResponse\x125\n\x05start\x18\x01 \x01(\x0b2\x1d.hostagent.v1.ExecStreamStartH\x00R\x05start\x122\n\x04data\x18\x02 \x01(\x0b2\x1c.hostagent.v1.ExecStreamDataH\x00R\x04data\x12/\n\x03end\x18\x03 \x01(\x0b2\x1b.hostagent.v1.ExecStreamEndH\x00R\x03endB\x07\n\x05event"#\n\x0fExecStreamStart\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid"N\n\x0eExecStreamData\x12\x18\n\x06stdout\x18\x01 \x01(\x0cH\x00R\x06stdout\x12\x18\n\x06stderr\x18\x02 \x01(\x0cH\x00R\x06stderrB\x08\n\x06output"Z\n\rExecStreamEnd\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08exitCode\x12\x14\n\x05error\x18\x02 \x01(\tR\x05error\x12\x16\n\x06signal\x18d \x01(\x05R\x06signal"t\n\x16WriteFileStreamRequest\x127\n\x04meta\x18\x01 \x01(\x0b2!.hostagent.v1.WriteFileStreamMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\\\n\x13WriteFileStreamMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user"\x19\n\x17WriteFileStreamResponse"^\n\x15ReadFileStreamRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18d \x01(\tR\x04user".\n\x16ReadFileStreamResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"3\n\x12PingSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\x15\n\x13PingSandboxResponse"\x12\n\x10TerminateRequest"\x13\n\x11TerminateResponse"\x89\x01\n\x0bMetricPoint\x12%\n\x0etimestamp_unix\x18\x01 \x01(\x03R\rtimestampUnix\x12\x17\n\x07cpu_pct\x18\x02 \x01(\x01R\x06cpuPct\x12\x1b\n\tmem_bytes\x18\x03 \x01(\x03R\x08memBytes\x12\x1d\n\ndisk_bytes\x18\x04 \x01(\x03R\tdiskBytes"O\n\x18GetSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n\x05range\x18\x02 \x01(\tR\x05range"N\n\x19GetSandboxMetricsResponse\x121\n\x06points\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x06points";\n\x1aFlushSandboxMetricsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"\xc9\x01\n\x1bFlushSandboxMetricsResponse\x128\n\npoints_10m\x18\x01 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints10m\x126\n\tpoints_2h\x18\x02 \x03(\x0b2\x19.hostagent.v1.MetricPointR\x08points2h\x128\n\npoints_24h\x18\x03 \x03(\x0b2\x19.hostagent.v1.MetricPointR\tpoints24h"I\n\x14FlattenRootfsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name"6\n\x15FlattenRootfsResponse\x12\x1d\n\nsize_bytes\x18\x01 \x01(\x03R\tsizeBytes"l\n\x12StreamInputRequest\x123\n\x04meta\x18\x01 \x01(\x0b2\x1d.hostagent.v1.StreamInputMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"B\n\x0fStreamInputMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid"\x15\n\x13StreamInputResponse"\\\n\x11SendSignalRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n\x06signal\x18\x03 \x01(\x05R\x06signal"\x14\n\x12SendSignalResponse"l\n\x10ResizePtyRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\'\n\x03pty\x18\x03 \x01(\x0b2\x15.hostagent.v1.PtySizeR\x03pty"\x13\n\x11ResizePtyResponse"5\n\x14ListProcessesRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"P\n\x15ListProcessesResponse\x127\n\tprocesses\x18\x01 \x03(\x0b2\x19.hostagent.v1.ProcessInfoR\tprocesses"i\n\x0bProcessInfo\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid\x12\x10\n\x03cmd\x18\x02 \x01(\tR\x03cmd\x12\x12\n\x04args\x18\x03 \x03(\tR\x04args\x12\x10\n\x03cwd\x18\x04 \x01(\tR\x03cwd\x12\x10\n\x03tag\x18\x05 \x01(\tR\x03tag"H\n\x15ConnectProcessRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid"\x87\x01\n\x12ForkSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1b\n\tchild_ids\x18\x02 \x03(\tR\x08childIds\x12\x14\n\x05count\x18\x03 \x01(\x05R\x05count\x12\x1f\n\x0btimeout_sec\x18\x04 \x01(\x05R\ntimeoutSec"N\n\x13ForkSandboxResponse\x127\n\x08children\x18\x01 \x03(\x0b2\x1b.hostagent.v1.ForkedSandboxR\x08children"\x83\x02\n\rForkedSandbox\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06status\x18\x02 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x03 \x01(\tR\x06hostIp\x12-\n\x05error\x18\x04 \x01(\x0b2\x17.hostagent.v1.ErrorInfoR\x05error\x12#\n\rerror_message\x18\x05 \x01(\tR\x0cerrorMessage\x12!\n\x0cenvd_version\x18d \x01(\tR\x0benvdVersion\x12+\n\x06phases\x18e \x03(\x0b2\x13.hostagent.v1.PhaseR\x06phases"R\n\x17CreateCheckpointRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x18\n\x07comment\x18\x02 \x01(\tR\x07comment"\x85\x01\n\x18CreateCheckpointResponse\x12<\n\ncheckpoint\x18\x01 \x01(\x0b2\x1c.hostagent.v1.CheckpointInfoR\ncheckpoint\x12+\n\x06phases\x18\x02 \x03(\x0b2\x13.hostagent.v1.PhaseR\x06phases"\x96\x01\n\x0eCheckpointInfo\x12#\n\rcheckpoint_id\x18\x01 \x01(\tR\x0ccheckpointId\x12\x18\n\x07comment\x18\x02 \x01(\tR\x07comment\x12&\n\x0fcreated_at_unix\x18\x03 \x01(\x03R\rcreatedAtUnix\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes"7\n\x16ListCheckpointsRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"Y\n\x17ListCheckpointsResponse\x12>\n\x0bcheckpoints\x18\x01 \x03(\x0b2\x1c.hostagent.v1.CheckpointInfoR\x0bcheckpoints"]\n\x17DeleteCheckpointRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12#\n\rcheckpoint_id\x18\x02 \x01(\tR\x0ccheckpointId"\x1a\n\x18DeleteCheckpointResponse"\\\n\x16RollbackSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12#\n\rcheckpoint_id\x18\x02 \x01(\tR\x0ccheckpointId"w\n\x17RollbackSandboxResponse\x12\x16\n\x06status\x18\x01 \x01(\tR\x06status\x12\x17\n\x07host_ip\x18\x02 \x01(\tR\x06hostIp\x12+\n\x06phases\x18\x03 \x03(\x0b2\x13.hostagent.v1.PhaseR\x06phases"\x16\n\x14ListTemplatesRequest"Q\n\x15ListTemplatesResponse\x128\n\ttemplates\x18\x01 \x03(\x0b2\x1a.hostagent.v1.TemplateInfoR\ttemplates")\n\x13ReadTemplateRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name",\n\x14ReadTemplateResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"p\n\x14WriteTemplateRequest\x125\n\x04meta\x18\x01 \x01(\x0b2\x1f.hostagent.v1.WriteTemplateMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\'\n\x11WriteTemplateMeta\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"\x17\n\x15WriteTemplateResponse"v\n\x12ImportImageRequest\x12\x1c\n\treference\x18\x01 \x01(\tR\treference\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12.\n\x04auth\x18\x03 \x01(\x0b2\x1a.hostagent.v1.RegistryAuthR\x04auth"F\n\x0cRegistryAuth\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x1a\n\x08password\x18\x02 \x01(\tR\x08password"\x8f\x01\n\x13ImportImageResponse\x12:\n\x08progress\x18\x01 \x01(\x0b2\x1c.hostagent.v1.ImportProgressH\x00R\x08progress\x123\n\x05image\x18\x02 \x01(\x0b2\x1b.hostagent.v1.ImportedImageH\x00R\x05imageB\x07\n\x05event"*\n\x0eImportProgress\x12\x18\n\x07message\x18\x01 \x01(\tR\x07message"\xb0\x02\n\rImportedImage\x12\x16\n\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x129\n\x04envs\x18\x03 \x03(\x0b2%.hostagent.v1.ImportedImage.EnvsEntryR\x04envs\x12\x12\n\x04user\x18\x04 \x01(\tR\x04user\x12\x18\n\x07workdir\x18\x05 \x01(\tR\x07workdir\x12\x1e\n\nentrypoint\x18\x06 \x03(\tR\nentrypoint\x12\x10\n\x03cmd\x18\x07 \x03(\tR\x03cmd\x12\x14\n\x05ports\x18\x08 \x03(\tR\x05ports\x1a7\n\tEnvsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x028\x01"p\n\x14ImportArchiveRequest\x125\n\x04meta\x18\x01 \x01(\x0b2\x1f.hostagent.v1.ImportArchiveMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"\'\n\x11ImportArchiveMeta\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name"J\n\x15ImportArchiveResponse\x121\n\x05image\x18\x01 \x01(\x0b2\x1b.hostagent.v1.ImportedImageR\x05image"3\n\rArtefactStore\x12\x10\n\x03url\x18\x01 \x01(\tR\x03url\x12\x10\n\x03key\x18\x02 \x01(\x0cR\x03key"\\\n\x13PushTemplateRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x121\n\x05store\x18\x02 \x01(\x0b2\x1b.hostagent.v1.ArtefactStoreR\x05store"\x8f\x01\n\x14PushTemplateResponse\x128\n\x08progress\x18\x01 \x01(\x0b2\x1a.hostagent.v1.PushProgressH\x00R\x08progress\x124\n\x08artefact\x18\x02 \x01(\x0b2\x16.hostagent.v1.ArtefactH\x00R\x08artefactB\x07\n\x05event"R\n\x0cPushProgress\x12\x1f\n\x0bchunks_done\x18\x01 \x01(\x03R\nchunksDone\x12!\n\x0cchunks_total\x18\x02 \x01(\x03R\x0bchunksTotal"k\n\x08Artefact\x12\x1f\n\x0bartefact_id\x18\x01 \x01(\tR\nartefactId\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x1f\n\x0badded_bytes\x18\x03 \x01(\x03R\naddedBytes"~\n\x14FetchTemplateRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n\x0bartefact_id\x18\x02 \x01(\tR\nartefactId\x121\n\x05store\x18\x03 \x01(\x0b2\x1b.hostagent.v1.ArtefactStoreR\x05store"\x17\n\x15FetchTemplateResponse"f\n\x12PushSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x121\n\x05store\x18\x02 \x01(\x0b2\x1b.hostagent.v1.ArtefactStoreR\x05store"h\n\x13AdoptSandboxRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x1a\n\x08template\x18\x03 \x01(\tR\x08template"\x16\n\x14AdoptSandboxResponse"\xe1\x01\n\x0cTemplateInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n\x05vcpus\x18\x03 \x01(\x05R\x05vcpus\x12\x1b\n\tmemory_mb\x18\x04 \x01(\x05R\x08memoryMb\x12 \n\x0cdisk_size_mb\x18\x05 \x01(\x05R\ndiskSizeMb\x12\x1d\n\nsize_bytes\x18\x06 \x01(\x03R\tsizeBytes\x125\n\x07network\x18\x07 \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network"3\n\x12ReadConsoleRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId"/\n\x13ReadConsoleResponse\x12\x18\n\x07content\x18\x01 \x01(\x0cR\x07content"\xf6\x01\n\x08FileInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04type\x18\x03 \x01(\tR\x04type\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x12\n\x04mode\x18\x05 \x01(\rR\x04mode\x12\x14\n\x05owner\x18\x06 \x01(\tR\x05owner\x12\x14\n\x05group\x18\x07 \x01(\tR\x05group\x12(\n\x10modified_at_unix\x18\x08 \x01(\x03R\x0emodifiedAtUnix\x12%\n\x0esymlink_target\x18\t \x01(\tR\rsymlinkTarget"X\n\x0fStatFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user">\n\x10StatFileResponse\x12*\n\x04file\x18\x01 \x01(\x0b2\x16.hostagent.v1.FileInfoR\x04file"o\n\x10ListFilesRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user\x12\x14\n\x05depth\x18\x04 \x01(\rR\x05depth"A\n\x11ListFilesResponse\x12,\n\x05files\x18\x01 \x03(\x0b2\x16.hostagent.v1.FileInfoR\x05files"]\n\x14MakeDirectoryRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user"\x17\n\x15MakeDirectoryResponse"~\n\x0fMoveFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12 \n\x0bdestination\x18\x03 \x01(\tR\x0bdestination\x12\x12\n\x04user\x18\x04 \x01(\tR\x04user"\x12\n\x10MoveFileResponse"Z\n\x11RemoveFileRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n\x04user\x18\x03 \x01(\tR\x04user"\x14\n\x12RemoveFileResponse"h\n\x10WriteTreeRequest\x121\n\x04meta\x18\x01 \x01(\x0b2\x1b.hostagent.v1.WriteTreeMetaH\x00R\x04meta\x12\x16\n\x05chunk\x18\x02 \x01(\x0cH\x00R\x05chunkB\t\n\x07content"b\n\rWriteTreeMeta\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1c\n\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x14\n\x05owner\x18\x03 \x01(\tR\x05owner"-\n\x11WriteTreeResponse\x12\x18\n\x07members\x18\x01 \x01(\x03R\x07members"D\n\x0fReadTreeRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path"(\n\x10ReadTreeResponse\x12\x14\n\x05chunk\x18\x01 \x01(\x0cR\x05chunk"\x15\n\x13DescribeHostRequest"\xcc\x02\n\x14DescribeHostResponse\x12\x12\n\x04cpus\x18\x01 \x01(\x05R\x04cpus\x12\x1b\n\tmemory_mb\x18\x02 \x01(\x03R\x08memoryMb\x12,\n\x12memory_overhead_mb\x18\x03 \x01(\x05R\x10memoryOverheadMb\x12 \n\x0cdisk_free_mb\x18\x04 \x01(\x03R\ndiskFreeMb\x12%\n\x0ecpu_overcommit\x18\x05 \x01(\x01R\rcpuOvercommit\x12\x14\n\x05accel\x18\x06 \x01(\tR\x05accel\x12\x1f\n\x0bvmm_version\x18\x07 \x01(\tR\nvmmVersion\x12#\n\ragent_version\x18\x08 \x01(\tR\x0cagentVersion\x12\x18\n\x07running\x18\t \x01(\x05R\x07running\x12\x16\n\x06paused\x18\n \x01(\x05R\x06paused"\x9a\x01\n\rNetworkPolicy\x127\n\x15allow_internet_access\x18\x01 \x01(\x08H\x00R\x13allowInternetAccess\x88\x01\x01\x12\x1b\n\tallow_out\x18\x02 \x03(\tR\x08allowOut\x12\x19\n\x08deny_out\x18\x03 \x03(\tR\x07denyOutB\x18\n\x16_allow_internet_access"l\n\x14UpdateNetworkRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x125\n\x07network\x18\x02 \x01(\x0b2\x1b.hostagent.v1.NetworkPolicyR\x07network"\x17\n\x15UpdateNetworkResponse"S\n\x11SetTimeoutRequest\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n\x0btimeout_sec\x18\x02 \x01(\x05R\ntimeoutSec"\x14\n\x12SetTimeoutResponse2\xf0 \n\x10HostAgentService\x12X\n\rCreateSandbox\x12".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n\x0eDestroySandbox\x12#.hostagent.v1.DestroySandboxRequest\x1a$.hostagent.v1.DestroySandboxResponse\x12U\n\x0cPauseSandbox\x12!.hostagent.v1.PauseSandboxRequest\x1a".hostagent.v1.PauseSandboxResponse\x12X\n\rResumeSandbox\x12".hostagent.v1.ResumeSandboxRequest\x1a#.hostagent.v1.ResumeSandboxResponse\x12=\n\x04Exec\x12\x19.hostagent.v1.ExecRequest\x1a\x1a.hostagent.v1.ExecResponse\x12X\n\rListSandboxes\x12".hostagent.v1.ListSandboxesRequest\x1a#.hostagent.v1.ListSandboxesResponse\x12L\n\tWriteFile\x12\x1e.hostagent.v1.WriteFileRequest\x1a\x1f.hostagent.v1.WriteFileResponse\x12I\n\x08ReadFile\x12\x1d.hostagent.v1.ReadFileRequest\x1a\x1e.hostagent.v1.ReadFileResponse\x12[\n\x0eCreateSnapshot\x12#.hostagent.v1.CreateSnapshotRequest\x1a$.hostagent.v1.CreateSnapshotResponse\x12[\n\x0eDeleteSnapshot\x12#.hostagent.v1.DeleteSnapshotRequest\x1a$.hostagent.v1.DeleteSnapshotResponse\x12Q\n\nExecStream\x12\x1f.hostagent.v1.ExecStreamRequest\x1a .hostagent.v1.ExecStreamResponse0\x01\x12`\n\x0fWriteFileStream\x12$.hostagent.v1.WriteFileStreamRequest\x1a%.hostagent.v1.WriteFileStreamResponse(\x01\x12]\n\x0eReadFileStream\x12#.hostagent.v1.ReadFileStreamRequest\x1a$.hostagent.v1.ReadFileStreamResponse0\x01\x12R\n\x0bPingSandbox\x12 .hostagent.v1.PingSandboxRequest\x1a!.hostagent.v1.PingSandboxResponse\x12L\n\tTerminate\x12\x1e.hostagent.v1.TerminateRequest\x1a\x1f.hostagent.v1.TerminateResponse\x12d\n\x11GetSandboxMetrics\x12&.hostagent.v1.GetSandboxMetricsRequest\x1a\'.hostagent.v1.GetSandboxMetricsResponse\x12j\n\x13FlushSandboxMetrics\x12(.hostagent.v1.FlushSandboxMetricsRequest\x1a).hostagent.v1.FlushSandboxMetricsResponse\x12X\n\rFlattenRootfs\x12".hostagent.v1.FlattenRootfsRequest\x1a#.hostagent.v1.FlattenRootfsResponse\x12T\n\x0bStreamInput\x12 .hostagent.v1.StreamInputRequest\x1a!.hostagent.v1.StreamInputResponse(\x01\x12O\n\nSendSignal\x12\x1f.hostagent.v1.SendSignalRequest\x1a .hostagent.v1.SendSignalResponse\x12L\n\tResizePty\x12\x1e.hostagent.v1.ResizePtyRequest\x1a\x1f.hostagent.v1.ResizePtyResponse\x12X\n\rListProcesses\x12".hostagent.v1.ListProcessesRequest\x1a#.hostagent.v1.ListProcessesResponse\x12Y\n\x0eConnectProcess\x12#.hostagent.v1.ConnectProcessRequest\x1a .hostagent.v1.ExecStreamResponse0\x01\x12R\n\x0bForkSandbox\x12 .hostagent.v1.ForkSandboxRequest\x1a!.hostagent.v1.ForkSandboxResponse\x12a\n\x10CreateCheckpoint\x12%.hostagent.v1.CreateCheckpointRequest\x1a&.hostagent.v1.CreateCheckpointResponse\x12^\n\x0fListCheckpoints\x12$.hostagent.v1.ListCheckpointsRequest\x1a%.hostagent.v1.ListCheckpointsResponse\x12a\n\x10DeleteCheckpoint\x12%.hostagent.v1.DeleteCheckpointRequest\x1a&.hostagent.v1.DeleteCheckpointResponse\x12^\n\x0fRollbackSandbox\x12$.hostagent.v1.RollbackSandboxRequest\x1a%.hostagent.v1.RollbackSandboxResponse\x12X\n\rListTemplates\x12".hostagent.v1.ListTemplatesRequest\x1a#.hostagent.v1.ListTemplatesResponse\x12W\n\x0cReadTemplate\x12!.hostagent.v1.ReadTemplateRequest\x1a".hostagent.v1.ReadTemplateResponse0\x01\x12Z\n\rWriteTemplate\x12".hostagent.v1.WriteTemplateRequest\x1a#.hostagent.v1.WriteTemplateResponse(\x01\x12W\n\x0cPushTemplate\x12!.hostagent.v1.PushTemplateRequest\x1a".hostagent.v1.PushTemplateResponse0\x01\x12X\n\rFetchTemplate\x12".hostagent.v1.FetchTemplateRequest\x1a#.hostagent.v1.FetchTemplateResponse\x12U\n\x0bPushSandbox\x12 .hostagent.v1.PushSandboxRequest\x1a".hostagent.v1.PushTemplateResponse0\x01\x12U\n\x0cAdoptSandbox\x12!.hostagent.v1.AdoptSandboxRequest\x1a".hostagent.v1.AdoptSandboxResponse\x12T\n\x0bImportImage\x12 .hostagent.v1.ImportImageRequest\x1a!.hostagent.v1.ImportImageResponse0\x01\x12Z\n\rImportArchive\x12".hostagent.v1.ImportArchiveRequest\x1a#.hostagent.v1.ImportArchiveResponse(\x01\x12R\n\x0bReadConsole\x12 .hostagent.v1.ReadConsoleRequest\x1a!.hostagent.v1.ReadConsoleResponse\x12I\n\x08StatFile\x12\x1d.hostagent.v1.StatFileRequest\x1a\x1e.hostagent.v1.StatFileResponse\x12L\n\tListFiles\x12\x1e.hostagent.v1.ListFilesRequest\x1a\x1f.hostagent.v1.ListFilesResponse\x12X\n\rMakeDirectory\x12".hostagent.v1.MakeDirectoryRequest\x1a#.hostagent.v1.MakeDirectoryResponse\x12I\n\x08MoveFile\x12\x1d.hostagent.v1.MoveFileRequest\x1a\x1e.hostagent.v1.MoveFileResponse\x12O\n\nRemoveFile\x12\x1f.hostagent.v1.RemoveFileRequest\x1a .hostagent.v1.RemoveFileResponse\x12N\n\tWriteTree\x12\x1e.hostagent.v1.WriteTreeRequest\x1a\x1f.hostagent.v1.WriteTreeResponse(\x01\x12K\n\x08ReadTree\x12\x1d.hostagent.v1.ReadTreeRequest\x1a\x1e.hostagent.v1.ReadTreeResponse0\x01\x12U\n\x0cDescribeHost\x12!.hostagent.v1.DescribeHostRequest\x1a".hostagent.v1.DescribeHostResponse\x12X\n\rUpdateNetwork\x12".hostagent.v1.UpdateNetworkRequest\x1a#.hostagent.v1.UpdateNetworkResponse\x12O\n\nSetTimeout\x12\x1f.hostagent.v1.SetTimeoutRequest\x1a .hostagent.v1.SetTimeoutResponseb\x06proto3',
     [],
     {
         "ErrorInfo": ErrorInfo,
         "CreateSandboxRequest": CreateSandboxRequest,
+        "Phase": Phase,
         "CreateSandboxResponse": CreateSandboxResponse,
         "DestroySandboxRequest": DestroySandboxRequest,
         "DestroySandboxResponse": DestroySandboxResponse,
