@@ -45,13 +45,13 @@ def test_who_goes_to_a_page_is_at_its_beginning_and_told_of_it(ada: Person) -> N
 
 def test_in_a_narrow_window_the_navigation_opens_and_closes(ada: Person) -> None:
     page = ada.open("/settings")
-    page.set_viewport_size(NARROW)  # type: ignore[arg-type]
+    page.set_viewport_size(NARROW)
     hosts = page.get_by_role("link", name="Hosts")
     expect(hosts).to_be_hidden()
     page.get_by_role("button", name="Open navigation").click()
     expect(hosts).to_be_visible()
     check_everywhere(page)
-    page.set_viewport_size(NARROW)  # type: ignore[arg-type]
+    page.set_viewport_size(NARROW)
     page.keyboard.press("Escape")
     expect(hosts).to_be_hidden()
     toggle = page.get_by_role("button", name="Open navigation")
