@@ -13,14 +13,18 @@ export function repeat(work: () => Promise<unknown>, everyMs: number): () => voi
     clearTimeout(timer);
     if (ended || busy || document.hidden) return;
     busy = true;
-    await work();
-    busy = false;
+    try {
+      await work();
+    } finally {
+      busy = false;
+    }
     if (!ended) timer = setTimeout(() => void turn(), everyMs);
   }
 
   const look = (): void => void turn();
   document.addEventListener("visibilitychange", look);
-  void turn();
+  // Not within an effect that calls this: it would depend on what `work` reads.
+  timer = setTimeout(look, 0);
   return () => {
     ended = true;
     clearTimeout(timer);
