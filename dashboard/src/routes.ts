@@ -31,6 +31,7 @@ export const { p, navigate, isActive, route } = createRouter({
     "/admin/teams": () => import("./pages/admin/Teams.svelte"),
     "/admin/users": () => import("./pages/admin/Users.svelte"),
     "/admin/sandboxes": () => import("./pages/admin/Sandboxes.svelte"),
+    "/admin/templates": () => import("./pages/admin/Templates.svelte"),
     "/admin/audit": () => import("./pages/admin/Audit.svelte"),
   },
   "*": () => import("./pages/NotFound.svelte"),

@@ -385,7 +385,14 @@ async def test_administrators_see_all_teams(platform: Platform) -> None:
             first = (await admin.http.get("/v1/admin/teams", params={"limit": 2})).json()
             rest = {"limit": 2, "cursor": first["next"]}
             second = (await admin.http.get("/v1/admin/teams", params=rest)).json()
-            assert {each["id"] for each in first["items"] + second["items"]} >= {team_id, own_team}
+            teams = {each["id"]: each for each in first["items"] + second["items"]}
+            assert teams.keys() >= {team_id, own_team}
+            assert [teams[team_id][name] for name in ("sandboxes", "running")] == [1, 1]
+            assert teams[own_team]["members"] == 1
+            assert first["defaults"]["max_sandboxes"] == platform.settings.max_sandboxes
+            users = (await admin.http.get("/v1/admin/users")).json()["items"]
+            mine = next(each for each in users if each["id"] == user_id)
+            assert [each["id"] for each in mine["teams"]] == [own_team]
             quotas = {"max_sandboxes": 1, "max_vcpus": None, "max_memory_mb": None}
             path = f"/v1/admin/teams/{team_id}/quotas"
             assert (await admin.http.put(path, json=quotas)).json()["max_sandboxes"] == 1

@@ -79,7 +79,8 @@ PAGES = [
     ("audit", "/audit", "text=sandbox"),
     ("settings", "/settings", "h1"),
     ("hosts", "/admin/hosts", "text=local"),
-    ("all-sandboxes", "/admin/sandboxes", "text=running"),
+    ("all-sandboxes", "/admin/sandboxes", "td >> text=running"),
+    ("platform-templates", "/admin/templates", "text=base"),
     ("all-teams", "/admin/teams", "h1"),
     ("all-users", "/admin/users", "text=ada@example.org"),
 ]

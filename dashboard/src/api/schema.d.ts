@@ -2477,6 +2477,18 @@ export interface components {
             ram_mb_minutes: number;
         };
         /**
+         * DefaultQuotas
+         * @description What a team may hold for which nothing else is said.
+         */
+        DefaultQuotas: {
+            /** Max Sandboxes */
+            max_sandboxes: number;
+            /** Max Vcpus */
+            max_vcpus: number;
+            /** Max Memory Mb */
+            max_memory_mb: number;
+        };
+        /**
          * DeliveryBody
          * @description An event on its way to a channel, or at its end.
          */
@@ -2963,6 +2975,56 @@ export interface components {
                 [key: string]: string;
             }[];
         };
+        /** ListedTeam */
+        ListedTeam: {
+            /** Id */
+            id: string;
+            /** Name */
+            name: string;
+            /** @description The caller's; null for a key. */
+            role: components["schemas"]["Role"] | null;
+            /** Created At */
+            created_at: number;
+            /** Max Sandboxes */
+            max_sandboxes: number | null;
+            /** Max Vcpus */
+            max_vcpus: number | null;
+            /** Max Memory Mb */
+            max_memory_mb: number | null;
+            /** Members */
+            members: number;
+            /**
+             * Sandboxes
+             * @description All that are not over.
+             */
+            sandboxes: number;
+            /**
+             * Running
+             * @description Sandboxes that count against its quotas.
+             */
+            running: number;
+            /** Used Vcpus */
+            used_vcpus: number;
+            /** Used Memory Mb */
+            used_memory_mb: number;
+        };
+        /** ListedUser */
+        ListedUser: {
+            /** Id */
+            id: string;
+            /** Email */
+            email: string;
+            /** Name */
+            name: string;
+            /** Admin */
+            admin: boolean;
+            /** Active */
+            active: boolean;
+            /** Created At */
+            created_at: number;
+            /** Teams */
+            teams: components["schemas"]["NamedTeam"][];
+        };
         /** Listing */
         Listing: {
             /**
@@ -3150,6 +3212,13 @@ export interface components {
         };
         /** NameBody */
         NameBody: {
+            /** Name */
+            name: string;
+        };
+        /** NamedTeam */
+        NamedTeam: {
+            /** Id */
+            id: string;
             /** Name */
             name: string;
         };
@@ -4183,9 +4252,10 @@ export interface components {
         /** TeamPage */
         TeamPage: {
             /** Items */
-            items: components["schemas"]["TeamBody"][];
+            items: components["schemas"]["ListedTeam"][];
             /** Next */
             next: string;
+            defaults: components["schemas"]["DefaultQuotas"];
         };
         /** Template */
         Template: {
@@ -4376,7 +4446,7 @@ export interface components {
         /** UserPage */
         UserPage: {
             /** Items */
-            items: components["schemas"]["UserBody"][];
+            items: components["schemas"]["ListedUser"][];
             /**
              * Next
              * @description `cursor` of the next page; empty at the end.

@@ -13,7 +13,8 @@ const AT_ONCE = 6;
 const GATHER_MS = 60;
 /** Of the API, which does not list those that are over unless it is asked for them. */
 const OVER = "stopped";
-const STATES = [
+/** All but that one. */
+export const STATES = [
   "pending",
   "starting",
   "running",

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, invitations
 from sandmartin.control.caller import Caller, Role, Whence
+from sandmartin.control.census import teams_of
 from sandmartin.control.db import Database
 from sandmartin.control.invitations import check_email
 from sandmartin.control.keys import drop_keys, person_behind
@@ -331,12 +332,16 @@ class Accounts:
 
     # For administrators of the platform.
 
-    async def list(self, caller: Caller, *, after: str, limit: int) -> Sequence[User]:
-        """All accounts but deleted ones, by id. Raises Denied."""
+    async def list(
+        self, caller: Caller, *, after: str, limit: int
+    ) -> Sequence[tuple[User, Sequence[Team]]]:
+        """All accounts but deleted ones, by id, with their teams. Raises Denied."""
         caller.require_admin()
         query = select(User).where(User.deleted_at.is_(None), User.user_id > after)
         async with self._db.read() as session:
-            return (await session.scalars(query.order_by(User.user_id).limit(limit))).all()
+            users = (await session.scalars(query.order_by(User.user_id).limit(limit))).all()
+            teams = await teams_of(session, [user.user_id for user in users])
+            return [(user, teams.get(user.user_id, [])) for user in users]
 
     async def set_active(self, caller: Caller, user_id: str, active: bool) -> User:
         """Disable somebody, and all keys and sessions of theirs, or allow them again.

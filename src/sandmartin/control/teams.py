@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandmartin.control import audit, events, invitations, tables
 from sandmartin.control.caller import ActorKind, Caller, Role, system
+from sandmartin.control.census import Size, sizes_of
 from sandmartin.control.db import Database
 from sandmartin.control.keys import drop_keys, person_behind
 from sandmartin.control.limits import INVITATION, Limits, Use
@@ -243,12 +244,18 @@ class Teams:
 
     # For administrators of the platform.
 
-    async def list_all(self, caller: Caller, *, after: str, limit: int) -> Sequence[Team]:
-        """All teams that are not deleted, by id. Raises Denied."""
+    async def list_all(
+        self, caller: Caller, *, after: str, limit: int
+    ) -> Sequence[tuple[Team, Size]]:
+        """All teams that are not deleted, by id, with what they have. Raises Denied."""
         caller.require_admin()
-        query = select(Team).where(Team.deleted_at.is_(None), Team.team_id > after)
+        query = select(Team).where(
+            Team.deleted_at.is_(None), Team.team_id > after, Team.team_id != PLATFORM_TEAM_ID
+        )
         async with self._db.read() as session:
-            return (await session.scalars(query.order_by(Team.team_id).limit(limit))).all()
+            teams = (await session.scalars(query.order_by(Team.team_id).limit(limit))).all()
+            sizes = await sizes_of(session, [team.team_id for team in teams])
+            return [(team, sizes[team.team_id]) for team in teams]
 
     async def set_limit(self, caller: Caller, team_id: str, limit: Limit) -> Team:
         """What a team may hold from now on. Raises NotFound, Denied."""

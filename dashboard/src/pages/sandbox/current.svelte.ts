@@ -6,6 +6,9 @@ import type { Sandbox } from "$/lib/sandboxes.svelte";
 
 export type Happening = Schemas["EventBody"];
 
+/** As many events as the API answers with at once. */
+const BATCH = 200;
+
 export class Current {
   readonly id: string;
   value = $state.raw<Sandbox | null>(null);
@@ -41,14 +44,9 @@ export class Current {
   load = async (): Promise<void> => {
     const at = { params: { path: { sandbox_id: this.id } } };
     try {
-      const after = this.timeline.at(-1)?.id ?? 0;
       const [value, news] = await Promise.all([
         answer(api.GET("/v1/sandboxes/{sandbox_id}", at)),
-        answer(
-          api.GET("/v1/sandboxes/{sandbox_id}/timeline", {
-            params: { ...at.params, query: { after } },
-          }),
-        ),
+        this.#news(),
       ]);
       this.put(value);
       const known = this.timeline.at(-1)?.id ?? 0;
@@ -58,6 +56,21 @@ export class Current {
       this.error = ApiError.of(thrown);
     }
   };
+
+  /** What was told since the last that is known. */
+  async #news(): Promise<Happening[]> {
+    const news: Happening[] = [];
+    for (;;) {
+      const after = (news.at(-1) ?? this.timeline.at(-1))?.id ?? 0;
+      const batch = await answer(
+        api.GET("/v1/sandboxes/{sandbox_id}/timeline", {
+          params: { path: { sandbox_id: this.id }, query: { after } },
+        }),
+      );
+      news.push(...batch);
+      if (batch.length < BATCH) return news;
+    }
+  }
 
   put(sandbox: Sandbox): void {
     if (!this.value || this.value.last_updated <= sandbox.last_updated) this.value = sandbox;

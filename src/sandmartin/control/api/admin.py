@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -17,6 +18,7 @@ from sandmartin.control.api.teams import (
     TeamBody,
 )
 from sandmartin.control.api.templates import TemplateBody, bodies_of
+from sandmartin.control.census import Size
 from sandmartin.control.requests import Filter
 from sandmartin.control.states import LISTED
 from sandmartin.control.tables import PLATFORM_TEAM_ID
@@ -51,14 +53,40 @@ class UserBody(BaseModel):
         )
 
 
+class NamedTeam(BaseModel):
+    id: str
+    name: str
+
+
+class ListedUser(UserBody):
+    teams: list[NamedTeam]
+
+
 class UserPage(BaseModel):
-    items: list[UserBody]
+    items: list[ListedUser]
     next: str = Field(description="`cursor` of the next page; empty at the end.")
 
 
+class ListedTeam(TeamBody):
+    members: int
+    sandboxes: int = Field(description="All that are not over.")
+    running: int = Field(description="Sandboxes that count against its quotas.")
+    used_vcpus: int
+    used_memory_mb: int
+
+
+class DefaultQuotas(BaseModel):
+    """What a team may hold for which nothing else is said."""
+
+    max_sandboxes: int
+    max_vcpus: int
+    max_memory_mb: int
+
+
 class TeamPage(BaseModel):
-    items: list[TeamBody]
+    items: list[ListedTeam]
     next: str
+    defaults: DefaultQuotas
 
 
 class OwnedSandbox(SandboxBody):
@@ -104,8 +132,8 @@ async def list_users(
     caller: TheAdmin, platform: ThePlatform, limit: Page = 100, cursor: Cursor = ""
 ) -> UserPage:
     rows = await platform.accounts.list(caller, after=cursor, limit=limit)
-    following = rows[-1].user_id if len(rows) == limit else ""
-    return UserPage(items=[UserBody.of(row) for row in rows], next=following)
+    following = rows[-1][0].user_id if len(rows) == limit else ""
+    return UserPage(items=[_listed_user(user, teams) for user, teams in rows], next=following)
 
 
 @router.put("/users/{user_id}/active")
@@ -152,9 +180,17 @@ async def list_teams(
     caller: TheAdmin, platform: ThePlatform, limit: Page = 100, cursor: Cursor = ""
 ) -> TeamPage:
     rows = await platform.teams.list_all(caller, after=cursor, limit=limit)
-    following = rows[-1].team_id if len(rows) == limit else ""
-    bodies = [TeamBody.of(Belonging(team=row, role=None)) for row in rows]
-    return TeamPage(items=bodies, next=following)
+    following = rows[-1][0].team_id if len(rows) == limit else ""
+    settings = platform.settings
+    return TeamPage(
+        items=[_listed_team(team, size) for team, size in rows],
+        next=following,
+        defaults=DefaultQuotas(
+            max_sandboxes=settings.max_sandboxes,
+            max_vcpus=settings.max_vcpus,
+            max_memory_mb=settings.max_memory_mb,
+        ),
+    )
 
 
 @router.put("/teams/{team_id}/quotas")
@@ -216,6 +252,22 @@ async def delete_template(name: str, caller: TheAdmin, platform: ThePlatform) ->
     """Delete one of the platform's."""
     await platform.templates.delete(caller.for_team(PLATFORM_TEAM_ID), name)
     return Response(status_code=204)
+
+
+def _listed_user(user: tables.User, teams: Sequence[tables.Team]) -> ListedUser:
+    names = [NamedTeam(id=team.team_id, name=team.name) for team in teams]
+    return ListedUser(**UserBody.of(user).model_dump(), teams=names)
+
+
+def _listed_team(team: tables.Team, size: Size) -> ListedTeam:
+    return ListedTeam(
+        **TeamBody.of(Belonging(team=team, role=None)).model_dump(),
+        members=size.members,
+        sandboxes=size.sandboxes,
+        running=size.running,
+        used_vcpus=size.vcpus,
+        used_memory_mb=size.memory_mb,
+    )
 
 
 def _owned(row: tables.Sandbox) -> OwnedSandbox:
