@@ -41,6 +41,7 @@ def _work(ada: Person) -> list[str]:
         "POST",
         f"/sandboxes/{first}/exec",
         {"cmd": "sh", "args": ["-c", _SERVER], "tag": "site", "background": True},
+        202,
     )
     ada.ask("POST", f"/sandboxes/{first}/checkpoints", {"comment": "before the upgrade"}, 201)
     forked = ada.ask("POST", f"/sandboxes/{first}/fork", {"count": 2}, 201)
