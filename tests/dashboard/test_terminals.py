@@ -89,7 +89,7 @@ def test_terminals_side_by_side_until_they_are_closed(ada: Person, sandbox_id: s
     expect(shown.locator(".xterm-rows")).to_contain_text("is-42")
     sizes = set()
     for size in (NARROW, WIDE):
-        page.set_viewport_size(size)  # type: ignore[arg-type]
+        page.set_viewport_size(size)
         mark = f"at{size['width']}"
         rows = enter(page, f"clear; echo {mark}- $(stty size)")
         expect(rows).to_contain_text(re.compile(rf"{mark}- \d+ \d+"))
