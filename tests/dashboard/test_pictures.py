@@ -15,9 +15,14 @@ from playwright.sync_api import Page, expect
 
 from tests.dashboard.conftest import NARROW, WIDE, Person, attentive
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.full]
 
-_SERVER = "python3 -m http.server 8000 --directory /srv >/dev/null 2>&1 &"
+_SERVER = {
+    "cmd": "python3",
+    "args": ["-m", "http.server", "8000", "--directory", "/srv"],
+    "tag": "site",
+    "background": True,
+}
 _CROWD = "for n in 1 2 3; do head -c $((n * 40000)) /dev/urandom >/srv/part-$n.bin; done"
 
 
@@ -37,12 +42,7 @@ def _work(ada: Person) -> list[str]:
     """Sandboxes of all kinds, and what else a team has; the ids of the sandboxes."""
     first = ada.create(metadata={"project": "atlas", "agent": "crawler"})
     ada.sh(first, f"mkdir -p /srv/data && cd /srv && {_CROWD} && echo '# Atlas' >README.md")
-    ada.ask(
-        "POST",
-        f"/sandboxes/{first}/exec",
-        {"cmd": "sh", "args": ["-c", _SERVER], "tag": "site", "background": True},
-        202,
-    )
+    ada.ask("POST", f"/sandboxes/{first}/exec", _SERVER, 202)
     ada.ask("POST", f"/sandboxes/{first}/checkpoints", {"comment": "before the upgrade"}, 201)
     forked = ada.ask("POST", f"/sandboxes/{first}/fork", {"count": 2}, 201)
     forks = [str(each["id"]) for each in forked["items"]]
@@ -65,7 +65,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 #: A page's picture, its path, and what is on it when it is ready.
 PAGES = [
     ("sandboxes", "/sandboxes", "text=archive"),
-    ("overview", "/sandboxes/{id}", "text=restore"),
+    ("overview", "/sandboxes/{id}", "text=Timeline"),
     ("terminal", "/sandboxes/{id}/terminal", ".xterm"),
     ("files", "/sandboxes/{id}/files?path=/srv", "text=part-2.bin"),
     ("processes", "/sandboxes/{id}/processes", "text=http.server"),
@@ -94,7 +94,7 @@ def test_a_page_has_its_picture(
     ada, sandbox_id = lived_in
     with attentive(ada.context):
         page = ada.open(path.format(id=sandbox_id))
-        expect(page.locator(f"#content >> {ready}").first).to_be_visible(timeout=30_000)
+        expect(page.locator(f"#content >> {ready} >> visible=true").first).to_be_visible(timeout=30_000)
         take(page, directory, name)
 
 

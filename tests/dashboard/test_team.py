@@ -130,7 +130,7 @@ def test_a_team_is_made_renamed_and_deleted(pia: Person) -> None:
     dialog.get_by_label("Name").fill(HOSTILE)
     dialog.get_by_role("button", name="Rename").click()
     expect(heading).to_have_text(f"Team {HOSTILE}")
-    expect(page.get_by_label("Team", exact=True)).to_contain_text(HOSTILE)
+    expect(page.get_by_role("combobox", name="Team", exact=True)).to_contain_text(HOSTILE)
 
     page.get_by_role("button", name="Delete team").click()
     delete = dialog.get_by_role("button", name="Delete team")
