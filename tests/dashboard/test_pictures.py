@@ -94,7 +94,8 @@ def test_a_page_has_its_picture(
     ada, sandbox_id = lived_in
     with attentive(ada.context):
         page = ada.open(path.format(id=sandbox_id))
-        expect(page.locator(f"#content >> {ready} >> visible=true").first).to_be_visible(timeout=30_000)
+        shown = page.locator(f"#content >> {ready} >> visible=true")
+        expect(shown.first).to_be_visible(timeout=30_000)
         take(page, directory, name)
 
 
