@@ -14,6 +14,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.dashboard.conftest import NARROW, WIDE, Person, attentive
+from tests.dashboard.test_terminals import enter
+from tests.dashboard.test_terminals import ready as terminal_ready
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.full]
 
@@ -23,6 +25,11 @@ _SERVER = {
     "tag": "site",
     "background": True,
 }
+_DOCKERFILE = """FROM base
+WORKDIR /srv/atlas
+RUN python3 -m venv --without-pip .venv
+RUN echo 'print("atlas")' >main.py && python3 main.py
+"""
 _CROWD = "for n in 1 2 3; do head -c $((n * 40000)) /dev/urandom >/srv/part-$n.bin; done"
 
 
@@ -35,7 +42,8 @@ def lived_in(people: Callable[[str], Person]) -> Iterator[tuple[Person, str]]:
         yield ada, made[0]
     for each in made:
         ada.ask("DELETE", f"/sandboxes/{each}", expect=204)
-    ada.ask("DELETE", "/snapshots/notebook", expect=204)
+    for name in ("notebook", "atlas"):
+        ada.ask("DELETE", f"/templates/{name}", expect=204)
 
 
 def _work(ada: Person) -> list[str]:
@@ -51,6 +59,10 @@ def _work(ada: Person) -> list[str]:
     ada.ask("POST", f"/sandboxes/{asleep}/pause")
     for name in ("continuous integration", "agents"):
         ada.ask("POST", "/api-keys", {"name": name}, 201)
+    hook = {"name": "on call", "type": "webhook", "config": {"url": "https://example.org/hook"}}
+    ada.ask("POST", "/channels", hook, 201)
+    source = {"kind": "dockerfile", "text": _DOCKERFILE}
+    ada.ask("POST", "/builds", {"name": "atlas", "source": source, "memory_mb": 256}, 202)
     return [first, *forks, asleep]
 
 
@@ -72,10 +84,11 @@ PAGES = [
     ("ports", "/sandboxes/{id}/ports", "text=8000"),
     ("history", "/sandboxes/{id}/history", "text=before the upgrade"),
     ("templates", "/templates", "text=notebook"),
-    ("builds", "/builds", "h1"),
+    ("builds", "/builds", "text=ready"),
+    ("build", "/builds", "text=atlas"),
     ("keys", "/keys", "text=continuous integration"),
     ("members", "/team", "text=ada@example.org"),
-    ("notifications", "/notifications", "h1"),
+    ("notifications", "/notifications", "text=on call"),
     ("usage", "/usage", "h1"),
     ("audit", "/audit", "text=sandbox"),
     ("settings", "/settings", "h1"),
@@ -95,7 +108,14 @@ def test_a_page_has_its_picture(
     with attentive(ada.context):
         page = ada.open(path.format(id=sandbox_id))
         shown = page.locator(f"#content >> {ready} >> visible=true")
-        expect(shown.first).to_be_visible(timeout=30_000)
+        expect(shown.first).to_be_visible(timeout=60_000)
+        if name == "terminal":
+            terminal_ready(page)
+            enter(page, "cd /srv && ls -l && df -h /")
+            expect(page.locator(".xterm-rows")).to_contain_text("Mounted on")
+        if name == "build":
+            page.get_by_role("link", name="atlas").first.click()
+            expect(page.get_by_text("RUN echo").first).to_be_visible()
         take(page, directory, name)
 
 

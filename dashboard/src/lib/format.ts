@@ -61,3 +61,8 @@ export function utc(at: number): string {
 export function count(number: number, one: string, many = `${one}s`): string {
   return `${number.toLocaleString()} ${number === 1 ? one : many}`;
 }
+
+/** How many of a list are shown: `2 sandboxes`, or `2 of 9`. */
+export function someOf(some: number, all: number, one: string, many?: string): string {
+  return some === all ? count(all, one, many) : `${some} of ${all}`;
+}

@@ -4,6 +4,7 @@
 import { SvelteMap } from "svelte/reactivity";
 import { ApiError, answer, api, type Schemas } from "../api/client";
 import type { Events } from "../api/events";
+import { everything } from "./everything";
 
 export type Sandbox = Schemas["SandboxBody"];
 
@@ -59,20 +60,15 @@ export class Sandboxes {
 
   load = async (): Promise<void> => {
     try {
-      const seen = new Set<string>();
-      let cursor = "";
-      do {
-        const page = await answer(
+      const items = await everything((cursor) =>
+        answer(
           api.GET("/v1/sandboxes", {
             params: { query: { state: [...STATES], limit: PAGE, cursor } },
           }),
-        );
-        for (const each of page.items) {
-          seen.add(each.id);
-          this.put(each);
-        }
-        cursor = page.next;
-      } while (cursor);
+        ),
+      );
+      const seen = new Set(items.map((each) => each.id));
+      items.forEach((each) => this.put(each));
       for (const id of [...this.#found.keys()]) if (!seen.has(id)) this.#found.delete(id);
       this.loaded = true;
       this.error = null;
