@@ -185,7 +185,7 @@ async def test_a_snapshot_is_a_template_until_it_is_removed(
     assert await verbs("snapshot", "sb1", "mine", "--live") == (0, "mine\n", "")
     assert not agent.paused
     made = await verbs.json("snapshot", "sb1", "other")
-    assert made == {"name": "other", "size_bytes": 2**40}
+    assert made == {"name": "other", "size_bytes": 2**40, "phases": []}
     assert agent.paused == {"sb1"}
     _, out, _ = await verbs("template", "ls")
     rows = [row.split()[:3] for row in out.splitlines()[1:]]
