@@ -120,6 +120,7 @@ def test_a_webhook_is_made_tested_and_told(tina: Person, people: Callable[[str],
         check_everywhere(page)
 
 
+@pytest.mark.full
 def test_a_channel_that_leads_nowhere_says_so_and_is_changed(tina: Person) -> None:
     page = tina.open("/notifications")
     add_channel(page, "loopback", "http://127.0.0.1:9/hook")

@@ -150,6 +150,7 @@ def test_stages_secrets_and_files(one: Up, tmp_path: Path) -> None:
 # Archives, and nothing.
 
 
+@pytest.mark.full
 def test_archives_become_templates(one: Up, tmp_path: Path) -> None:
     (archive := tmp_path / "image.tar").write_bytes(alpine_like().archive())
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()

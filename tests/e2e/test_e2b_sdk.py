@@ -133,7 +133,8 @@ _CODE = ["state", "plot", "table", "error", "streamed", "contexts", "envs", "lan
 
 
 @pytest.mark.template("code-interpreter-v1")
-@pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["sync", "async"])
 def test_code_by_the_package_for_python(served: Up, kind: str) -> None:
     assert live(served, NEWEST, str(_STOCK / "interpret.py"), kind) == _CODE
 
@@ -205,7 +206,8 @@ def beside_packages(directory: Path, name: str) -> str:
     return str(program)
 
 
-@pytest.mark.parametrize("kind", ["sync", pytest.param("async", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["sync", "async"])
 def test_names_and_tls_are_all_that_the_package_needs(named: Named, kind: str) -> None:
     steps = ["create", "run", "files", "signed", "ports", "wake", "kill"]
     words = (str(_STOCK / "life.py"), kind, *steps)
