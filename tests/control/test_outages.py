@@ -83,12 +83,12 @@ async def _off_the_loop(outage: Outage) -> AsyncIterator[None]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def fragile(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, quick_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Outage]]:
     """A database of its own, and how it goes away."""
     monkeypatch.setattr(db, "_BUSY_S", 0.3)
     if request.param == "sqlite":
-        path = tmp_path / "control.sqlite3"
+        path = quick_disk / "control.sqlite3"
         yield f"sqlite:///{path}", lambda: _locked(path)
         return
     with postgres.running_server(careful=True) as server:

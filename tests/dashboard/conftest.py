@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 from playwright.sync_api import (
@@ -96,10 +97,18 @@ class Person:
         return page
 
 
+#: Of pages that are watched.
+_complaints: WeakKeyDictionary[Page, list[str]] = WeakKeyDictionary()
+
+
+def complaints_of(page: Page) -> list[str]:
+    """What a page that is watched complained of so far."""
+    return _complaints.get(page, [])
+
+
 def watched(page: Page) -> Page:
     """Note what a page's console calls an error, and whatever its scripts throw."""
-    complaints: list[str] = []
-    page.complaints = complaints  # type: ignore[attr-defined]
+    complaints = _complaints[page] = []
 
     def note(message: ConsoleMessage) -> None:
         # That a request was refused is no fault of the page's, which shows it.
@@ -119,7 +128,7 @@ def attentive(context: BrowserContext) -> Iterator[BrowserContext]:
     complaints: list[str] = []
     for page in context.pages:
         if page not in before:
-            complaints += getattr(page, "complaints", [])
+            complaints += complaints_of(page)
             page.close()
     assert not complaints
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from playwright.sync_api import Browser, expect
 
-from tests.dashboard.conftest import PASSWORD, Person, Server, check_everywhere, watched
+from tests.dashboard.conftest import (
+    PASSWORD,
+    Person,
+    Server,
+    check_everywhere,
+    complaints_of,
+    watched,
+)
 
 
 def test_whoever_is_not_logged_in_is_led_to_the_login_and_back(ada: Person) -> None:
@@ -26,7 +33,7 @@ def test_whoever_is_not_logged_in_is_led_to_the_login_and_back(ada: Person) -> N
         expect(page).to_have_url(ada.server.page_url("/keys"))
         page.get_by_role("button", name="Log out").click()
         expect(page.get_by_role("heading", name="Log in")).to_be_visible()
-        assert not page.complaints  # type: ignore[attr-defined]
+        assert not complaints_of(page)
 
 
 def test_an_invitation_makes_an_account(ada: Person, server: Server, browser: Browser) -> None:
@@ -45,4 +52,4 @@ def test_an_invitation_makes_an_account(ada: Person, server: Server, browser: Br
         expect(page.get_by_role("heading", name="Sandboxes", exact=True)).to_be_visible()
         expect(page.get_by_role("heading", name="No sandboxes yet")).to_be_visible()
         check_everywhere(page)
-        assert not page.complaints  # type: ignore[attr-defined]
+        assert not complaints_of(page)

@@ -25,7 +25,7 @@ from sandmartin.control.platform import Platform
 from sandmartin.control.states import HostState
 from sandmartin.model import State, new_sandbox_id
 from tests.control.conftest import running_host, served_platform
-from tests.dashboard.conftest import PASSWORD, WIDE, watched
+from tests.dashboard.conftest import PASSWORD, WIDE, complaints_of, watched
 
 ASLEEP, AWAKE = 480, 20
 #: What a machine that is busy with its tests may take for one piece of work, in milliseconds.
@@ -128,7 +128,7 @@ def many(browser: Browser, tmp_path: Path) -> Iterator[tuple[Page, Crowd]]:
         page.add_init_script(_OBSERVE)
         page.goto(f"{url}/dashboard/sandboxes")
         yield page, crowded
-        assert not page.complaints  # type: ignore[attr-defined]
+        assert not complaints_of(page)
 
 
 def test_five_hundred_scroll_and_follow(many: tuple[Page, Crowd]) -> None:

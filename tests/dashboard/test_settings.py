@@ -13,6 +13,7 @@ from tests.dashboard.conftest import (
     Server,
     attentive,
     check_everywhere,
+    complaints_of,
     watched,
 )
 
@@ -76,7 +77,7 @@ def test_a_new_password_ends_other_sessions(erin: Person, server: Server) -> Non
         expect(page.get_by_text("Your password is changed")).to_be_visible()
         expect(other.get_by_role("heading", name="Log in")).to_be_visible()
         log_in(other, server, erin.email, NEW)
-        assert not other.complaints  # type: ignore[attr-defined]
+        assert not complaints_of(other)
 
 
 def test_an_account_is_deleted_by_its_address(erin: Person) -> None:
