@@ -145,8 +145,8 @@ def server(private_host: None) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def browser(private_host: None) -> Iterator[Browser]:
-    """Debian's Chromium."""
+def browser(server: Server) -> Iterator[Browser]:
+    """Debian's Chromium. It ends before the server does, whose end needs a loop of its own."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no chromium; scripts/test installs it")
